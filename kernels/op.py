@@ -1,0 +1,162 @@
+"""The contract of an op and of a policy primitive.
+
+An *op* is a pure tensor function, registered as `torch.ops.tvc.<name>`: its reference in plain PyTorch is its schema,
+its fake kernel, its CPU path, its export lowering and its test oracle. A *primitive* is what a policy can name (a
+score, a selector, a rest rule, an exit gate): a pydantic model whose fields are the YAML keys, with
+the *taps* (values of the graph) it takes; its `apply` is plain Python over tensors that calls ops, so the same lines run
+while a graph is traced and, eagerly, in the verification oracle. Adding either costs one file in this folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+Kind = Literal["score", "select", "rest", "when"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One op: `overload` is what a graph holds, `reference` is what it means."""
+
+    name: str
+    reference: Callable[..., Any]
+    overload: Any
+    cases: Callable[[], Iterator[tuple[str, tuple[Any, ...]]]]
+
+
+OPS: dict[str, Op] = {}
+
+
+def op(cases: Callable[[], Iterator[tuple[str, tuple[Any, ...]]]]) -> Callable[[Callable[..., Any]], Op]:
+    """Registers a plain torch function as `torch.ops.tvc.<its name>`; `cases` yields (id, arguments) for tests and benches.
+
+    The function must be pure, free of in-place writes to its arguments and of device branches, and must not return a
+    view of an argument (return a clone where it would).
+    """
+
+    def register(reference: Callable[..., Any]) -> Op:
+        name = reference.__name__
+        custom = torch.library.custom_op(f"tvc::{name}", reference, mutates_args=())
+        custom.register_fake(reference)
+        made = Op(name, reference, getattr(torch.ops.tvc, name).default, cases)
+        OPS[name] = made
+        return made
+
+    return register
+
+
+@dataclasses.dataclass(frozen=True)
+class Tap:
+    """A value of the traced graph that a primitive asks for.
+
+    kind: `feature`   [B, V, D] the visual tokens at the site
+          `key`       [B, V, d] attention keys of the visual tokens in `layer`, averaged over heads
+          `attention` an `Attention` bundle taken from `layer`, rows chosen by `of`
+          `text`      a `(hidden [B, T, D], valid [B, T] bool)` pair: the text tokens at the site
+          `ordinal`   [B, V] int64 running number of each visual token of the sample, -1 pads
+    """
+
+    kind: Literal["feature", "key", "attention", "text", "ordinal"]
+    layer: str | None = None
+    of: tuple[str, ...] = ()
+
+
+class Attention(NamedTuple):
+    """The q and k that enter an attention op, with the rows that score and the columns that are scored."""
+
+    query: torch.Tensor  # [B, H, Q, d]
+    key: torch.Tensor  # [B, G, N, d], G divides H
+    mask: torch.Tensor | None  # bool [B|1, 1|H, Q, N], True = may attend; None: everything
+    rows: torch.Tensor  # [B, R] int64 rows of the query that score, -1 pads
+    columns: torch.Tensor  # [B, V, g] int64 where each visual token stands among the N keys, -1 pads; g > 1: mean over g
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """Which visual tokens compete for one budget."""
+
+    segment: torch.Tensor  # [B, V] int64 scope of each visual token, -1 pads
+    counts: torch.Tensor  # [B, N] int64 visual tokens per scope, 0 pads (N >= 1 even where the chunk has no image)
+    number: int  # int or SymInt: scopes in the chunk at most; 0 where the chunk has no visual token (a decode step)
+
+
+class Primitive(BaseModel):
+    """What a policy can name. `key` is its name in YAML; a bare scalar in YAML sets the field `shorthand`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: ClassVar[Kind]
+    key: ClassVar[str]
+    shorthand: ClassVar[str | None] = None
+
+    def taps(self) -> dict[str, Tap]:
+        """The values of the graph that `apply` takes, by argument name."""
+        return {}
+
+
+class Score(Primitive):
+    """Higher = keep."""
+
+    kind: ClassVar[Kind] = "score"
+
+    def apply(self, **taps: Any) -> torch.Tensor:
+        """[B, V] float32, one number a visual token (pads: any finite number)."""
+        raise NotImplementedError
+
+
+class Select(Primitive):
+    """Chooses the tokens that stay."""
+
+    kind: ClassVar[Kind] = "select"
+    needs_score: ClassVar[bool] = True
+
+    def apply(self, score: torch.Tensor | None, scope: Scope, **taps: Any) -> torch.Tensor:
+        """[B, K] int64 positions along V, ascending, pads (-1) first. K depends on sizes alone unless documented."""
+        raise NotImplementedError
+
+    def kept(self, counts: list[int]) -> list[int]:
+        """How many of `counts` visual tokens (one number a scope) stay: the plan's side of `apply`."""
+        raise NotImplementedError
+
+
+class Rest(Primitive):
+    """What becomes of the tokens that were not chosen."""
+
+    kind: ClassVar[Kind] = "rest"
+
+    def apply(
+        self, feature: torch.Tensor, size: torch.Tensor, chosen: torch.Tensor, score: torch.Tensor | None, scope: Scope, **taps: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """None where the others are dropped; else (chosen [B, K2] as in `Select`, feature [B, K2, D], size [B, K2])."""
+        raise NotImplementedError
+
+    def kept(self, counts: list[int], chosen: list[int]) -> list[int]:
+        """How many tokens leave the step, per scope, when `chosen` of `counts` were selected."""
+        return chosen
+
+
+class When(Primitive):
+    """The gate of an exit."""
+
+    kind: ClassVar[Kind] = "when"
+
+    def apply(self, score: torch.Tensor | None, scope: Scope, **taps: Any) -> torch.Tensor:
+        """[B] bool, True = this sample's visual tokens leave."""
+        raise NotImplementedError
+
+
+PRIMITIVES: dict[Kind, dict[str, type[Any]]] = {"score": {}, "select": {}, "rest": {}, "when": {}}
+
+
+_P = TypeVar("_P", bound=type[Primitive])
+
+
+def primitive(cls: _P) -> _P:
+    """Registers a primitive under its kind and key."""
+    PRIMITIVES[cls.kind][cls.key] = cls
+    return cls

@@ -1,0 +1,121 @@
+"""The values that flow through the pipeline: layout, sites, component graphs and what each pass changed.
+
+Symbols used everywhere: B batch, S slots of the current chunk, V visual tokens of the chunk, T text tokens of the
+chunk, N images of the chunk, K kept, H heads, D width, P cached (past) tokens of a stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """A place where a graph can be cut: `vision.K`, `projector` or `language.K` (before block K runs, 0-based)."""
+
+    name: str
+    legal: bool
+    reason: str = ""  # why a cut here has no meaning; empty when legal
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The cost-relevant shape of one transformer block, read off its modules (no weights needed)."""
+
+    linear: int  # weights of all matrix products that act on each token; FLOPs per token = 2 * linear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int = 0  # 0: attends to everything; else the number of tokens that one token attends to at most
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What is known of a model from its configuration and one sample input, without weights."""
+
+    model_type: str
+    hidden_size: int
+    vocabulary: int
+    language: tuple[Layer, ...]
+    vision: tuple[Layer, ...]
+    prefix_tokens: int  # tokens of a tile that are never visual features (CLS, registers)
+    group: int  # vision-encoder tokens that make one visual token (4 for a 2x2 merger)
+    tiles: int  # tiles the sample images were cut into
+    tile_tokens: int  # vision-encoder tokens per tile, prefix included (all tokens for packed encoders)
+    visual_tokens: tuple[int, ...]  # visual tokens of each sample image, as the decoder sees them
+    patch_linear: int  # weights of the patch embedding, per tile token
+    projector_linear: int  # weights of everything between the last encoder block and the decoder, per visual token
+    head_linear: int  # weights of the output head
+    element_size: int  # bytes of one cached number
+    sites: tuple[Site, ...]
+    image_size: tuple[int, int] = (0, 0)  # (height, width) of the sample image
+
+    def site(self, name: str) -> Site | None:
+        return next((s for s in self.sites if s.name == name), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One piece of evidence: which node a pass added or rewired, what it did and why."""
+
+    component: str
+    node: str
+    what: str
+    why: str
+
+
+@dataclasses.dataclass
+class Stage:
+    """Decoder layers between two cuts: they share one sequence length, one past length and one `key_positions`."""
+
+    index: int
+    layers: range
+    site: str | None  # the cut that opens the stage; None for stage 0
+
+
+@dataclasses.dataclass
+class Component:
+    """One traced graph with named inputs and outputs.
+
+    `exported` runs on flat tensors in the order of `inputs` and returns a tuple in the order of `outputs`.
+    `sample` holds tensors of the shapes it was traced with; `dynamic` says which axes may vary.
+    """
+
+    name: str
+    exported: torch.export.ExportedProgram
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    sample: tuple[torch.Tensor, ...]
+    dynamic: tuple[Mapping[int, Any], ...]
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Program:
+    """The traced components (`vision`, `projector`, `embed`, `decoder`), the layout and the history of the passes."""
+
+    layout: Layout
+    components: dict[str, Component]
+    stages: list[Stage] = dataclasses.field(default_factory=list)
+    facts: frozenset[str] = frozenset()
+    history: list[tuple[str, tuple[Change, ...]]] = dataclasses.field(default_factory=list)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return self.layout.sites
+
+    def text(self, component: str | None = None) -> str:
+        """The graphs as Python, each added node followed by the pass and the policy step that added it."""
+        blocks = []
+        for name, part in self.components.items():
+            if component not in (None, name):
+                continue
+            blocks.append(f"# component {name}: {', '.join(part.inputs)} -> {', '.join(part.outputs)}")
+            for node in part.exported.graph.nodes:
+                note = (node.meta.get("custom") or {}).get("tvc")
+                blocks.append(node.format_node() + (f"  # added by {note}" if note else ""))
+        return "\n".join(str(line) for line in blocks)
