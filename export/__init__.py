@@ -1,0 +1,1 @@
+"""Artifacts for stock runtimes, one file a target."""

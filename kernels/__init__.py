@@ -1,0 +1,1 @@
+"""Ops and policy primitives, one file each."""

@@ -1,0 +1,1 @@
+"""Plans, tables, overlays and pages."""

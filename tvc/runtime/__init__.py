@@ -1,0 +1,1 @@
+"""Running compiled models: caches, masks, generation."""

@@ -1,0 +1,1 @@
+"""Small records for model families that the generic capture cannot read."""
