@@ -262,7 +262,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
                 weight.copy_(1 + 0.1 * noise)
             elif name.endswith("bias"):
                 weight.copy_(0.05 * noise)
-            elif weight.ndim < 2 or "embed" in name and "patch" not in name:
+            elif weight.ndim < 2 or ("embed" in name and "patch" not in name):
                 weight.copy_(0.5 * noise)
             else:
                 weight.copy_(1.3 * noise / weight[0].numel() ** 0.5)

@@ -1,0 +1,58 @@
+# `make demo` and `make test` need Python 3.11 or newer and make; they build .venv on first use.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+VENV ?= .venv
+# An interpreter given from outside is used as it is; the default one is built by the rule for $(VENV)/.installed.
+PYTHON ?= $(VENV)/bin/python
+BASE_PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# Asked for first and exactly: a range would let pip prefer a newer wheel with gigabytes of CUDA over a local CPU build.
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+
+# The repository root must stay off sys.path: its `kernels` folder would pass for a package that transformers probes for.
+export PYTHONSAFEPATH := 1
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE ?= 1
+
+ifeq ($(PYTHON),$(VENV)/bin/python)
+READY := $(VENV)/.installed
+endif
+
+.PHONY: help demo test lint conformance bench clean
+
+help:
+	@echo "make demo         compile the bundled model for a photo, print the table, write out/demo/"
+	@echo "make test         linters, types and the tests"
+	@echo "make conformance  every preset x family x target (minutes)"
+	@echo "make bench        dense, compiled and ideal side by side, written to benchmarks/results/"
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(BASE_PYTHON)" || { echo "Python 3.11 or newer is needed, and none was found on PATH"; exit 1; }
+	$(BASE_PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet "$(TORCH)"
+	$(VENV)/bin/python -m pip install --quiet -e ".[dev]"
+	touch $@
+
+demo: $(READY)
+	$(PYTHON) examples/demo.py
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+test: lint
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
+
+conformance: $(READY)
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m conformance
+
+bench: $(READY)
+	OMP_NUM_THREADS=$$(nproc) $(PYTHON) benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
