@@ -1,0 +1,208 @@
+"""merge_nearest: the tokens that were not chosen are averaged into their nearest target.
+
+Shapes:  feature [B, V, D] float, metric [B, V, d] float, size [B, V] float, segment [B, V] int64 (-1 pads),
+         counts [B, N] int64, chosen [B, K] int64 (-1 pads), score [B, V] float (read by `top` alone)
+         -> index [B, K2] int64 ascending, pads (-1) first; feature [B, K2, D] like the input, pads 0; size [B, K2], pads 0
+Targets: stride: of the M tokens of a segment that were not chosen, in order, 0, step, 2 step, ... (at most `amount`),
+                 step = max(1, M // amount); top: the `amount` best-scored of them; both: K2 = K + slots.
+         kept:   the chosen tokens themselves; K2 = K.
+Merging: every other token goes to the target of its own segment with the highest cosine of the metric (the lower index
+         among equals). A token of a segment without a target is dropped.
+Reduce:  mean: (target + members) / (1 + number of members); target_mean: target + mean of members, nothing added to a
+         target without members; size_weighted: sum(size * x) / sum(size). Sizes add up. Sums are float32.
+Memory:  O(B V C) for C targets, never V x V.
+
+Reference: VisionZip, arXiv 2412.04467 (stride targets, key cosine, target_mean). Deviation: where fewer tokens are left
+than targets asked for, all of them are targets; the published code fails there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from tvc.errors import PolicyError
+from tvc.kernels.op import Rest, Scope, Tap, op, primitive
+from tvc.kernels.segments import mark, pack, per_token, ranks
+
+
+def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
+    torch.manual_seed(0)
+    segment = torch.tensor([[-1, -1, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0, 0, 0], [-1, 0, 1, 1, 1, 1, 1, 1, 1]])
+    counts = torch.tensor([[4, 3], [9, 0], [1, 7]])
+    chosen = torch.tensor([[-1, 3, 6], [1, 4, 8], [-1, -1, 5]])
+    feature, metric, score = torch.randn(3, 9, 6), torch.randn(3, 9, 4), torch.randn(3, 9)
+    size = torch.randint(1, 4, (3, 9)).float()
+    for reduce in ("mean", "target_mean", "size_weighted"):
+        tensors = (feature, metric, size, segment, counts, chosen, score)
+        yield f"stride-{reduce}", (*tensors, "stride", 2, 4, reduce)
+        yield f"top-{reduce}", (*tensors, "top", 2, 4, reduce)
+        yield f"kept-{reduce}", (*tensors, "kept", 0, 0, reduce)
+    tensors = (feature, metric, torch.ones(3, 9), segment, counts)
+    yield "more-targets-than-rest", (*tensors, chosen, score, "stride", 20, 40, "mean")
+    nothing = torch.zeros(3, 0, dtype=torch.int64)
+    yield "none-chosen", (*tensors, nothing, score, "stride", 2, 4, "target_mean")
+    yield "none-chosen-kept", (*tensors, nothing, score, "kept", 0, 0, "mean")
+    every = torch.where(segment < 0, -1, torch.arange(9))
+    yield "all-chosen", (*tensors, every, score, "stride", 2, 4, "mean")
+    yield "equal-metric", (feature, torch.ones(3, 9, 4), *tensors[2:], chosen, score, "stride", 2, 4, "mean")
+    yield "zero-metric", (feature, torch.zeros(3, 9, 4), *tensors[2:], chosen, torch.zeros(3, 9), "top", 2, 4, "mean")
+
+
+def _targets(
+    rest: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor, score: torch.Tensor, targets: str, amount: int
+) -> torch.Tensor:
+    """[B, V] bool: which of the tokens in `rest` become targets."""
+    left = torch.where(rest, segment, -1)
+    numbers = torch.zeros(counts.shape[0], counts.shape[1] + 1, dtype=torch.int64, device=counts.device)
+    numbers = numbers.scatter_add(1, left + 1, torch.ones_like(left))[:, 1:]
+    if targets == "top":
+        return rest & (ranks(left, numbers, score.float()) < amount)
+    place = ranks(left, numbers)
+    step = per_token((numbers // amount).clamp(min=1), left)
+    return rest & (place % step == 0) & (place // step < amount)
+
+
+def _nearest(
+    metric: torch.Tensor, segment: torch.Tensor, index: torch.Tensor
+) -> torch.Tensor:
+    """[B, V] int64: the column of `index [B, C]` each token is nearest to, C where its segment has no target."""
+    metric = metric.float()
+    ones = torch.ones(metric.shape[2], 1, device=metric.device)
+    metric = metric / ((metric * metric) @ ones).sqrt().clamp(min=1e-12)
+    spot = index.clamp(min=0)
+    target = metric.gather(1, spot[:, :, None].expand(-1, -1, metric.shape[2]))
+    same = (segment[:, :, None] == segment.gather(1, spot)[:, None, :]) & (index >= 0)[:, None, :]
+    near = torch.where(same, metric @ target.transpose(1, 2), float("-inf"))
+    # Below every cosine, above every forbidden target. The row added on top keeps V = 0 right in ONNX Runtime, which
+    # leaves the reduced axis of an empty tensor in place.
+    near = torch.nn.functional.pad(near, (0, 1, 1, 0), value=-2.0)
+    return near.argmax(2)[:, 1:]
+
+
+@op(_cases)
+def merge_nearest(
+    feature: torch.Tensor,
+    metric: torch.Tensor,
+    size: torch.Tensor,
+    segment: torch.Tensor,
+    counts: torch.Tensor,
+    chosen: torch.Tensor,
+    score: torch.Tensor,
+    targets: str,
+    amount: int,
+    slots: int,
+    reduce: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(index, feature, size) of the chosen tokens and the targets, the other tokens merged into the targets."""
+    kept = mark(chosen, segment.shape[1])
+    rest = (segment >= 0) & ~kept
+    if targets == "kept":
+        target, stays, width, total = kept, kept, chosen.shape[1], chosen.shape[1]
+    else:
+        target = _targets(rest, segment, counts, score, targets, amount)
+        stays, width, total = kept | target, slots, chosen.shape[1] + slots
+    index = pack(target, width)
+    member = rest & ~target
+    nearest = _nearest(metric, segment, index)
+    to = ((nearest[:, :, None] == torch.arange(width + 1, device=index.device)) & member[:, :, None]).float()
+    to = to.transpose(1, 2)  # [B, C + 1, V]
+
+    wide, weight = feature.float(), size.float()[:, :, None]
+    weighed = wide * weight if reduce == "size_weighted" else wide
+    added = to @ torch.where(member[:, :, None], weighed, 0.0)  # [B, C + 1, D]
+    joined = to @ member.float()[:, :, None]  # [B, C + 1, 1] number of members
+    gained = to @ weight  # [B, C + 1, 1] size of the members
+
+    result = pack(stays, total)
+    spot = result.clamp(min=0)
+    # The number of each target among the targets, C for other tokens: where to look up what it gained.
+    number = torch.where(target, target.cumsum(1) - 1 + (width - target.sum(1, keepdim=True)), width).gather(1, spot)
+    own = _rows(wide, spot)
+    own_size = _rows(weight, spot)
+    added, joined, gained = _rows(added, number), _rows(joined, number), _rows(gained, number)
+    if reduce == "mean":
+        merged = (own + added) / (1.0 + joined)
+    elif reduce == "target_mean":
+        merged = own + added / joined.clamp(min=1.0)
+    else:
+        merged = (own * own_size + added) / (own_size + gained).clamp(min=1e-12)
+    changed = (number < width)[:, :, None] & (joined > 0)
+    valid = (result >= 0)[:, :, None]
+    merged = torch.where(valid, torch.where(changed, merged, own), 0.0).to(feature.dtype)
+    sizes = torch.where(valid, own_size + torch.where(changed, gained, 0.0), 0.0).to(size.dtype)
+    return result, merged, sizes.squeeze(2)
+
+
+def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[B, K, D]: the rows of `values [B, C, D]` at `index [B, K]`."""
+    return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
+
+
+class StrideTargets(BaseModel):
+    """Evenly spaced targets among the tokens that were not chosen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    stride: int = Field(gt=0, description="targets per scope")
+
+
+class TopTargets(BaseModel):
+    """The next best-scored tokens are the targets."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    top: int = Field(gt=0, description="targets per scope")
+
+
+@primitive
+class Merge(Rest):
+    """The other tokens are averaged into their nearest target."""
+
+    key: ClassVar[str] = "merge"
+    targets: StrideTargets | TopTargets | Literal["kept"] = Field(
+        "kept", description="{stride: n}, {top: n} or kept: the tokens that the others are merged into"
+    )
+    by: Literal["key_cosine", "feature_cosine"] = "feature_cosine"
+    layer: str | None = Field(None, description="for key_cosine: the layer of the keys; default: the step's own")
+    reduce: Literal["mean", "target_mean", "size_weighted"] = "mean"
+
+    def taps(self) -> dict[str, Tap]:
+        return {"metric": Tap("key", self.layer)} if self.by == "key_cosine" else {}
+
+    def _rule(self) -> tuple[str, int]:
+        if isinstance(self.targets, StrideTargets):
+            return "stride", self.targets.stride
+        return ("top", self.targets.top) if isinstance(self.targets, TopTargets) else ("kept", 0)
+
+    def apply(
+        self,
+        feature: torch.Tensor,
+        size: torch.Tensor,
+        chosen: torch.Tensor,
+        score: torch.Tensor | None,
+        scope: Scope,
+        metric: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        targets, amount = self._rule()
+        if score is None and targets == "top":
+            raise PolicyError(
+                "the best-scored targets of a merge need a score",
+                where="rest.merge.targets",
+                got="a step without a score",
+                want="a score, or targets that need none",
+                fix="add `score:` to the step, or write targets: {stride: n}",
+            )
+        metric = feature if metric is None else metric
+        score = torch.zeros_like(size, dtype=torch.float32) if score is None else score
+        tensors = (feature, metric, size, scope.segment, scope.counts, chosen, score)
+        merged: tuple[Any, Any, Any] = merge_nearest.overload(
+            *tensors, targets, amount, amount * scope.number, self.reduce
+        )
+        return merged
+
+    def kept(self, counts: list[int], chosen: list[int]) -> list[int]:
+        """Chosen tokens and targets: min(amount, tokens left) of each scope."""
+        _, amount = self._rule()
+        return [stays + min(amount, count - stays) for count, stays in zip(counts, chosen, strict=True)]

@@ -1,0 +1,95 @@
+"""attention_score: how much attention each visual token receives, from the q and k that enter an attention op.
+
+Shapes:  query [B, H, Q, d], key [B, G, N, d] (G divides H), mask [B|1, 1|H, Q, N] bool or None (everything),
+         rows [B, R] int64 rows of the query that score, columns [B, V, g] int64 keys of each visual token
+         -> [B, V] float32
+Rule:    softmax over all N keys in float32, mean over the rows, then over heads (mean, sum or max), mean over the g keys.
+Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
+Memory:  O(B H R N): never Q x N unless every row scores, and keys are not repeated for grouped queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from tvc.kernels.op import Attention, Score, Tap, op, primitive
+
+
+def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
+    torch.manual_seed(0)
+    for batch, heads, groups, length, width in ((1, 4, 4, 7, 8), (2, 6, 2, 9, 4), (3, 4, 1, 5, 16)):
+        query, key = torch.randn(batch, heads, length, width), torch.randn(batch, groups, length, width)
+        causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        rows = torch.tensor([[-1, length - 1]]).repeat(batch, 1)
+        rows[0] = torch.tensor([1, length - 2])
+        single = torch.arange(1, 4)[None, :, None].repeat(batch, 1, 1)
+        paired = torch.tensor([[[-1, -1], [0, 1], [2, 3], [4, -1]]]).repeat(batch, 1, 1)
+        name, scale = f"B{batch}-H{heads}-G{groups}", width**-0.5
+        yield f"{name}-mean", (query, key, causal, rows, single, scale, "mean")
+        yield f"{name}-sum", (query, key, None, rows, paired, scale, "sum")
+        per_head = torch.rand(batch, heads, length, length) > 0.4
+        yield f"{name}-max", (query, key, per_head, rows, paired, scale, "max")
+        every = torch.arange(length).repeat(batch, 1)
+        yield f"{name}-all-rows", (query, key, causal, every, single, scale, "mean")
+        yield f"{name}-no-rows", (query, key, causal, torch.full((batch, 2), -1), single, scale, "mean")
+
+
+@op(_cases)
+def attention_score(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    scale: float,
+    heads: str,
+) -> torch.Tensor:
+    """[B, V] float32: the attention that `rows` pay to `columns`; `heads` is mean, sum or max."""
+    batch, head_count, _, width = query.shape
+    groups, keys, row_count = key.shape[1], key.shape[2], rows.shape[1]
+    row = rows.clamp(min=0)[:, None, :, None]
+    picked = query.gather(2, row.expand(batch, head_count, row_count, width)).float()
+    picked = picked.reshape(batch, groups, head_count // groups * row_count, width)
+    logits = (picked @ key.float().transpose(2, 3) * scale).reshape(batch, head_count, row_count, keys)
+    if mask is not None:
+        allowed = mask.expand(batch, mask.shape[1], mask.shape[2], keys)
+        allowed = allowed.gather(2, row.expand(batch, mask.shape[1], row_count, keys))
+        # The lowest finite number, not -inf: a row that may attend to nothing stays free of NaN.
+        logits = logits.masked_fill(~allowed, torch.finfo(torch.float32).min)
+    scoring = (rows >= 0).float()
+    share = scoring / scoring.sum(1, keepdim=True).clamp(min=1)
+    received = (logits.softmax(-1) * share[:, None, :, None]).sum(2)
+    if heads == "max":
+        pooled = received.amax(1)
+    else:
+        pooled = received.mean(1) if heads == "mean" else received.sum(1)
+    taken = pooled.gather(1, columns.clamp(min=0).flatten(1)).reshape(columns.shape)
+    present = (columns >= 0).float()
+    # Sums over g are matrix products: with V = 0 ONNX Runtime leaves a reduced axis in place.
+    ones = torch.ones(columns.shape[2], 1, device=columns.device)
+    return ((taken * present) @ ones / (present @ ones).clamp(min=1)).squeeze(2)
+
+
+Rows = Literal["cls", "last", "text", "visual", "all"]
+
+
+@primitive
+class AttentionScore(Score):
+    """The attention a visual token receives in one layer, from the class token, the last token, the text or all."""
+
+    key: ClassVar[str] = "attention"
+    shorthand: ClassVar[str | None] = "of"
+    of: Rows | tuple[Rows, ...] = Field("last", description="who pays the attention; of a list, the first the site has")
+    layer: str = Field("previous", description="previous, self, language.K or vision.K")
+    heads: Literal["mean", "sum", "max"] = "mean"
+
+    def taps(self) -> dict[str, Tap]:
+        return {"attention": Tap("attention", self.layer, (self.of,) if isinstance(self.of, str) else self.of)}
+
+    def apply(self, attention: Attention) -> torch.Tensor:
+        query, key, mask, rows, columns, scale = attention
+        return attention_score.overload(query, key, mask, rows, columns, scale, self.heads)
