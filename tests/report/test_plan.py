@@ -1,0 +1,290 @@
+"""Token counts, costs and solved schedules against counts by hand and FLOPs counted on a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+from tvc.kernels.budget import Budget
+from tvc.kernels.op import Rest, Select, When
+
+from tvc.errors import ArgumentError
+from tvc.program import Layer, Layout
+from tvc.report.cost import plan_costs
+from tvc.report.schedule import make_plan, solve_average
+from tvc.trace.layout import read_layer
+
+
+class Keep(Select):
+    key: ClassVar[str] = "keep"
+    keep: Budget
+
+    def kept(self, counts: list[int]) -> list[int]:
+        return [self.keep.kept(count) for count in counts]
+
+
+class Above(Select):
+    """Without a budget: what stays is known at run time."""
+
+    key: ClassVar[str] = "above"
+
+    def kept(self, counts: list[int]) -> list[int]:
+        return counts
+
+
+class Plus(Rest):
+    """As a merge: the others leave `more` tokens behind."""
+
+    key: ClassVar[str] = "plus"
+    more: int
+
+    def kept(self, counts: list[int], chosen: list[int]) -> list[int]:
+        return [min(count, kept + self.more) for count, kept in zip(counts, chosen, strict=True)]
+
+
+class Always(When):
+    key: ClassVar[str] = "always"
+
+
+class Below(When):
+    key: ClassVar[str] = "below"
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    gate: When
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    site: str
+    select: Select | None = None
+    rest: Rest | None = None
+    exit: Gate | None = None
+    scope: str = "image"
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    steps: tuple[Step, ...]
+    name: str = "test"
+
+
+def share(site: str, keep: object, **more: object) -> Step:
+    return Step(site, Keep(keep=keep), **more)
+
+
+def layout(**changes: object) -> Layout:
+    base = Layout(
+        model_type="test",
+        hidden_size=64,
+        vocabulary=100,
+        language=(Layer(1000, 4, 2, 16),) * 8,
+        vision=(Layer(500, 2, 2, 8),) * 4,
+        prefix_tokens=1,
+        group=1,
+        tiles=1,
+        tile_tokens=577,
+        visual_tokens=(576,),
+        patch_linear=588,
+        projector_linear=90,
+        head_linear=6400,
+        element_size=2,
+        sites=(),
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def visual(plan: object) -> list[int]:
+    return [layer.visual for layer in plan.layers]
+
+
+def test_two_cuts_make_three_stages():
+    plan = make_plan(Steps((share("language.5", "50%"), share("language.2", 100))), layout())
+    assert visual(plan) == [576] * 2 + [100] * 3 + [50] * 3
+    spans = [(s.part, s.first, s.last, s.visual, s.sites) for s in plan.stages]
+    assert spans == [
+        ("vision", 0, 3, 577, ()),
+        ("language", 0, 1, 576, ()),
+        ("language", 2, 4, 100, ("language.2",)),
+        ("language", 5, 7, 50, ("language.5",)),
+    ]
+    assert plan.average_visual_tokens == (2 * 576 + 3 * 100 + 3 * 50) / 8
+
+
+def test_cuts_from_vision_to_projector_to_decoder_chain():
+    steps = (share("vision.1", "50%"), share("projector", "25%"), share("language.0", 30, rest=Plus(more=6)))
+    plan = make_plan(Steps(steps), layout())
+    assert plan.vision_tokens == (577, 289, 289, 289)
+    assert visual(plan) == [36] * 8
+    assert plan.layers[0].sites == ("projector", "language.0")
+
+
+def test_each_image_keeps_its_own_share():
+    two = layout(visual_tokens=(10, 7), tiles=2, tile_tokens=11)
+    assert visual(make_plan(Steps((share("language.1", "50%"),)), two))[1:] == [5 + 3] * 7
+    plan = make_plan(Steps((share("language.1", "50%", scope="sequence"),)), two)
+    assert visual(plan)[1:] == [8] * 7
+    assert not plan.exact
+    assert "depend on content" in plan.text()
+
+
+def test_tiles_inside_the_encoder_are_cut_one_by_one():
+    plan = make_plan(Steps((share("vision.2", "10%"),)), layout(visual_tokens=(36, 36), tiles=2, tile_tokens=37))
+    assert plan.vision_tokens == (74, 74, 8, 8)
+    assert visual(plan) == [6] * 8
+
+
+def test_an_exit_leaves_no_visual_token():
+    plan = make_plan(Steps((Step("language.6", exit=Gate(Always())),)), layout())
+    assert visual(plan) == [576] * 6 + [0] * 2
+    assert plan.fired is None
+
+
+@pytest.mark.parametrize("step", [Step("language.6", exit=Gate(Below())), Step("language.6", Above())])
+def test_a_decision_at_run_time_states_both_bounds(step):
+    plan = make_plan(Steps((step,)), layout())
+    assert visual(plan) == [576] * 8
+    assert visual(plan.fired) == [576] * 6 + [0] * 2
+    assert "at the least 432.0 visual tokens" in plan.text()
+
+
+def test_keeping_everything_costs_what_the_dense_model_costs():
+    plan = make_plan(Steps((share("vision.1", "100%"), share("language.3", "100%"))), layout())
+    assert plan.compiled == plan.dense
+    assert set(plan.ratio.values()) == {1.0}
+
+
+def test_bytes_of_the_cache_follow_the_layers():
+    plan = make_plan(Steps((share("language.4", 36),)), layout(), text_tokens=64)
+    assert [layer.kv_bytes for layer in plan.layers] == [2 * 2 * 16 * 640 * 2] * 4 + [2 * 2 * 16 * 100 * 2] * 4
+    assert plan.compiled.kv_bytes == sum(layer.kv_bytes for layer in plan.layers)
+
+
+def test_vision_costs_follow_windows_and_blocks_behind_the_features():
+    windowed = layout(
+        vision=(Layer(500, 2, 2, 8, 64), Layer(500, 2, 2, 8)),
+        prefix_tokens=0,
+        group=4,
+        tile_tokens=576,
+        visual_tokens=(144,),
+    )
+    patches, blocks = 2 * 576 * 588, 2 * 2 * 500 * 576
+    attention = 4 * 2 * 8 * 576 * (64 + 576)
+    plan = make_plan(Steps(()), windowed)
+    assert plan.dense.vision == patches + blocks + attention + 2 * 144 * 90
+    shorter = make_plan(Steps(()), windowed, vision_blocks=1)
+    assert shorter.dense.vision == plan.dense.vision
+    assert shorter.compiled.vision == plan.dense.vision - 2 * 500 * 576 - 4 * 2 * 8 * 576**2
+
+
+def test_prefill_and_decode_cost_what_is_counted_on_a_run():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=100,
+    )
+    model = LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+    layers = tuple(read_layer(layer) for layer in model.model.layers)
+    sizes = layout(language=layers, vision=(), tile_tokens=0, tiles=0, visual_tokens=(60,), head_linear=6400)
+    plan = plan_costs(sizes, [60, 60, 20, 7], 9, new_tokens=1)
+
+    def counted(queries: list[int], keys: list[int]) -> int:
+        """Each layer run by itself: `queries` new tokens over a cache that makes it `keys` in all."""
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            for layer, query, key in zip(model.model.layers, queries, keys, strict=True):
+                hidden, positions = torch.randn(1, query, 64), torch.arange(key - query, key)[None]
+                rotary = model.model.rotary_emb(hidden, positions)
+                attention = layer.self_attn
+                past = torch.randn(1, 2, key - query, 16)
+
+                class Cache:
+                    def update(self, k, v, *_args, past=past):
+                        return torch.cat((past, k), 2), torch.cat((past, v), 2)
+
+                attention(hidden, position_embeddings=rotary, attention_mask=None, past_key_values=Cache())
+                layer.mlp(hidden)
+            model.lm_head(torch.randn(1, 1, 64))
+        return counter.get_total_flops()
+
+    lengths = [69, 69, 29, 16]
+    assert plan.compiled.prefill == counted(lengths, lengths)
+    assert plan.dense.prefill == counted([69] * 4, [69] * 4)
+    assert plan.compiled.decode == counted([1] * 4, [length + 1 for length in lengths])
+
+
+def test_decode_is_the_mean_over_the_new_tokens():
+    one, many = (plan_costs(layout(), [10] * 8, 5, new_tokens=n).compiled.decode for n in (1, 3))
+    assert many == one + sum(4 * 4 * 16 for _ in range(8))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 1000), st.integers(1, 1000), st.integers(1, 7), st.integers(100, 500))
+def test_a_solved_schedule_is_the_best_below_the_target(first, second, layer, target):
+    steps = (
+        Step("language.0", Keep(keep=Budget(permille=first))),
+        Step(f"language.{layer}", Keep(keep=Budget(permille=second))),
+    )
+    policy = Steps(steps)
+    try:
+        solved = solve_average(policy, layout(), target)
+    except ArgumentError:
+        reject()
+    assert solved.average <= target
+
+    def average_at(factor: int) -> float:
+        shares = [min(1000, max(1, p * factor // 1_000_000)) for p in (first, second)]
+        entry = 576 * shares[0] // 1000
+        return (entry * layer + (entry * shares[1] // 1000) * (8 - layer)) / 8
+
+    # Every point at which one of the two shares changes.
+    points = {-(-1_000_000 * k // p) for p in (first, second) for k in range(1, 1001)}
+    assert solved.average == max(a for a in map(average_at, points) if a <= target)
+
+
+def test_a_solved_schedule_names_its_settings():
+    policy = Steps((share("language.0", "80%"), Step("language.4", exit=Gate(Always()))))
+    solved = solve_average(policy, layout(), 144)
+    assert solved.settings == {"steps.0.select.keep.keep": "50%"}
+    assert solved.average == 144
+    assert visual(solved.plan) == [288] * 4 + [0] * 4
+
+
+def test_counts_are_scaled_as_counts():
+    solved = solve_average(Steps((share("language.0", 64), share("language.4", 32))), layout(), 96)
+    assert solved.settings == {"steps.0.select.keep.keep": "128", "steps.1.select.keep.keep": "64"}
+
+
+@pytest.mark.parametrize("target", [100, 600])
+def test_an_average_out_of_reach_is_refused_with_the_range(target):
+    with pytest.raises(ArgumentError, match=r"144\.8 to 576\.0 visual tokens"):
+        solve_average(Steps((share("language.2", "50%"),)), layout(), target)
+
+
+def test_a_policy_without_budgets_cannot_be_solved():
+    with pytest.raises(ArgumentError, match="without budgets"):
+        solve_average(Steps((Step("language.2", exit=Gate(Always())),)), layout(), 100)
+
+
+def test_a_plan_is_json_and_a_table():
+    plan = make_plan(Steps((share("language.2", "50%"),)), layout(image_size=(336, 336)))
+    values = json.loads(json.dumps(plan.to_json()))
+    assert values["average_visual_tokens"] == plan.average_visual_tokens
+    assert values["layers"][3]["tokens"] == 288 + 64
+    assert values["stages"][-1] == {
+        "part": "language", "sites": ["language.2"], "first": 2, "last": 7, "visual": 288, "text": 64, "tokens": 352,
+    }  # fmt: skip
+    table = plan.text()
+    assert "test on test: 576 visual + 64 text tokens, image 336x336" in table
+    assert any(line.split() == ["language", "2-7", "language.2", "288", "64", "352"] for line in table.splitlines())

@@ -1,0 +1,124 @@
+"""Prices token counts: FLOPs of vision, prefill and decode, and bytes of KV cache.
+
+A matrix product of [m, k] and [k, n] is 2*m*k*n FLOPs, the count of `torch.utils.flop_counter`. Attention of q queries
+over k keys is 4*H*d*q*k: q·k and weights·v, all pairs, because a kernel under a boolean mask computes them all. Windows
+count in vision encoders, which split their tokens into windows; a decoder's window is only a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from tvc.program import Layer, Layout
+from tvc.report.plan import Cost, Plan, PlanLayer
+
+
+def attention_flops(layer: Layer, queries: int, keys: int) -> int:
+    return 4 * layer.heads * layer.head_dim * queries * keys
+
+
+def kv_bytes(layer: Layer, tokens: int, element_size: int) -> int:
+    """Bytes of the keys and values of `tokens` tokens."""
+    return 2 * layer.kv_heads * layer.head_dim * tokens * element_size
+
+
+def tile_lengths(layout: Layout) -> list[int]:
+    """Tokens of each sequence that the vision encoder attends within: a tile, or an image of a packed encoder."""
+    packed = [layout.group * count for count in layout.visual_tokens]
+    if layout.prefix_tokens == 0 and layout.tiles == 1 and layout.tile_tokens == sum(packed):
+        return packed
+    return [layout.tile_tokens] * layout.tiles
+
+
+def vision_flops(layout: Layout, lengths: Sequence[Sequence[int]], projected: int) -> int:
+    """FLOPs from pixels to features in the decoder's space.
+
+    Args:
+        layout: the model.
+        lengths: per encoder block that runs, the tokens of each tile, prefix included.
+        projected: visual tokens that the projector makes.
+    """
+    patches = sum(length - layout.prefix_tokens for length in tile_lengths(layout))
+    total = 2 * patches * layout.patch_linear + 2 * projected * layout.projector_linear
+    for layer, tiles in zip(layout.vision, lengths, strict=False):
+        for length in tiles:
+            total += 2 * layer.linear * length
+            total += attention_flops(layer, length, min(layer.window or length, length))
+    return total
+
+
+def decoder_flops(layout: Layout, queries: Sequence[int], keys: Sequence[int]) -> int:
+    """FLOPs of a decoder call, one row of logits included: in layer i, `queries[i]` tokens attend to `keys[i]`."""
+    pairs = zip(layout.language, queries, keys, strict=True)
+    blocks = sum(2 * layer.linear * q + attention_flops(layer, q, k) for layer, q, k in pairs)
+    return blocks + 2 * layout.head_linear
+
+
+def price(layout: Layout, tokens: Sequence[int], vision: int, new_tokens: int) -> Cost:
+    """The cost of a prompt that is `tokens[i]` long in decoder layer i, and of `new_tokens` more."""
+    one = [1] * len(tokens)
+    steps = [decoder_flops(layout, one, [count + step for count in tokens]) for step in range(1, new_tokens + 1)]
+    cached = sum(kv_bytes(layer, n, layout.element_size) for layer, n in zip(layout.language, tokens, strict=True))
+    return Cost(vision, decoder_flops(layout, tokens, tokens), sum(steps) / len(steps), cached)
+
+
+def plan_costs(
+    layout: Layout,
+    visual_tokens_per_layer: Sequence[int],
+    text_tokens: int,
+    vision_reductions: Mapping[int, Sequence[int]] | None = None,
+    new_tokens: int = 1,
+    *,
+    vision_blocks: int | None = None,
+    policy: str = "",
+    sites: Mapping[int, tuple[str, ...]] | None = None,
+    exact: bool = True,
+) -> Plan:
+    """The plan of given token counts.
+
+    Args:
+        layout: the model and its sample images.
+        visual_tokens_per_layer: visual tokens in each decoder layer, all images together.
+        text_tokens: text tokens of the prompt; none is ever removed.
+        vision_reductions: encoder block -> tokens of each tile from that block on, prefix included.
+        new_tokens: how many new tokens the decode cost is averaged over.
+        vision_blocks: encoder blocks that the compiled graph runs; the untouched model runs all of them.
+        policy: its name, for the reader.
+        sites: decoder layer -> names of the cuts before it.
+        exact: False where counts depend on content.
+    """
+    dense_tiles = tile_lengths(layout)
+    depth = len(layout.vision)
+    lengths, current = [], dense_tiles
+    for block in range(depth):
+        current = list((vision_reductions or {}).get(block, current))
+        lengths.append(current)
+    lengths = lengths[:vision_blocks]
+    plan_layers = []
+    for index, (layer, visual) in enumerate(zip(layout.language, visual_tokens_per_layer, strict=True)):
+        count = visual + text_tokens
+        flops = 2 * layer.linear * count + attention_flops(layer, count, count)
+        cached = kv_bytes(layer, count, layout.element_size)
+        plan_layers.append(PlanLayer(index, (sites or {}).get(index, ()), visual, text_tokens, flops, cached))
+    untouched = [sum(layout.visual_tokens) + text_tokens] * len(plan_layers)
+    dense_vision = vision_flops(layout, [dense_tiles] * depth, _projected(layout, dense_tiles))
+    vision = vision_flops(layout, lengths, _projected(layout, current))
+    return Plan(
+        model_type=layout.model_type,
+        policy=policy,
+        image_size=layout.image_size,
+        visual_tokens=layout.visual_tokens,
+        text_tokens=text_tokens,
+        new_tokens=new_tokens,
+        layers=tuple(plan_layers),
+        vision_tokens=tuple(sum(tiles) for tiles in lengths),
+        vision_sites=tuple((block, f"vision.{block}") for block in sorted(vision_reductions or {})),
+        dense=price(layout, untouched, dense_vision, new_tokens),
+        compiled=price(layout, [layer.tokens for layer in plan_layers], vision, new_tokens),
+        exact=exact,
+    )
+
+
+def _projected(layout: Layout, tiles: Sequence[int]) -> int:
+    """Rows the projector multiplies: patches of every tile, a group of them at a time."""
+    return sum((length - layout.prefix_tokens) // layout.group for length in tiles)

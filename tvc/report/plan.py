@@ -1,0 +1,185 @@
+"""The plan: what a policy does to one model's token counts, and what those counts cost.
+
+A plan is plain numbers; `tvc.report.schedule` makes it and `tvc.report.cost` prices it. Where a step decides at run
+time how many tokens stay (an exit on a threshold, a selection by threshold), a plan holds the most that can stay, and
+its `fired` plan the least.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """FLOPs (a multiply and an add are two) and bytes, for a batch of one.
+
+    `vision` covers patch embedding, encoder blocks and projector; `prefill` the decoder over the whole prompt and one
+    row of the output head; `decode` the same for one new token, the mean over the new tokens asked for; `kv_bytes`
+    the cache after prefill. Norms, activations and the scores of a policy are left out.
+    """
+
+    vision: int
+    prefill: int
+    decode: float
+    kv_bytes: int
+
+    def ratio(self, dense: Cost) -> dict[str, float]:
+        """This cost divided by the dense one, per field."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        return {name: getattr(self, name) / getattr(dense, name) if getattr(dense, name) else 1.0 for name in fields}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanLayer:
+    """One decoder layer: the tokens that run through it, and what they cost."""
+
+    index: int
+    sites: tuple[str, ...]  # the cuts right before this layer
+    visual: int
+    text: int
+    flops: int  # prefill
+    kv_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """Visual and text tokens: the layer's KV length after prefill."""
+        return self.visual + self.text
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanStage:
+    """Consecutive layers of one length; `first` and `last` are both inside."""
+
+    part: str  # `vision` or `language`
+    sites: tuple[str, ...]
+    first: int
+    last: int
+    visual: int  # language: visual tokens; vision: all tokens of all tiles
+    text: int
+
+    @property
+    def tokens(self) -> int:
+        return self.visual + self.text
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Tokens per layer and their cost, dense and compiled.
+
+    `vision_tokens` counts the tokens of all tiles in each block of the vision encoder. `exact` is False where the split
+    of a budget between several images depends on their content. `fired` is the plan in which every run-time decision
+    removes all it can; None where nothing is decided at run time.
+    """
+
+    model_type: str
+    policy: str
+    image_size: tuple[int, int]
+    visual_tokens: tuple[int, ...]  # of each sample image, untouched
+    text_tokens: int
+    new_tokens: int
+    layers: tuple[PlanLayer, ...]
+    vision_tokens: tuple[int, ...]
+    vision_sites: tuple[tuple[int, str], ...]
+    dense: Cost
+    compiled: Cost
+    exact: bool = True
+    fired: Plan | None = None
+
+    @property
+    def average_visual_tokens(self) -> float:
+        """The mean over decoder layers of the visual tokens that run through them."""
+        return sum(layer.visual for layer in self.layers) / len(self.layers)
+
+    @property
+    def ratio(self) -> dict[str, float]:
+        """Compiled divided by dense, for each field of `Cost`."""
+        return self.compiled.ratio(self.dense)
+
+    @property
+    def stages(self) -> tuple[PlanStage, ...]:
+        """Vision blocks, then decoder layers, as runs that open at a cut."""
+        cuts: dict[int, tuple[str, ...]] = {}
+        for block, site in self.vision_sites:
+            cuts[block] = (*cuts.get(block, ()), site)
+        vision = _runs("vision", [(cuts.get(i, ()), count, 0) for i, count in enumerate(self.vision_tokens)])
+        return vision + _runs("language", [(layer.sites, layer.visual, layer.text) for layer in self.layers])
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, derived numbers included, as JSON values."""
+        values = dataclasses.asdict(self)
+        values["layers"] = [{**dataclasses.asdict(layer), "tokens": layer.tokens} for layer in self.layers]
+        values["stages"] = [{**dataclasses.asdict(stage), "tokens": stage.tokens} for stage in self.stages]
+        values["average_visual_tokens"] = self.average_visual_tokens
+        values["ratio"] = self.ratio
+        values["fired"] = self.fired.to_json() if self.fired else None
+        return values
+
+    def text(self) -> str:
+        """The plan as plain text: one table of stages, one of costs."""
+        height, width = self.image_size
+        image = f", image {height}x{width}" if height else ""
+        untouched = " + ".join(str(count) for count in self.visual_tokens)
+        lines = [f"{self.policy} on {self.model_type}: {untouched} visual + {self.text_tokens} text tokens{image}", ""]
+        lines += _table(("layers", "cut", "visual", "text", "KV length"), [_stage_row(stage) for stage in self.stages])
+        lines += ["", *_table(("", "dense", "compiled", "ratio"), self._cost_rows())]
+        total = sum(self.visual_tokens)
+        share = f" ({100 * self.average_visual_tokens / total:.1f}%)" if total else ""
+        lines += ["", f"average visual tokens per decoder layer: {self.average_visual_tokens:.1f} of {total}{share}"]
+        if not self.exact:
+            lines.append("the images of a sequence share one budget: their split, and later counts, depend on content")
+        if self.fired:
+            low = self.fired
+            lines.append(
+                "decided at run time: the counts above are the most; at the least "
+                f"{low.average_visual_tokens:.1f} visual tokens on average, "
+                f"prefill {low.ratio['prefill']:.3f} and KV cache {low.ratio['kv_bytes']:.3f} of dense"
+            )
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _cost_rows(self) -> list[tuple[str, ...]]:
+        names = (
+            ("vision", "vision GFLOPs", 1e9, ".1f"),
+            ("prefill", "prefill GFLOPs", 1e9, ".1f"),
+            ("decode", "decode GFLOPs/token", 1e9, ".3f"),
+            ("kv_bytes", "KV cache MiB", 2**20, ".1f"),
+        )
+        rows: list[tuple[str, ...]] = []
+        for name, label, unit, style in names:
+            dense, compiled = getattr(self.dense, name) / unit, getattr(self.compiled, name) / unit
+            rows.append((label, format(dense, style), format(compiled, style), f"{self.ratio[name]:.3f}"))
+        return rows
+
+
+def _runs(part: str, entries: Sequence[tuple[tuple[str, ...], int, int]]) -> tuple[PlanStage, ...]:
+    """Consecutive (sites, visual, text) entries as stages: a new one opens where there is a site or another count."""
+    stages: list[PlanStage] = []
+    for index, (sites, visual, text) in enumerate(entries):
+        last = stages[-1] if stages else None
+        if last is not None and not sites and (last.visual, last.text) == (visual, text):
+            stages[-1] = dataclasses.replace(last, last=index)
+        else:
+            stages.append(PlanStage(part, sites, index, index, visual, text))
+    return tuple(stages)
+
+
+def _stage_row(stage: PlanStage) -> tuple[str, ...]:
+    name = f"{stage.part} {stage.first}" + (f"-{stage.last}" if stage.last > stage.first else "")
+    sites = ", ".join(stage.sites) or "-"
+    if stage.part == "vision":
+        return name, sites, str(stage.visual), "", ""
+    return name, sites, str(stage.visual), str(stage.text), str(stage.tokens)
+
+
+def _table(head: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Left-aligned names, right-aligned numbers, two blanks between columns."""
+    lines = [tuple(head), *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    named = 2 if "cut" in head else 1
+
+    def cell(text: str, column: int) -> str:
+        return text.ljust(widths[column]) if column < named else text.rjust(widths[column])
+
+    return ["  ".join(cell(text, i) for i, text in enumerate(line)) for line in lines]

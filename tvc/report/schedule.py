@@ -1,0 +1,253 @@
+"""Follows a resolved policy through a model's token counts, and solves a policy's budgets for a target average."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tvc.errors import ArgumentError
+from tvc.kernels.budget import Budget
+from tvc.program import Layout
+from tvc.report.cost import plan_costs, tile_lengths
+from tvc.report.plan import Plan
+
+_ORDER = {"vision": 0, "projector": 1, "language": 2}
+_PARTS = 1_000_000  # resolution of the common factor: finer than a permille of the smallest share
+
+
+@dataclasses.dataclass
+class _Track:
+    """The token counts while the steps are followed."""
+
+    counts: list[int]  # visual tokens per image (per tile inside the vision encoder)
+    vision: dict[int, list[int]] = dataclasses.field(default_factory=dict)  # block -> tokens per tile
+    language: dict[int, int] = dataclasses.field(default_factory=dict)  # layer -> visual tokens from there on
+    sites: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    exact: bool = True
+    decided_late: bool = False  # some count is settled at run time
+    emptied: bool = False  # some budget rounded down to nothing
+
+
+def make_plan(
+    policy: Any, layout: Layout, text_tokens: int = 64, new_tokens: int = 1, *, vision_blocks: int | None = None
+) -> Plan:
+    """The plan of a resolved policy for one model and its sample images.
+
+    Args:
+        policy: a resolved policy: `name` and `steps`, each with `site`, `scope`, `select`, `rest` and `exit`.
+        layout: the model.
+        text_tokens: text tokens of the prompt.
+        new_tokens: how many new tokens the decode cost is averaged over.
+        vision_blocks: encoder blocks that the compiled graph runs, where some lie behind the features it takes.
+    """
+    most = _follow(policy.steps, layout, fires=False)
+    plan = _priced(policy, layout, most, text_tokens, new_tokens, vision_blocks)
+    if not most.decided_late:
+        return plan
+    least = _follow(policy.steps, layout, fires=True)
+    return dataclasses.replace(plan, fired=_priced(policy, layout, least, text_tokens, new_tokens, vision_blocks))
+
+
+def _priced(policy: Any, layout: Layout, track: _Track, text_tokens: int, new_tokens: int, blocks: int | None) -> Plan:
+    return plan_costs(
+        layout,
+        _per_layer(track, layout),
+        text_tokens,
+        track.vision,
+        new_tokens,
+        vision_blocks=blocks,
+        policy=policy.name,
+        sites=track.sites,
+        exact=track.exact,
+    )
+
+
+def _per_layer(track: _Track, layout: Layout) -> list[int]:
+    visual, counts = track.language[-1], []
+    for index in range(len(layout.language)):
+        visual = track.language.get(index, visual)
+        counts.append(visual)
+    return counts
+
+
+def _place(site: object) -> tuple[str, int]:
+    component, _, index = str(site).partition(".")
+    return component, int(index) if index else 0
+
+
+def _in_order(steps: Sequence[Any]) -> list[Any]:
+    """Steps as a visual token meets them; steps at one site keep their order."""
+    return sorted(steps, key=lambda step: (_ORDER[_place(step.site)[0]], _place(step.site)[1]))
+
+
+def _follow(steps: Sequence[Any], layout: Layout, *, fires: bool) -> _Track:
+    """The counts after each step; `fires`: decisions made at run time remove all they can, else nothing."""
+    lengths = tile_lengths(layout)
+    track = _Track([(length - layout.prefix_tokens) // layout.group for length in lengths])
+    ordered = _in_order(steps)
+    for step in (s for s in ordered if _place(s.site)[0] == "vision"):
+        _apply(step, track, fires=fires)
+        kept = [layout.prefix_tokens + layout.group * count for count in track.counts]
+        track.vision[_place(step.site)[1]] = kept
+    track.counts = _images(track.counts, layout) if track.vision else list(layout.visual_tokens)
+    for step in (s for s in ordered if _place(s.site)[0] == "projector"):
+        _apply(step, track, fires=fires)
+        track.sites[0] = (*track.sites.get(0, ()), str(step.site))
+    track.language[-1] = sum(track.counts)
+    for step in (s for s in ordered if _place(s.site)[0] == "language"):
+        index = _place(step.site)[1]
+        _apply(step, track, fires=fires)
+        track.language[index] = sum(track.counts)
+        name = str(step.site)
+        track.sites[index] = tuple(dict.fromkeys((*track.sites.get(index, ()), name)))
+    return track
+
+
+def _images(tiles: list[int], layout: Layout) -> list[int]:
+    """Visual tokens per image after cuts in the vision encoder, which count per tile; tiles go to images in order."""
+    share = len(tiles) // len(layout.visual_tokens)
+    return [sum(tiles[i * share : (i + 1) * share]) for i in range(len(layout.visual_tokens))]
+
+
+def _apply(step: Any, track: _Track, *, fires: bool) -> None:
+    entering = track.counts if step.scope == "image" else [sum(track.counts)]
+    left = list(entering)
+    if step.select is not None:
+        chosen = list(step.select.kept(entering))
+        track.emptied |= any(before and not after for before, after in zip(entering, chosen, strict=True))
+        if _decides_late(step.select):
+            track.decided_late = True
+            chosen = [0] * len(chosen) if fires else chosen
+        left = list(step.rest.kept(entering, chosen)) if step.rest is not None else chosen
+    if step.exit is not None:
+        always = step.exit.gate.key == "always"
+        track.decided_late |= not always
+        left = [0] * len(left) if always or fires else left
+    track.counts = left if step.scope == "image" else _split(left[0], track)
+
+
+def _split(total: int, track: _Track) -> list[int]:
+    """A budget that images shared, handed back in proportion: the true split is known only for a single image."""
+    before = sum(track.counts)
+    if total not in (0, before) and sum(count > 0 for count in track.counts) > 1:
+        track.exact = False
+    running, shares, given = 0, [], 0
+    for count in track.counts:
+        running += count
+        upto = total * running // before if before else 0
+        shares.append(upto - given)
+        given = upto
+    return shares
+
+
+def _decides_late(select: Any) -> bool:
+    """Whether a selector's count depends on the scores: it has no budget."""
+    return next(_budgets(select), None) is None
+
+
+def _budgets(select: Any) -> Iterator[tuple[str, Budget]]:
+    for name in type(select).model_fields:
+        value = getattr(select, name)
+        if isinstance(value, Budget):
+            yield name, value
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Budgets that meet an average: `settings` for `Policy.with_settings`, and the plan they give."""
+
+    settings: dict[str, str]
+    plan: Plan
+
+    @property
+    def average(self) -> float:
+        return self.plan.average_visual_tokens
+
+
+def solve_average(
+    policy: Any, layout: Layout, target: float, text_tokens: int = 64, *, vision_blocks: int | None = None
+) -> Schedule:
+    """Scales all budgets of a resolved policy by one factor, so that the decoder's layers hold `target` visual tokens.
+
+    The mean over layers rises with the factor, so that bisection over whole numbers finds the largest mean that does
+    not exceed the target.
+
+    Returns:
+        A setting for each budget (`steps.0.select.top.keep=12.5%`) and the plan they give.
+
+    Raises:
+        ArgumentError: no factor meets the target, or the policy has no budget to scale.
+    """
+    budgets = [b for step in policy.steps if step.select is not None for _, b in _budgets(step.select)]
+    if not budgets:
+        raise _refused(
+            policy, target, "a policy without budgets", "a policy with a `keep`", "give a policy that selects"
+        )
+
+    def scaled(factor: int) -> Any:
+        return dataclasses.replace(policy, steps=tuple(_scaled_step(step, factor) for step in policy.steps))
+
+    def average(factor: int) -> float:
+        track = _follow(scaled(factor).steps, layout, fires=False)
+        return sum(_per_layer(track, layout)) / len(layout.language)
+
+    total = max(sum(layout.visual_tokens), max(tile_lengths(layout)))
+    most = max(-(-_PARTS * (1000 if b.permille else total) // (b.permille or b.count or 1)) for b in budgets)
+    least = _largest(lambda f: _follow(scaled(f).steps, layout, fires=False).emptied, most)
+    least += _follow(scaled(least).steps, layout, fires=False).emptied
+    lowest, highest = average(least), average(most)
+    if not lowest <= target <= highest:
+        raise _refused(
+            policy,
+            target,
+            f"{target:g}",
+            f"{lowest:.1f} to {highest:.1f} visual tokens a layer: what its cuts can reach in this model",
+            "move the cuts to earlier layers for a smaller average, or choose a target in that range",
+        )
+    best = average(_largest(lambda f: average(f) <= target, most))
+    # Of all factors with that mean the smallest: 50% rather than a 50.1% that rounds to as many tokens.
+    factor = 0 if average(0) == best else _largest(lambda f: average(f) < best, most) + 1
+    plan = make_plan(scaled(factor), layout, text_tokens, vision_blocks=vision_blocks)
+    return Schedule(dict(_settings(policy, factor)), plan)
+
+
+def _refused(policy: Any, target: float, got: str, want: str, fix: str) -> ArgumentError:
+    return ArgumentError(
+        f"no budgets of policy {policy.name} give an average of {target:g} visual tokens",
+        where="--average-tokens",
+        got=got,
+        want=want,
+        fix=fix,
+        slug="unreachable-average",
+    )
+
+
+def _largest(holds: Callable[[int], bool], most: int) -> int:
+    """The largest number in 0..most for which `holds`, which never becomes true again once false; 0 if it never is."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def _scaled(budget: Budget, factor: int) -> Budget:
+    """A share stays between a tenth of a percent and all; a count stays at least 1."""
+    if budget.permille is not None:
+        return Budget(permille=min(1000, max(1, budget.permille * factor // _PARTS)))
+    return Budget(count=max(1, (budget.count or 0) * factor // _PARTS))
+
+
+def _scaled_step(step: Any, factor: int) -> Any:
+    if step.select is None:
+        return step
+    update = {name: _scaled(budget, factor) for name, budget in _budgets(step.select)}
+    return dataclasses.replace(step, select=step.select.model_copy(update=update))
+
+
+def _settings(policy: Any, factor: int) -> Iterator[tuple[str, str]]:
+    for index, step in enumerate(policy.steps):
+        if step.select is not None:
+            for name, budget in _budgets(step.select):
+                yield f"steps.{index}.select.{step.select.key}.{name}", str(_scaled(budget, factor))
