@@ -1,1 +1,1 @@
-"""Published methods, one YAML file each."""
+"""The policies that ship with the compiler, one YAML file each."""

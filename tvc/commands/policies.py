@@ -1,0 +1,90 @@
+"""tvc policies: what ships, what a policy says, whether a file is right, and the schema for editors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import typer
+
+_SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Replace a value: keep=25% or steps.0.select.top.keep=25%.")
+_JSON = typer.Option(False, "--json", help="Write JSON for machines.")
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(help="List, show and check policies.", no_args_is_help=True)
+    group.command("list")(list_presets)
+    group.command("show")(show)
+    group.command("check")(check)
+    group.command("schema")(schema)
+    app.add_typer(group, name="policies")
+
+
+def _dump(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def list_presets(as_json: bool = _JSON) -> None:
+    """List the policies that ship with tvc."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tvc.policy import load_policy, presets
+
+    policies = [load_policy(name) for name in presets()]
+    if as_json:
+        _dump([{"name": p.name, "about": p.about, "parameters": dict(p.parameters)} for p in policies])
+        return
+    table = Table("name", "parameters", "about", box=None, pad_edge=False)
+    for policy in policies:
+        table.add_row(policy.name, " ".join(f"{k}={v}" for k, v in policy.parameters.items()), policy.about)
+    Console().print(table)
+
+
+def show(
+    policy: str = typer.Argument(metavar="NAME", help="A preset's name or a file."),
+    settings: list[str] = _SET,
+    as_json: bool = _JSON,
+) -> None:
+    """Print a policy as YAML, with what it extends written out."""
+    from tvc.policy import load_policy
+
+    loaded = load_policy(policy, set=settings)
+    if as_json:
+        _dump(loaded.document.data)
+    else:
+        typer.echo(loaded.to_yaml(), nl=False)
+
+
+def check(
+    policy: str = typer.Argument(metavar="FILE", help="A file or a preset's name."),
+    settings: list[str] = _SET,
+    as_json: bool = _JSON,
+) -> None:
+    """Check a policy without a model; exit code 2 and five lines where it is wrong."""
+    from tvc.errors import TvcError
+    from tvc.policy import load_policy
+
+    try:
+        loaded = load_policy(policy, set=settings)
+    except TvcError as error:
+        if not as_json:
+            raise
+        lines = {"summary": error.summary, "where": error.where, "got": error.got, "want": error.want, "fix": error.fix}
+        _dump({"ok": False, "code": error.code, "slug": error.slug, **lines})
+        raise typer.Exit(error.exit_code) from None
+    if as_json:
+        facts = {"name": loaded.name, "steps": [s.at for s in loaded.steps], "parameters": dict(loaded.parameters)}
+        _dump({"ok": True, **facts, "digest": loaded.digest()})
+        return
+    parameters = ", ".join(f"{k}={v}" for k, v in loaded.parameters.items()) or "no parameters"
+    typer.echo(
+        f"ok {loaded.name}: {len(loaded.steps)} step(s) at {', '.join(s.at for s in loaded.steps)}; {parameters}"
+    )
+
+
+def schema() -> None:
+    """Print the JSON Schema of the policy language."""
+    from tvc.policy import json_schema
+
+    _dump(json_schema())

@@ -1,0 +1,140 @@
+"""Budgets against a model: averages over the layers become counts, and a budget that keeps nothing is refused."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+
+from tvc.errors import SiteError
+from tvc.kernels.budget import Budget
+from tvc.kernels.op import Primitive
+from tvc.policy.schema import Policy, Step
+from tvc.program import Layout
+
+
+def scope_counts(step: Step, counts: list[int]) -> list[int]:
+    """Visual tokens per scope of the step, from those per image."""
+    return counts if step.scope == "image" else [sum(counts)]
+
+
+def leaving(steps: tuple[Step, ...], layout: Layout) -> Iterator[tuple[Step, list[int], list[int]]]:
+    """Per step, how many visual tokens each of its scopes has on entering and on leaving.
+
+    A gate decided at run time is taken not to fire, so the counts are upper bounds behind one.
+    """
+    images = list(layout.visual_tokens)
+    for step in steps:
+        entering = scope_counts(step, images)
+        if step.exit is not None:
+            left = [0] * len(entering) if step.exit.gate.key == "always" else entering
+        else:
+            chosen = step.select.kept(entering) if step.select is not None else entering
+            left = step.rest.kept(entering, chosen) if step.rest is not None else chosen
+        yield step, entering, left
+        # What a step of scope `sequence` leaves can't be told apart by image: later steps see it as one.
+        images = left
+
+
+def check_nothing_emptied(policy: Policy, steps: tuple[Step, ...], layout: Layout) -> None:
+    """Refuses a budget that rounds down to no token for one of the sample's images.
+
+    Raises:
+        SiteError: with the smallest share that keeps a token.
+    """
+    for number, (step, entering, left) in enumerate(leaving(steps, layout)):
+        if step.exit is not None:
+            continue
+        for image, (before, after) in enumerate(zip(entering, left, strict=True)):
+            if before and not after:
+                enough = -(-1000 // before)
+                share = f"{enough // 10}.{enough % 10}%" if enough % 10 else f"{enough // 10}%"
+                budgets = ", ".join(str(b) for p in step.primitives() for _, b in fields(p, lambda _: True))
+                raise SiteError(
+                    f"step {number} keeps nothing of the {before} visual tokens of {step.scope} {image}",
+                    where=policy.document.where(("steps", number, "select")),
+                    got=f"keep {budgets} of {before}",
+                    want=f"at least one token: {share} or more, or a count",
+                    fix=f"write keep: {share}, or keep: 1; to drop all of them, exit: {{when: always}}",
+                    slug="keeps-nothing",
+                )
+
+
+def fields(primitive: Primitive, wanted: Callable[[Budget], bool]) -> Iterator[tuple[str, Budget]]:
+    """The primitive's own budgets that are `wanted`, by field name."""
+    for name in type(primitive).model_fields:
+        value = getattr(primitive, name)
+        if isinstance(value, Budget) and wanted(value):
+            yield name, value
+
+
+def _is_average(budget: Budget) -> bool:
+    return budget.average is not None
+
+
+def with_averages(policy: Policy, steps: tuple[Step, ...], layout: Layout) -> tuple[Step, ...]:
+    """The steps with each `{average: n}` as the count that brings the mean over the decoder's layers closest to n.
+
+    With several such steps each keeps the same share of what enters it. The mean is over the decoder's layers and over
+    the images of the sample.
+
+    Raises:
+        SiteError: no count reaches the average; steps ask for different averages; the step acts where none is defined.
+    """
+    marked = [i for i, step in enumerate(steps) if step.select and any(fields(step.select, _is_average))]
+    if not marked:
+        return steps
+    asked = {budget.average or 0 for i in marked for _, budget in fields(steps[i].select, _is_average)}  # type: ignore[arg-type]
+    target, where = max(asked), policy.document.where(("steps", marked[0], "select"))
+    if len(asked) > 1:
+        raise SiteError(
+            "steps ask for different averages over the same layers",
+            where=where,
+            got=", ".join(str(n) for n in sorted(asked)),
+            want="one average, shared by all steps that name one",
+            fix=f"write {{average: {target}}} in each of them, or give all but one a share",
+            slug="several-averages",
+        )
+    largest = max(layout.visual_tokens, default=0)
+
+    def candidate(size: int) -> tuple[Step, ...]:
+        """The steps with counts: the first keeps `size`, the next the same share of that, and so on."""
+        made, count = list(steps), largest
+        for i in marked:
+            count = max(1, count * size // max(largest, 1))
+            select = steps[i].select
+            if select is not None:
+                update = {name: Budget(count=count) for name, _ in fields(select, _is_average)}
+                made[i] = dataclasses.replace(steps[i], select=select.model_copy(update=update))
+        return tuple(made)
+
+    means = [_mean(candidate(size), layout) for size in range(1, largest + 1)]
+    if not means or not means[0] <= target <= means[-1]:
+        bounds = f"{float(means[0]):.1f} to {float(means[-1]):.1f}" if means else "an image in the sample"
+        raise SiteError(
+            f"no budget makes the average over the {len(layout.language)} decoder layers {target} visual tokens",
+            where=where,
+            got=f"{{average: {target}}}",
+            want=bounds,
+            fix="choose an average in that range, or act at another layer" if means else "give a sample with an image",
+            slug="unreachable-average",
+        )
+    above = bisect.bisect_left(means, target)
+    best = min(range(max(above - 1, 0), min(above + 1, len(means))), key=lambda i: (abs(means[i] - target), i))
+    return candidate(best + 1)
+
+
+def _mean(steps: tuple[Step, ...], layout: Layout) -> Fraction:
+    """Visual tokens per image and decoder layer."""
+    total, current = 0, sum(layout.visual_tokens)
+    after = {}
+    for step, _, left in leaving(steps, layout):
+        if step.site.component == "language":
+            after[step.site.index] = sum(left)
+        else:
+            current = sum(left)
+    for layer in range(len(layout.language)):
+        current = after.get(layer, current)
+        total += current
+    return Fraction(total, max(len(layout.language), 1) * max(len(layout.visual_tokens), 1))

@@ -1,0 +1,445 @@
+"""Document -> Policy: every check that needs no model, each refusal with its line, what is legal and what to write."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from tvc.kernels.op import PRIMITIVES, Kind, Primitive
+from tvc.policy.document import Document, Path, nearest
+from tvc.policy.explain import build
+from tvc.policy.schema import (
+    COMPONENTS,
+    NORMALIZE,
+    POSITIONS,
+    SCOPES,
+    VERSION,
+    Exit,
+    Policy,
+    Step,
+    WeightedScore,
+    parse_site,
+)
+
+TOP_KEYS = (
+    "version",
+    "name",
+    "about",
+    "reference",
+    "deviations",
+    "extends",
+    "parameters",
+    "steps",
+    "positions",
+)
+STEP_KEYS = ("at", "exit", "name", "rest", "scope", "score", "select")
+SITES = "vision.K, projector or language.K (K a block, 0-based; -1 the last; 25% by depth)"
+WORDS: dict[Kind, str] = {"score": "a score", "select": "a selector", "rest": "a rest rule", "when": "an exit gate"}
+GATE = "threshold"  # the gate that `when: {score: ..., above: ...}` stands for
+
+_TEMPLATE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_Choice = TypeVar("_Choice", bound=str)
+
+
+def parse(document: Document) -> Policy:
+    """The policy a flattened document (its `extends` already merged) stands for.
+
+    Raises:
+        PolicyError: with the file and line, and what to write instead.
+    """
+    top = _mapping(document, (), document.data, "the policy")
+    for key in top:
+        if key not in TOP_KEYS:
+            raise document.unknown((key,), key, TOP_KEYS, "the policy")
+    _version(document, top)
+    expanded = expand(document)
+    raw = expanded.data.get("steps")
+    if not isinstance(raw, list) or not raw:
+        raise document.error(
+            ("steps",),
+            "the policy has no steps" if not raw else "`steps` is not a list",
+            got=_kind(raw),
+            want="a list with at least one step",
+            fix="write steps: and below it - at: language.2",
+            slug="no-steps",
+        )
+    steps = tuple(_step(expanded, ("steps", i), value) for i, value in enumerate(raw))
+    _ordered(expanded, steps)
+    deviations = top.get("deviations", [])
+    if not isinstance(deviations, list) or not all(isinstance(d, str) for d in deviations):
+        raise _wrong(document, ("deviations",), deviations, "a list of texts", "write deviations: [text, text]")
+    return Policy(
+        name=_text(document, ("name",), top.get("name", "unnamed")),
+        steps=steps,
+        positions=_choice(expanded, ("positions",), expanded.data.get("positions", "keep"), POSITIONS),
+        document=document,
+        about=_text(document, ("about",), top.get("about", "")),
+        reference=_mapping(document, ("reference",), top.get("reference", {}), "`reference`"),
+        deviations=tuple(deviations),
+        parameters=top.get("parameters", {}),
+    )
+
+
+def _version(document: Document, top: Mapping[str, Any]) -> None:
+    version = top.get("version")
+    if version == VERSION and isinstance(version, int) and not isinstance(version, bool):
+        return
+    raise document.error(
+        ("version",),
+        "the policy does not say its version" if version is None else "the policy is of a version that is not known",
+        got="no version" if version is None else repr(version),
+        want=VERSION,
+        fix=f"write version: {VERSION}",
+        slug="bad-version",
+    )
+
+
+# Parameters -----------------------------------------------------------------------------------------------------------
+
+
+def expand(document: Document) -> Document:
+    """The document with `{name}` in the steps and in `positions` replaced by the parameter's value."""
+    parameters = _mapping(document, ("parameters",), document.data.get("parameters", {}), "`parameters`")
+    for name, value in parameters.items():
+        if not name.isidentifier() or name in TOP_KEYS:
+            raise document.error(
+                ("parameters", name),
+                "a parameter has a name that can't be referred to",
+                got=name,
+                want="letters, digits and _, none of the policy's own keys",
+                fix="rename the parameter",
+                slug="bad-parameter",
+            )
+        if isinstance(value, str) and _TEMPLATE.search(value):
+            raise document.error(
+                ("parameters", name),
+                "a parameter refers to a parameter",
+                got=value,
+                want="a plain value",
+                fix="write the value out",
+                slug="bad-parameter",
+            )
+    used: set[str] = set()
+    data, marks = dict(document.data), dict(document.marks)
+    for key in ("steps", "positions"):
+        if key in data:
+            data[key] = _expand(Document(data, marks, document.source), (key,), data[key], parameters, used, marks)
+    for name in parameters:
+        if name not in used:
+            close = nearest(name, [p for p in parameters if p in used])
+            raise document.error(
+                ("parameters", name),
+                "a parameter is used nowhere in the steps",
+                got=name,
+                want=f"one of {', '.join(sorted(used))}" if used else "no parameters",
+                fix=f'write "{close}"' if close else f'refer to it as "{{{name}}}" in a step, or remove it',
+                slug="unused-parameter",
+            )
+    return Document(data, marks, document.source)
+
+
+def used_parameters(data: Any) -> set[str]:
+    """The names of all templates in a value."""
+    if isinstance(data, dict):
+        return {name for item in data.values() for name in used_parameters(item)}
+    if isinstance(data, list):
+        return {name for item in data for name in used_parameters(item)}
+    return set(_TEMPLATE.findall(data)) if isinstance(data, str) else set()
+
+
+def _expand(
+    document: Document, path: Path, value: Any, parameters: Mapping[str, Any], used: set[str], marks: dict[Path, str]
+) -> Any:
+    """The value with its templates replaced; one that is nothing but a template is marked with the parameter's line."""
+    if isinstance(value, dict):
+        for key in value:
+            if len(value) == 1 and value[key] is None and key in parameters:
+                raise document.error(
+                    path,
+                    "a reference to a parameter stands without quotes, which YAML reads as a mapping",
+                    got=f"{{{key}}}",
+                    want=f'"{{{key}}}"',
+                    fix=f'write "{{{key}}}", quotes included',
+                    slug="unquoted-parameter",
+                )
+        return {key: _expand(document, (*path, key), item, parameters, used, marks) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(document, (*path, i), item, parameters, used, marks) for i, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    for name in _TEMPLATE.findall(value):
+        if name not in parameters:
+            close = nearest(name, parameters)
+            raise document.error(
+                path,
+                "a step refers to a parameter that the policy does not have",
+                got=f"{{{name}}}",
+                want=f"one of {', '.join(sorted(parameters))}" if parameters else "a name under `parameters`",
+                fix=f'write "{{{close}}}"' if close else f"add {name} under parameters",
+                slug="unknown-parameter",
+            )
+        used.add(name)
+    whole = _TEMPLATE.fullmatch(value)
+    if whole is None:
+        return _TEMPLATE.sub(lambda m: str(parameters[m[1]]), value)
+    marks[path] = marks.get(("parameters", whole[1]), document.source)
+    return parameters[whole[1]]
+
+
+# Steps ----------------------------------------------------------------------------------------------------------------
+
+
+def _step(document: Document, path: Path, raw: Any) -> Step:
+    step = _mapping(document, path, raw, f"step {path[-1]}")
+    for key in step:
+        if key not in STEP_KEYS:
+            raise document.unknown((*path, key), key, STEP_KEYS, f"step {path[-1]}")
+    if ("select" in step) == ("exit" in step):
+        both = "select" in step
+        raise document.error(
+            path,
+            f"step {path[-1]} has both `select` and `exit`" if both else f"step {path[-1]} reduces nothing",
+            got="select and exit" if both else ", ".join(step) or "no keys",
+            want="either `select` or `exit`",
+            fix="write them as two steps" if both else "add select: {top: {keep: 50%}}, or exit: {when: always}",
+            slug="select-and-exit" if both else "no-action",
+        )
+    common: dict[str, Any] = {
+        "at": _at(document, path, step),
+        "scope": _choice(document, (*path, "scope"), step.get("scope", "image"), SCOPES),
+        "name": _text(document, (*path, "name"), step.get("name", "")),
+        "where": document.where(path),
+    }
+    if "exit" in step:
+        for key in ("score", "rest"):
+            if key in step:
+                raise document.error(
+                    (*path, key),
+                    f"step {path[-1]} is an exit and has a `{key}` that nothing uses",
+                    got=key,
+                    want="at and exit",
+                    fix="write it inside: exit: {when: {score: ..., above: 0.5}}" if key == "score" else "remove it",
+                    slug="unused-score" if key == "score" else "unused-rest",
+                )
+        return Step(exit=_exit(document, (*path, "exit"), step["exit"]), **common)
+    select = _primitive(document, (*path, "select"), step["select"], "select")
+    rest = _primitive(document, (*path, "rest"), step.get("rest", "drop"), "rest")
+    scores = _scores(document, (*path, "score"), step["score"]) if "score" in step else ()
+    users = [p for p in (select, rest) if p.needs_score]
+    if users and not scores:
+        raise document.error(
+            path,
+            f"step {path[-1]} has no score, and `{users[0].key}` needs one",
+            got="no score",
+            want=f"one of {', '.join(sorted(PRIMITIVES['score']))}",
+            fix="add score: {attention: {of: last, layer: previous}}, or choose with select: {stride: {keep: 25%}}",
+            slug="no-score",
+        )
+    if scores and not users:
+        raise document.error(
+            (*path, "score"),
+            f"step {path[-1]} has a score that nothing uses",
+            got=", ".join(s.primitive.key for s in scores),
+            want=f"no score: `{select.key}` and `{rest.key}` take none",
+            fix="remove the score, or choose with select: {top: ...}",
+            slug="unused-score",
+        )
+    return Step(score=scores, select=select, rest=rest, **common)
+
+
+def _at(document: Document, path: Path, step: Mapping[str, Any]) -> str:
+    at = step.get("at")
+    if isinstance(at, str) and parse_site(at) is not None:
+        return str(parse_site(at))
+    close = nearest(at.partition(".")[0], COMPONENTS) if isinstance(at, str) else None
+    raise document.error(
+        (*path, "at") if "at" in step else path,
+        f"step {path[-1]} does not say where it acts" if at is None else f"step {path[-1]} acts at no known site",
+        got="no `at`" if at is None else at,
+        want=SITES,
+        fix=f"write at: {close}" + ("" if close == "projector" else ".2") if close else "write at: language.2",
+        slug="bad-site-name",
+    )
+
+
+def _exit(document: Document, path: Path, raw: Any) -> Exit:
+    body = _mapping(document, path, raw, "`exit`")
+    for key in body:
+        if key != "when":
+            raise document.unknown((*path, key), key, ("when",), "`exit`")
+    if "when" not in body:
+        raise document.error(
+            path,
+            "an exit does not say when it happens",
+            got="no `when`",
+            want="always, or a threshold on a score",
+            fix="write exit: {when: always}",
+            slug="no-gate",
+        )
+    here, when = (*path, "when"), body["when"]
+    if isinstance(when, dict) and "score" in when:
+        scores = _scores(document, (*here, "score"), when["score"])
+        settings = {key: value for key, value in when.items() if key != "score"}
+        return Exit(_build(document, here, settings, "when", GATE), scores)
+    bare = isinstance(when, dict) and ("above" in when or "below" in when)
+    if bare or when == GATE or (isinstance(when, dict) and GATE in when):
+        raise document.error(
+            here,
+            "an exit has a threshold and no score to compare with it",
+            got=when if isinstance(when, str) else ", ".join(when),
+            want="score, and above or below",
+            fix="write when: {score: {attention: {of: last, layer: previous}}, reduce: max, above: 0.5}",
+            slug="no-score",
+        )
+    return Exit(_primitive(document, here, when, "when"))
+
+
+def _scores(document: Document, path: Path, raw: Any) -> tuple[WeightedScore, ...]:
+    if isinstance(raw, list):
+        if not raw:
+            raise _wrong(document, path, raw, "at least one score", "write score: {norm: {of: feature}}")
+        return tuple(_weighted(document, (*path, i), item) for i, item in enumerate(raw))
+    return (_weighted(document, path, raw),)
+
+
+def _weighted(document: Document, path: Path, raw: Any) -> WeightedScore:
+    if not isinstance(raw, dict):
+        return WeightedScore(_primitive(document, path, raw, "score"))
+    weight = raw.get("weight", 1.0)
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not number or not math.isfinite(weight) or weight == 0:
+        raise _wrong(document, (*path, "weight"), weight, "a finite number other than 0", "write weight: 0.5")
+    normalize = _choice(document, (*path, "normalize"), raw.get("normalize", "none"), NORMALIZE)
+    named = {key: value for key, value in raw.items() if key not in ("weight", "normalize")}
+    return WeightedScore(_primitive(document, path, named, "score"), float(weight), normalize)
+
+
+def _primitive(document: Document, path: Path, raw: Any, kind: Kind) -> Any:
+    """`drop`, or `{top: {keep: 25%}}`: a primitive's name alone, or with its settings."""
+    known = PRIMITIVES[kind]
+    body = {raw: {}} if isinstance(raw, str) else raw
+    if not isinstance(body, dict) or len(body) != 1:
+        several = isinstance(body, dict) and len(body) > 1
+        stranger = next((k for k in body if k not in known), None) if isinstance(body, dict) else None
+        if several and stranger is not None:
+            raise document.unknown((*path, stranger), stranger, known, WORDS[kind])
+        raise document.error(
+            path,
+            f"{WORDS[kind]} has more than one name" if several else f"{WORDS[kind]} has no name",
+            got=", ".join(body) if several else _kind(raw),
+            want=f"one of {', '.join(sorted(known))}",
+            fix="write them as a list" if several and kind == "score" else f"write {min(known, default='a name')}: ...",
+            slug="wrong-type",
+        )
+    ((key, settings),) = body.items()
+    if key not in known:
+        close = nearest(key, known)
+        raise document.error(
+            path if isinstance(raw, str) else (*path, key),
+            f"{WORDS[kind]} of that name does not exist",
+            got=key,
+            want=f"one of {', '.join(sorted(known))}",
+            fix=f'write "{close}"' if close else "choose one of them",
+            slug=f"unknown-{'gate' if kind == 'when' else kind}",
+        )
+    return _build(document, path if isinstance(raw, str) else (*path, key), settings, kind, key)
+
+
+def _build(document: Document, path: Path, settings: Any, kind: Kind, key: str) -> Primitive:
+    cls: type[Primitive] = PRIMITIVES[kind][key]
+    if settings is None:
+        settings = {}
+    if not isinstance(settings, dict):
+        if cls.shorthand is None:
+            want = f"a mapping with {', '.join(cls.model_fields)}" if cls.model_fields else "no settings"
+            raise _wrong(document, path, settings, want, f"write {key}: {{}}")
+        settings = {cls.shorthand: settings}
+    return build(cls, document, path, settings)
+
+
+def _ordered(document: Document, steps: tuple[Step, ...]) -> None:
+    """Refuses two steps at one site, steps out of pipeline order, and steps behind an exit that always happens."""
+    for i, (step, following) in enumerate(itertools.pairwise(steps)):
+        path: Path = ("steps", i + 1)
+        one, two = step.site, following.site
+        if one == two:
+            raise document.error(
+                (*path, "at"),
+                f"steps {i} and {i + 1} act at the same site, and nothing says which comes first",
+                got=f"{two} twice",
+                want="one step per site",
+                fix="join them into one step, or move one to another layer",
+                slug="same-site",
+            )
+        ranks = COMPONENTS.index(one.component), COMPONENTS.index(two.component)
+        comparable = one.index is not None and two.index is not None and one.percent == two.percent
+        signs = comparable and ((one.index or 0) < 0) == ((two.index or 0) < 0)
+        if ranks[0] > ranks[1] or (ranks[0] == ranks[1] and signs and (one.index or 0) > (two.index or 0)):
+            raise document.error(
+                (*path, "at"),
+                f"step {i + 1} acts before step {i}: steps are not in the order in which tokens pass them",
+                got=f"{one}, then {two}",
+                want=f"{two}, then {one}",
+                fix="write the steps in the order vision, projector, language, each by rising layer",
+                slug="step-order",
+            )
+        if step.exit is not None and step.exit.gate.key == "always":
+            raise document.error(
+                path,
+                f"step {i + 1} can never act: step {i} has dropped every visual token",
+                got=f"a step behind exit at {one}",
+                want="exit: {when: always} as the last step",
+                fix="remove the later steps, or give the exit a threshold",
+                slug="unreachable-step",
+            )
+
+
+# Small checks ---------------------------------------------------------------------------------------------------------
+
+
+def _kind(value: object) -> str:
+    """A value in plain words, for `got`."""
+    if value is None:
+        return "nothing"
+    names = {dict: "a mapping", list: "a list", str: "text", bool: "true or false"}
+    return names.get(type(value), "a number") + (f" ({value})" if isinstance(value, (str, int, float)) else "")
+
+
+def _wrong(document: Document, path: Path, value: object, want: str, fix: str) -> Exception:
+    return document.error(path, "a value is of the wrong kind", got=_kind(value), want=want, fix=fix, slug="wrong-type")
+
+
+def _mapping(document: Document, path: Path, value: Any, what: str) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise document.error(
+        path,
+        f"{what} is not a mapping",
+        got=_kind(value),
+        want="keys and values",
+        fix="write key: value lines",
+        slug="wrong-type",
+    )
+
+
+def _text(document: Document, path: Path, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise _wrong(document, path, value, "text", "write text; put numbers and true or false in quotes")
+
+
+def _choice(document: Document, path: Path, value: Any, choices: tuple[_Choice, ...]) -> _Choice:
+    if value in choices:
+        return value  # type: ignore[no-any-return]
+    close = nearest(value, choices) if isinstance(value, str) else None
+    raise document.error(
+        path,
+        f"`{path[-1]}` has a value that it can't have",
+        got=value,
+        want=f"one of {', '.join(choices)}",
+        fix=f'write "{close or choices[0]}"',
+        slug="bad-value",
+    )

@@ -1,0 +1,302 @@
+"""Policy x Layout -> ResolvedPolicy: real layers for negative and relative ones, one choice for each list of choices.
+
+What a policy leaves to the model is decided here, once, and written out: `vision.-2` becomes `vision.22`, `previous`
+becomes `language.1`, `of: [cls, all]` becomes what the encoder has, and an average becomes counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from tvc.errors import SiteError
+from tvc.kernels.op import Primitive, Tap
+from tvc.policy.budgets import check_nothing_emptied, with_averages
+from tvc.policy.document import Path, from_data
+from tvc.policy.schema import COMPONENTS, Policy, SiteName, Step, WeightedScore, dump_yaml, parse_site, steps_data
+from tvc.program import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class ResolvedPolicy:
+    """What a policy means for one model: `policy` says it as a policy of its own, `original` is what was asked."""
+
+    policy: Policy
+    original: Policy
+
+    @property
+    def name(self) -> str:
+        return self.policy.name
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps with concrete sites (`language.2`) and layers, in pipeline order."""
+        return self.policy.steps
+
+    @property
+    def positions(self) -> str:
+        return self.policy.positions
+
+    def to_yaml(self) -> str:
+        """The resolved policy with every default written out; it loads as a policy of its own."""
+        return dump_yaml(self.policy.document.data)
+
+    def digest(self) -> str:
+        return self.policy.digest()
+
+
+def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
+    """The policy for this model and the images of its sample.
+
+    Raises:
+        SiteError: a layer or a tap that the model lacks, a cut without meaning, a budget that keeps nothing.
+    """
+    steps = tuple(_step(policy, layout, i, step) for i, step in enumerate(policy.steps))
+    _ordered(policy, steps)
+    steps = with_averages(policy, steps, layout)
+    check_nothing_emptied(policy, steps, layout)
+    data: dict[str, Any] = {"version": policy.version, "name": policy.name}
+    data |= {key: value for key in ("about", "reference") if (value := getattr(policy, key))}
+    data |= {"deviations": list(policy.deviations)} if policy.deviations else {}
+    data |= {"steps": steps_data(steps), "positions": policy.positions}
+    document = from_data(data, f"resolved {policy.name}")
+    return ResolvedPolicy(dataclasses.replace(policy, steps=steps, parameters={}, document=document), policy)
+
+
+def _refusal(policy: Policy, path: Path, summary: str, *, got: object, want: object, fix: str, slug: str) -> SiteError:
+    return SiteError(summary, where=policy.document.where(path), got=got, want=want, fix=fix, slug=slug)
+
+
+def _blocks(layout: Layout, component: str) -> int:
+    return len(layout.vision if component == "vision" else layout.language)
+
+
+def _step(policy: Policy, layout: Layout, number: int, step: Step) -> Step:
+    path: Path = ("steps", number)
+    site = _concrete(policy, layout, (*path, "at"), step.site)
+    known = layout.site(str(site))
+    if known is None or not known.legal:
+        legal = [s.name for s in layout.sites if s.legal]
+        raise _refusal(
+            policy,
+            (*path, "at"),
+            f"{layout.model_type} can't be cut at {site}",
+            got=f"{site}: {known.reason}" if known else f"{site}, which this model does not have",
+            want=f"one of {_ranges(legal)}",
+            fix=f"write at: {_closest(site, legal)}",
+            slug="illegal-site",
+        )
+
+    def scores(given: tuple[WeightedScore, ...], here: Path, listed: bool) -> tuple[WeightedScore, ...]:
+        return tuple(
+            dataclasses.replace(
+                score,
+                primitive=_taps(policy, layout, site, (*here, i) if listed else here, score.primitive),
+            )
+            for i, score in enumerate(given)
+        )
+
+    resolved: dict[str, Any] = {"score": scores(step.score, (*path, "score"), _listed(policy, path, "score"))}
+    for key in ("select", "rest"):
+        primitive = getattr(step, key)
+        resolved[key] = None if primitive is None else _taps(policy, layout, site, (*path, key), primitive)
+    if step.exit is not None:
+        when = (*path, "exit", "when")
+        resolved["exit"] = dataclasses.replace(
+            step.exit,
+            gate=_taps(policy, layout, site, when, step.exit.gate),
+            score=scores(step.exit.score, (*when, "score"), _listed(policy, when, "score")),
+        )
+    return dataclasses.replace(step, at=str(site), **resolved)
+
+
+def _listed(policy: Policy, path: Path, key: str) -> bool:
+    """Whether the text wrote the value at this place as a list (a single score needs none)."""
+    value: Any = policy.document.data
+    for part in (*path, key):
+        value = value.get(part) if isinstance(value, dict) else value[part] if isinstance(value, list) else None
+    return isinstance(value, list)
+
+
+def _concrete(policy: Policy, layout: Layout, path: Path, name: SiteName) -> SiteName:
+    """The site with a block number that exists: negatives count back, percentages are shares of the depth."""
+    if name.index is None:
+        return name
+    blocks = _blocks(layout, name.component)
+    index = blocks * name.index // 100 if name.percent else name.index + blocks * (name.index < 0)
+    if 0 <= index < blocks:
+        return SiteName(name.component, index)
+    raise _refusal(
+        policy,
+        path,
+        "the policy names a layer that the model does not have",
+        got=name,
+        want=f"{name.component}.0..{name.component}.{blocks - 1} ({layout.model_type} has {blocks} {name.component} "
+        f"blocks), or -{blocks}..-1 from the end"
+        if blocks
+        else f"another component: {layout.model_type} has no {name.component} blocks",
+        fix=f"write {name.component}.{blocks - 1} for the last block" if blocks else "name another component",
+        slug="unknown-layer",
+    )
+
+
+def _ordered(policy: Policy, steps: tuple[Step, ...]) -> None:
+    """Refuses sites that coincide, or come out of order, once the model says what they are."""
+    for number in range(1, len(steps)):
+        before, step = steps[number - 1], steps[number]
+        if _rank(step.site) > _rank(before.site):
+            continue
+        same = step.at == before.at
+        written = f"{policy.steps[number - 1].at} and {policy.steps[number].at} mean {before.at} and {step.at}"
+        raise _refusal(
+            policy,
+            ("steps", number, "at"),
+            f"steps {number - 1} and {number} act at the same site of this model"
+            if same
+            else f"step {number} acts before step {number - 1} in this model",
+            got=written,
+            want="one step per site, in the order in which tokens pass them",
+            fix="move one of them to another layer, or remove it" if same else "swap the two steps",
+            slug="same-site" if same else "step-order",
+        )
+
+
+def _rank(site: SiteName) -> tuple[int, int]:
+    return COMPONENTS.index(site.component), site.index or 0
+
+
+def _ranges(names: Iterable[str]) -> str:
+    """`language.0..3, projector` for a list of site names."""
+    by_component: dict[str, list[int]] = {}
+    for name in names:
+        site = parse_site(name)
+        if site is not None:
+            by_component.setdefault(site.component, []).append(site.index if site.index is not None else -1)
+    texts = []
+    for component in COMPONENTS:
+        numbers = sorted(by_component.get(component, []))
+        while numbers:
+            run = next((i for i, n in enumerate(numbers) if n != numbers[0] + i), len(numbers))
+            first, last, numbers = numbers[0], numbers[run - 1], numbers[run:]
+            texts.append(component if first < 0 else f"{component}.{first}" + (f"..{last}" if last > first else ""))
+    return ", ".join(texts) or "no site at all"
+
+
+def _closest(site: SiteName, legal: list[str]) -> str:
+    """The legal site nearest to `site`, a later one before an earlier one."""
+
+    def distance(name: str) -> tuple[int, bool, int]:
+        other = parse_site(name)
+        component, index = _rank(other) if other is not None else (len(COMPONENTS), 0)
+        wanted, place = _rank(site)
+        return abs(component - wanted), component < wanted, abs(index - place)
+
+    return min(legal, key=distance, default="language.0")
+
+
+# Taps -----------------------------------------------------------------------------------------------------------------
+
+
+def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> Any:
+    """The primitive with its `layer` concrete and its `of` decided."""
+    here: Path = (*path, primitive.key)
+    changes: dict[str, Any] = {}
+    for tap in primitive.taps().values():
+        layer = _layer(policy, layout, site, (*here, "layer"), primitive, tap)
+        if layer is not None and "layer" in type(primitive).model_fields:
+            changes["layer"] = str(layer)
+        if tap.kind == "text" and (layer or site).component != "language":
+            raise _refusal(
+                policy,
+                here,
+                f"there is no text at {layer or site}: text meets the visual tokens in the decoder",
+                got=f"{primitive.key} at {site}",
+                want="a language site, or a score that needs no text",
+                fix="write at: language.0",
+                slug="no-text",
+            )
+        if tap.kind == "attention" and layer is not None:
+            changes["of"] = _rows(policy, layout, (*here, "of"), layer, tap.of)
+    return primitive.model_copy(update=changes)
+
+
+def _layer(
+    policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive, tap: Tap
+) -> SiteName | None:
+    """The layer a tap is taken from, or None where it is the site's own value."""
+    if tap.kind == "ordinal" or (tap.layer is None and tap.kind != "key"):
+        return None
+    written = tap.layer or "self"
+    if written in ("self", "previous"):
+        back = written == "previous"
+        if site.index is None or site.index < back:
+            raise _refusal(
+                policy,
+                path,
+                f"no layer runs before {site}" if back else f"{site} has no layer of its own",
+                got=f"layer: {written} at {site}",
+                want="a vision layer" + (", or a later site" if back else ""),
+                fix="name one: layer: vision.-2",
+                slug="no-layer",
+            )
+        return SiteName(site.component, site.index - back)
+    named = parse_site(written)
+    if named is None or (named.index is None and tap.kind != "feature"):
+        raise _refusal(
+            policy,
+            path,
+            f"`{primitive.key}` names no layer",
+            got=written,
+            want="previous, self, language.K or vision.K" if tap.kind != "feature" else "vision.K or language.K",
+            fix="write layer: previous" if tap.kind == "attention" else "write layer: vision.-2",
+            slug="bad-layer-name",
+        )
+    layer = _concrete(policy, layout, path, named)
+    if _rank(layer) > _rank(site):
+        raise _refusal(
+            policy,
+            path,
+            f"{layer} runs after {site}, so nothing of it is known there",
+            got=f"layer: {written} at {site}",
+            want=f"{site} or an earlier layer",
+            fix="write layer: previous" if site.index else "name a vision layer: layer: vision.-2",
+            slug="later-layer",
+        )
+    return layer
+
+
+def _rows(policy: Policy, layout: Layout, path: Path, layer: SiteName, choices: tuple[str, ...]) -> str:
+    """The first of the choices whose rows exist in this layer's attention."""
+    in_decoder = layer.component == "language"
+    for choice in choices:
+        if choice == "cls":
+            possible = not in_decoder and layout.prefix_tokens > 0
+        elif choice in ("last", "text"):
+            possible = in_decoder
+        else:
+            possible = True
+        if possible:
+            return choice
+    if "cls" in choices and not in_decoder:
+        summary = f"the vision encoder of {layout.model_type} has no CLS token to take attention from"
+        want = "of: all or of: visual in a vision layer; of: last or of: text in a decoder layer"
+        fix = f"write of: all, or of: [cls, all], with layer: {layer}; or act at language.2 with of: last"
+    elif in_decoder:
+        summary, want = (
+            f"{layer} has no CLS token: that is one of the vision encoder's",
+            "of: last, text, visual or all",
+        )
+        fix = "write of: last, or layer: vision.-2"
+    else:
+        summary, want = f"{layer} sees no text, so nothing of it can score there", "of: all, visual or cls"
+        fix = "write of: all, or take a decoder layer: layer: previous at language.2"
+    raise _refusal(
+        policy,
+        path,
+        summary,
+        got=f"of: {', '.join(choices)}, layer: {layer}",
+        want=want,
+        fix=fix,
+        slug="no-cls" if "cls" in choices else "no-text",
+    )

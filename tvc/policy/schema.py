@@ -1,0 +1,181 @@
+"""The policy as typed, frozen values: what the rest of the compiler reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+
+import yaml
+
+from tvc.kernels.op import Primitive, Rest, Score, Select, When
+from tvc.policy.document import Document
+
+VERSION = 1
+Normalize = Literal["none", "minmax", "softmax", "sum"]
+ScopeName = Literal["image", "sequence"]
+Positions = Literal["keep", "renumber"]
+NORMALIZE, SCOPES, POSITIONS = get_args(Normalize), get_args(ScopeName), get_args(Positions)
+COMPONENTS = ("vision", "projector", "language")  # in the order in which a visual token passes them
+SITE_PATTERN = r"projector|(vision|language)\.(-?\d{1,4}|\d{1,2}%)"
+
+
+class SiteName(NamedTuple):
+    """A site as a policy writes it: `vision.-2`, `projector`, `language.16` or, by depth, `language.25%`."""
+
+    component: str
+    index: int | None = None  # None for `projector`
+    percent: bool = False  # `index` is a share of the component's blocks
+
+    def __str__(self) -> str:
+        return self.component if self.index is None else f"{self.component}.{self.index}{'%' * self.percent}"
+
+
+def parse_site(text: str) -> SiteName | None:
+    """The site that `text` names, or None where it names none."""
+    if re.fullmatch(SITE_PATTERN, text) is None:
+        return None
+    component, _, index = text.partition(".")
+    return SiteName(component, int(index.rstrip("%")), index.endswith("%")) if index else SiteName(component)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedScore:
+    """One term of a score: its numbers are normalised within a scope, multiplied by `weight` and added up."""
+
+    primitive: Score
+    weight: float = 1.0
+    normalize: Normalize = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Exit:
+    """All visual tokens of a sample leave where `gate` says so; `score` is what the gate looks at, if anything."""
+
+    gate: When
+    score: tuple[WeightedScore, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One reduction: either `select` and `rest`, or `exit`. `where` is its place in the policy's text, for messages."""
+
+    at: str
+    scope: ScopeName = "image"
+    score: tuple[WeightedScore, ...] = ()
+    select: Select | None = None
+    rest: Rest | None = None
+    exit: Exit | None = None
+    name: str = ""
+    where: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def site(self) -> SiteName:
+        site = parse_site(self.at)
+        return site if site is not None else SiteName(self.at)
+
+    def primitives(self) -> tuple[Primitive, ...]:
+        """Every primitive of the step, in the order in which they act."""
+        gate = (*(s.primitive for s in self.exit.score), self.exit.gate) if self.exit else ()
+        return (*(s.primitive for s in self.score), *(p for p in (self.select, self.rest) if p is not None), *gate)
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A parsed policy. `document` is its text as data, parameters unexpanded, with the lines it came from."""
+
+    name: str
+    steps: tuple[Step, ...]
+    positions: Positions
+    document: Document = dataclasses.field(compare=False, repr=False)
+    version: int = VERSION
+    about: str = ""
+    reference: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    deviations: tuple[str, ...] = ()
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    def to_yaml(self) -> str:
+        """The policy as YAML that loads back to an equal policy, parameters included; `extends` is written out."""
+        return dump_yaml(self.document.data)
+
+    def digest(self) -> str:
+        """sha256 of what the policy does: equal for two texts that differ in names, comments or written defaults."""
+        meaning = {"positions": self.positions, "steps": steps_data(self.steps, names=False), "version": self.version}
+        return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+
+    def with_settings(self, settings: Iterable[str] | Mapping[str, Any]) -> Policy:
+        """The policy with some values replaced: `["before_layer=3", "steps.0.select.top.keep=25%"]` or a mapping.
+
+        Raises:
+            PolicyError: a setting names no parameter and no place in the policy, or its value is refused there.
+        """
+        from tvc.policy.load import load_policy
+
+        return load_policy(self, set=settings)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Short values on one line, long ones and lists of mappings one entry a line; never an anchor."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+        return super().represent_mapping(tag, mapping, flow_style=_short(mapping))
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+        flat = not any(isinstance(item, dict) for item in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=flat and _short(sequence))
+
+
+def _short(value: Any) -> bool:
+    return len(json.dumps(value)) <= 88
+
+
+def dump_yaml(data: Any) -> str:
+    """YAML that `from_yaml` reads back to equal data."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000, default_flow_style=False)
+
+
+def primitive_data(primitive: Primitive) -> str | dict[str, Any]:
+    """`drop`, or `{top: {keep: 25%}}`, with every default written out."""
+    fields = primitive.model_dump(mode="json", exclude_none=True)
+    return {primitive.key: fields} if fields else primitive.key
+
+
+def score_data(scores: tuple[WeightedScore, ...]) -> list[dict[str, Any]]:
+    terms = []
+    for term in scores:
+        named = primitive_data(term.primitive)
+        entry = named if isinstance(named, dict) else {named: {}}
+        terms.append({**entry, "weight": term.weight, "normalize": term.normalize})
+    return terms
+
+
+def exit_data(gate: Exit) -> dict[str, Any]:
+    """`{when: always}`, or `{when: {score: ..., reduce: max, above: 0.5}}` for a gate that looks at a score."""
+    named = primitive_data(gate.gate)
+    if not gate.score:
+        return {"when": named}
+    return {"when": {"score": score_data(gate.score), **(named[gate.gate.key] if isinstance(named, dict) else {})}}
+
+
+def steps_data(steps: tuple[Step, ...], names: bool = True) -> list[dict[str, Any]]:
+    """The steps as a policy would write them with every default spelled out."""
+    written = []
+    for step in steps:
+        entry: dict[str, Any] = {"name": step.name} if names and step.name else {}
+        entry |= {"at": step.at, "scope": step.scope}
+        if step.score:
+            entry["score"] = score_data(step.score)
+        if step.select is not None:
+            entry["select"] = primitive_data(step.select)
+        if step.rest is not None:
+            entry["rest"] = primitive_data(step.rest)
+        if step.exit is not None:
+            entry["exit"] = exit_data(step.exit)
+        written.append(entry)
+    return written
