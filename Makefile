@@ -41,11 +41,15 @@ $(VENV)/.installed: pyproject.toml
 demo: $(READY)
 	$(PYTHON) examples/demo.py
 
+# mypy follows folders, not the package map: it is shown the packages as they are installed, through links.
 lint: $(READY)
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m mypy
+	$(PYTHON) -m ruff format --check .
+	rm -rf build/typed && mkdir -p build/typed/tvc
+	ln -s $(CURDIR)/tvc/* $(CURDIR)/kernels $(CURDIR)/passes $(CURDIR)/export build/typed/tvc/
+	cd build/typed && $(abspath $(PYTHON)) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
-test: lint
+test: lint $(READY)
 	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
 
 conformance: $(READY)

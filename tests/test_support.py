@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import support
 import torch
 import transformers
+
+import support
 
 
 @pytest.mark.parametrize("family", support.FAMILIES)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pathlib
 
 import pytest
-import support
 import torch
 import transformers
 
+import support
 from tvc.errors import ModelError
 from tvc.trace.processor import image_only, load_processor
 
