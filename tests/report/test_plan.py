@@ -12,10 +12,10 @@ from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
-from tvc.kernels.budget import Budget
-from tvc.kernels.op import Rest, Select, When
 
 from tvc.errors import ArgumentError
+from tvc.kernels.budget import Budget
+from tvc.kernels.op import Rest, Select, When
 from tvc.program import Layer, Layout
 from tvc.report.cost import plan_costs
 from tvc.report.schedule import make_plan, solve_average

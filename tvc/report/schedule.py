@@ -154,6 +154,14 @@ def _budgets(select: Any) -> Iterator[tuple[str, Budget]]:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Scaled:
+    """What of a resolved policy a plan needs, with other budgets."""
+
+    name: str
+    steps: tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Schedule:
     """Budgets that meet an average: `settings` for `Policy.with_settings`, and the plan they give."""
 
@@ -185,8 +193,8 @@ def solve_average(
             policy, target, "a policy without budgets", "a policy with a `keep`", "give a policy that selects"
         )
 
-    def scaled(factor: int) -> Any:
-        return dataclasses.replace(policy, steps=tuple(_scaled_step(step, factor) for step in policy.steps))
+    def scaled(factor: int) -> _Scaled:
+        return _Scaled(policy.name, tuple(_scaled_step(step, factor) for step in policy.steps))
 
     def average(factor: int) -> float:
         track = _follow(scaled(factor).steps, layout, fires=False)
