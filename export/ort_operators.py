@@ -1,0 +1,50 @@
+"""How operators that `torch.onnx` lacks, or writes less well, become ONNX: the table for `custom_translation_table`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from onnxscript import opset20, opset23
+
+import tvc.export.ort_attention  # noqa: F401  registers the fused operators
+
+
+def _mask_like(mask: Any, query: Any) -> Any:
+    """A float mask in the type of the query; a boolean one as it is."""
+    return mask if mask is None or mask.dtype == 9 else opset23.CastLike(mask, query)
+
+
+def _cached_attention(query: Any, key: Any, value: Any, past_key: Any, past_value: Any, mask: Any, scale: float, softcap: float) -> Any:
+    output, present_key, present_value, _ = opset23.Attention(query, key, value, _mask_like(mask, query), past_key, past_value, scale=scale, softcap=softcap)
+    return output, present_key, present_value
+
+
+def _grouped_attention(query: Any, key: Any, value: Any, mask: Any, scale: float, softcap: float) -> Any:
+    output, _, _, _ = opset23.Attention(query, key, value, _mask_like(mask, query), scale=scale, softcap=softcap)
+    return output
+
+
+def _rotary(x: Any, cos: Any, sin: Any) -> Any:
+    return opset23.RotaryEmbedding(x, cos, sin)
+
+
+def _stable_sort(tensor: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+    """TopK of everything: by its specification equal values keep the order of their indices."""
+    one = opset20.Constant(value_ints=[1])
+    size = opset20.Reshape(opset20.Gather(opset20.Shape(tensor), opset20.Constant(value_ints=[dim])), one)
+    return opset20.TopK(tensor, size, axis=dim, largest=int(descending), sorted=1)
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """The table, with that of `transformers` below it."""
+    from tvc.trace.exporters import onnx_translation_table
+
+    return {
+        **onnx_translation_table(),
+        torch.ops.tvc_export.cached_attention.default: _cached_attention,
+        torch.ops.tvc_export.grouped_attention.default: _grouped_attention,
+        torch.ops.tvc_export.rotary.default: _rotary,
+        torch.ops.aten.sort.stable: _stable_sort,
+    }
