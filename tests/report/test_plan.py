@@ -263,7 +263,7 @@ def test_a_solved_schedule_names_its_settings():
 
 def test_counts_are_scaled_as_counts():
     solved = solve_average(Steps((share("language.0", 64), share("language.4", 32))), layout(), 96)
-    assert solved.settings == {"steps.0.select.keep.keep": "128", "steps.1.select.keep.keep": "64"}
+    assert solved.settings == {"steps.0.select.keep.keep": 128, "steps.1.select.keep.keep": 64}
 
 
 @pytest.mark.parametrize("target", [100, 600])

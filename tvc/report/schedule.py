@@ -165,7 +165,7 @@ class _Scaled:
 class Schedule:
     """Budgets that meet an average: `settings` for `Policy.with_settings`, and the plan they give."""
 
-    settings: dict[str, str]
+    settings: dict[str, str | int]
     plan: Plan
 
     @property
@@ -254,8 +254,10 @@ def _scaled_step(step: Any, factor: int) -> Any:
     return dataclasses.replace(step, select=step.select.model_copy(update=update))
 
 
-def _settings(policy: Any, factor: int) -> Iterator[tuple[str, str]]:
+def _settings(policy: Any, factor: int) -> Iterator[tuple[str, str | int]]:
     for index, step in enumerate(policy.steps):
         if step.select is not None:
             for name, budget in _budgets(step.select):
-                yield f"steps.{index}.select.{step.select.key}.{name}", str(_scaled(budget, factor))
+                chosen = _scaled(budget, factor)
+                written = chosen.count if chosen.count is not None else str(chosen)
+                yield f"steps.{index}.select.{step.select.key}.{name}", written
