@@ -32,8 +32,12 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def op(cases: Callable[[], Iterator[tuple[str, tuple[Any, ...]]]]) -> Callable[[Callable[..., Any]], Op]:
+def op(
+    cases: Callable[[], Iterator[tuple[str, tuple[Any, ...]]]], fake: Callable[..., Any] | None = None
+) -> Callable[[Callable[..., Any]], Op]:
     """Registers a plain torch function as `torch.ops.tvc.<its name>`; `cases` yields (id, arguments) for tests and benches.
+
+    `fake` gives the output's shape where running the reference on fake tensors would guard on sizes.
 
     The function must be pure, free of in-place writes to its arguments and of device branches, and must not return a
     view of an argument (return a clone where it would).
@@ -42,7 +46,7 @@ def op(cases: Callable[[], Iterator[tuple[str, tuple[Any, ...]]]]) -> Callable[[
     def register(reference: Callable[..., Any]) -> Op:
         name = reference.__name__
         custom = torch.library.custom_op(f"tvc::{name}", reference, mutates_args=())
-        custom.register_fake(reference)
+        custom.register_fake(fake or reference)
         made = Op(name, reference, getattr(torch.ops.tvc, name).default, cases)
         OPS[name] = made
         return made
@@ -134,6 +138,11 @@ class Rest(Primitive):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """None where the others are dropped; else (chosen [B, K2] as in `Select`, feature [B, K2, D], size [B, K2])."""
         raise NotImplementedError
+
+    @property
+    def needs_score(self) -> bool:
+        """Whether these settings make `apply` read the score."""
+        return False
 
     def kept(self, counts: list[int], chosen: list[int]) -> list[int]:
         """How many tokens leave the step, per scope, when `chosen` of `counts` were selected."""

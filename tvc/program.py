@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.fx
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,9 @@ class Component:
     """One traced graph with named inputs and outputs.
 
     `exported` runs on flat tensors in the order of `inputs` and returns a tuple in the order of `outputs`.
-    `sample` holds tensors of the shapes it was traced with; `dynamic` says which axes may vary.
+    `sample` holds tensors of the shapes it was traced with; `dynamic` says which axes may vary. Between the passes that
+    rewrite it, `draft` holds the graph in the open: one placeholder per input, weights as attributes, sizes of the last
+    trace on the nodes (stale, yet telling which axes are token axes).
     """
 
     name: str
@@ -91,7 +94,12 @@ class Component:
     outputs: tuple[str, ...]
     sample: tuple[torch.Tensor, ...]
     dynamic: tuple[Mapping[int, Any], ...]
+    draft: torch.fx.GraphModule | None = None
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        return self.draft.graph if self.draft is not None else self.exported.graph
 
 
 @dataclasses.dataclass
@@ -115,7 +123,7 @@ class Program:
             if component not in (None, name):
                 continue
             blocks.append(f"# component {name}: {', '.join(part.inputs)} -> {', '.join(part.outputs)}")
-            for node in part.exported.graph.nodes:
+            for node in part.graph.nodes:
                 note = (node.meta.get("custom") or {}).get("tvc")
                 blocks.append(node.format_node() + (f"  # added by {note}" if note else ""))
         return "\n".join(str(line) for line in blocks)

@@ -1,0 +1,118 @@
+"""attention, packed_attention: the attention of a block, kept whole in the graph.
+
+A block's attention is traced as one node, so that a pass finds q, k and the mask as its arguments, keys are never
+repeated for grouped queries before a target asks for it, and each target lowers it to the best form it has.
+
+Shapes:  query [B, H, Q, d], key [B, G, N, d], value [B, G, N, e], G divides H -> [B, H, Q, e]
+Mask:    bool [B|1, 1|H, Q, N] (True = may attend), or float of that shape (added to the logits), or None (everything).
+Rows with no True at all are undefined; `attention_mask` never makes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from tvc.kernels.op import op
+
+
+def _shapes() -> Iterator[tuple[str, tuple[object, ...]]]:
+    torch.manual_seed(0)
+    for batch, heads, groups, rows, columns, width in ((1, 4, 4, 5, 5, 8), (3, 4, 2, 1, 9, 16), (2, 6, 1, 7, 11, 8)):
+        query = torch.randn(batch, heads, rows, width)
+        key, value = torch.randn(batch, groups, columns, width), torch.randn(batch, groups, columns, width)
+        mask = torch.rand(batch, 1, rows, columns) > 0.3
+        mask[..., 0] = True
+        name = f"B{batch}-H{heads}-G{groups}-Q{rows}-N{columns}"
+        yield f"{name}-open", (query, key, value, None, width**-0.5, 0.0)
+        yield f"{name}-mask", (query, key, value, mask, width**-0.5, 0.0)
+        yield f"{name}-softcap", (query, key, value, mask, width**-0.5, 5.0)
+
+
+def repeat_groups(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, G, N, d] -> [B, H, N, d]: each key/value group serves H / G consecutive query heads."""
+    groups = tensor.shape[1]
+    if groups == heads:
+        return tensor
+    return tensor.unsqueeze(2).expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    key, value = repeat_groups(key, query.shape[1]), repeat_groups(value, query.shape[1])
+    if softcap == 0.0:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    logits = torch.tanh(query @ key.transpose(2, 3) * (scale / softcap)) * softcap
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
+    return logits.float().softmax(-1).to(value.dtype) @ value
+
+
+def _fake_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    # Sizes that must agree are said to agree, so that a trace gives them one symbol.
+    torch._check(key.shape[2] == value.shape[2])
+    if mask is not None and isinstance(mask.shape[2], torch.SymInt):
+        torch._check(mask.shape[0] == query.shape[0])
+        torch._check(mask.shape[2] == query.shape[2])
+        torch._check(mask.shape[3] == key.shape[2])
+    return query.new_empty(query.shape[0], query.shape[1], query.shape[2], value.shape[3])
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """softmax(softcap(query keyT * scale) + mask) value; softcap 0 means none."""
+    return _attention(query, key, value, mask, scale, softcap).contiguous()
+
+
+def _packed_cases() -> Iterator[tuple[str, tuple[object, ...]]]:
+    torch.manual_seed(0)
+    for boundaries in ([0, 5], [0, 3, 4, 11]):
+        total = boundaries[-1]
+        query, key, value = (torch.randn(1, 2, total, 8) for _ in range(3))
+        yield f"P{total}-n{len(boundaries) - 1}", (query, key, value, torch.tensor(boundaries, dtype=torch.int32), 8**-0.5)
+
+
+def packed_mask(boundaries: torch.Tensor, length: int) -> torch.Tensor:
+    """[1, 1, P, P] bool: True where two tokens of a packed sequence belong to the same segment."""
+    inner = boundaries[1:].to(torch.int64)
+    segment = (torch.arange(length, device=boundaries.device)[:, None] >= inner[None, :]).sum(1)
+    return (segment[:, None] == segment[None, :])[None, None]
+
+
+def packed_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention inside each segment of a packed sequence [1, H, P, d]; segment i is boundaries[i]:boundaries[i + 1]."""
+    mask = packed_mask(boundaries, query.shape[2])
+    return _attention(query, key, value, mask, scale, 0.0).contiguous()
+
+
+def _fake_packed(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float
+) -> torch.Tensor:
+    return query.new_empty(query.shape[0], query.shape[1], query.shape[2], value.shape[3])
+
+
+attention_op = op(_shapes, fake=_fake_attention)(attention)
+packed_attention_op = op(_packed_cases, fake=_fake_packed)(packed_attention)

@@ -1,0 +1,124 @@
+"""A cut in a graph: what the chunk looks like before and after it, as nodes; and the function that a cut computes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from tvc.passes.reduction import count_segments, decide, follow, take_rows
+
+
+@dataclasses.dataclass
+class ChunkState:
+    """The nodes that describe the chunk within one stage."""
+
+    residual: fx.Node | None
+    position_ids: fx.Node
+    query_positions: fx.Node
+    text_index: fx.Node
+    visual_index: fx.Node
+    segment: fx.Node
+    counts: fx.Node
+    size: fx.Node
+    origin: fx.Node  # [B, V] where each visual token stood among those that entered the decoder
+    key_positions: fx.Node  # the placeholder of this stage's cached positions
+    kept: fx.Node | None = None  # [B, S'] slots of the stage before that make this one
+    chosen: fx.Node | None = None  # [B, V'] visual tokens of the stage before that make this one's
+
+
+@dataclasses.dataclass
+class Cut:
+    """One cut of the decoder: in front of `first` the chunk is as `before` says, behind it as `after` says."""
+
+    site: str
+    where: str
+    layer: int
+    first: fx.Node
+    before: ChunkState
+    after: ChunkState
+
+
+RESULTS = (
+    "residual",
+    "position_ids",
+    "query_positions",
+    "text_index",
+    "visual_index",
+    "segment",
+    "counts",
+    "size",
+    "origin",
+    "kept",
+    "chosen",
+)
+
+
+def start_sizes(visual_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every visual token stands for itself, at its own place."""
+    place = torch.arange(visual_index.shape[1], device=visual_index.device).expand(visual_index.shape[0], -1)
+    return torch.ones_like(visual_index, dtype=torch.float32), place.clone()
+
+
+def cut_function(step: Any, renumber: bool, name: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """The function that shortens a chunk as `step` says; its results are named in `RESULTS`."""
+
+    def cut(
+        residual: torch.Tensor,
+        position_ids: torch.Tensor,
+        query_positions: torch.Tensor,
+        text_index: torch.Tensor,
+        visual_index: torch.Tensor,
+        segment: torch.Tensor,
+        counts: torch.Tensor,
+        size: torch.Tensor,
+        origin: torch.Tensor,
+        key_positions: torch.Tensor,
+        scores: list[Any],
+        taps: dict[str, Any],
+    ) -> tuple[torch.Tensor, ...]:
+        feature = take_rows(residual, visual_index)
+        decision = decide(step, feature, size, segment, counts, scores, taps)
+        chosen = decision.chosen
+        slots = follow(visual_index, chosen)
+        kept, source, text_after, visual_after = torch.ops.tvc.compact(text_index, slots)
+        query_after = follow(query_positions, kept)
+        if decision.feature is None:
+            rows, values = kept, residual
+        else:
+            # One gather from the old residual and the merged values side by side: no write into either.
+            text = text_index.shape[1]
+            rows = torch.where(source < text, kept, residual.shape[1] + source - text)
+            values = torch.cat([residual, decision.feature.to(residual.dtype)], 1)
+        return (
+            take_rows(values, rows),
+            _renumbered(key_positions, query_after) if renumber else _gather_last(position_ids, kept),
+            query_after,
+            text_after,
+            visual_after,
+            follow(segment, chosen),
+            count_segments(follow(segment, chosen), counts),
+            decision.size,
+            follow(origin, chosen),
+            kept,
+            chosen,
+        )
+
+    cut.__name__ = cut.__qualname__ = name
+    return cut
+
+
+def _gather_last(position_ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    index = kept.clamp(min=0)
+    if position_ids.dim() == 3:
+        index = index.unsqueeze(0).expand(position_ids.shape[0], -1, -1)
+    return position_ids.gather(position_ids.dim() - 1, index)
+
+
+def _renumbered(key_positions: torch.Tensor, query_positions: torch.Tensor) -> torch.Tensor:
+    """[B, S'] running number of each slot among the tokens that the stage holds, its cache counted in."""
+    held = torch.cat([key_positions, query_positions], 1) >= 0
+    return (held.long().cumsum(1) - 1)[:, key_positions.shape[1] :].clamp(min=0)

@@ -1,0 +1,194 @@
+"""InsertReductions: the policy's steps become nodes of the graphs, in front of the blocks they name.
+
+A step's node takes the chunk as it is and the taps its primitives ask for, and gives the chunk as it will be. Nothing
+downstream uses that yet: `RebindCuts` rewires it. Scores that need the vision path's inside are computed there and
+travel to the decoder as extra outputs of one component and extra inputs of the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from tvc.chunks import PAST_POSITIONS, TAP
+from tvc.errors import TraceError
+from tvc.graphs import annotate, find_blocks, first_node, identifier, open_draft, placeholders
+from tvc.passes.base import Pass
+from tvc.passes.cuts import RESULTS, ChunkState, Cut, cut_function, start_sizes
+from tvc.passes.taps import DecoderTaps, crosses
+from tvc.program import Change, Component, Program, Stage
+
+
+class InsertReductions(Pass):
+    """Adds the decoder's steps of a resolved policy."""
+
+    gives = frozenset({"reductions-inserted"})
+
+    def __init__(self, policy: Any):
+        self.policy = policy
+
+    def run(self, program: Program) -> list[Change]:
+        steps = [step for step in self.policy.steps if step.site.startswith("language.")]
+        component = program.components["decoder"]
+        component.draft = open_draft(component)
+        component.meta = {**component.meta, "cuts": [], "tap_widths": {}}
+        return _DecoderInsertion(component, program, self.policy.positions == "renumber").insert(steps)
+
+
+class _DecoderInsertion:
+    def __init__(self, component: Component, program: Program, renumber: bool):
+        self.component, self.program, self.renumber = component, program, renumber
+        assert_draft = component.draft
+        self.graph: fx.Graph = assert_draft.graph  # type: ignore[union-attr]
+        self.blocks = find_blocks(self.graph)
+        self.inputs = placeholders(self.graph)
+        self.changes: list[Change] = []
+
+    def insert(self, steps: list[Any]) -> list[Change]:
+        state = self._start()
+        states = [state]
+        stages = [Stage(0, range(0, len(self.blocks)), None)]
+        for number, step in enumerate(steps):
+            layer = int(step.site.removeprefix("language."))
+            first = first_node(self.graph, self.blocks[layer])
+            state = dataclasses.replace(state, residual=self._residual(first))
+            if layer > 0:
+                stages[-1].layers = range(stages[-1].layers.start, layer)
+                stages.append(Stage(len(stages), range(layer, len(self.blocks)), step.site))
+                key_positions = self._placeholder(f"{PAST_POSITIONS}{len(stages) - 1}", state.key_positions)
+            else:  # no block runs before the cut: the first stage opens with it
+                stages[-1].site, key_positions = step.site, state.key_positions
+            after = self._insert_step(step, number, state, key_positions, first, states)
+            cut = Cut(step.site, step.where, layer, first, state, after)
+            self.component.meta["cuts"].append(cut)
+            state = after
+            states.append(state)
+        self.program.stages[:] = stages
+        return self.changes
+
+    def _start(self) -> ChunkState:
+        named = self.inputs
+        with self.graph.inserting_after(list(named.values())[-1]):
+            sizes = self.graph.call_function(start_sizes, (named["visual_index"],))
+        with self.graph.inserting_after(sizes):
+            size = self.graph.call_function(operator.getitem, (sizes, 0))
+            origin = self.graph.call_function(operator.getitem, (sizes, 1))
+        return ChunkState(
+            None,
+            named["position_ids"],
+            named["query_positions"],
+            named["text_index"],
+            named["visual_index"],
+            named["visual_segment"],
+            named["visual_counts"],
+            size,
+            origin,
+            named[identifier(f"{PAST_POSITIONS}0")],
+        )
+
+    def _placeholder(self, name: str, after: fx.Node, axes: int = 2) -> fx.Node:
+        with self.graph.inserting_after(after):
+            node = self.graph.placeholder(identifier(name))
+        inputs = list(self.component.inputs)
+        position = [identifier(i) for i in inputs].index(str(after.target)) + 1
+        self.component.inputs = (*inputs[:position], name, *inputs[position:])
+        annotate(node, "InsertReductions")
+        return node
+
+    def _residual(self, first: fx.Node) -> fx.Node:
+        """The hidden states that cross the cut: the newest [B, S, D] value made from the embeddings."""
+        embeds = self.inputs["inputs_embeds"].meta["val"]
+        found = None
+        seen_first = False
+        for node in self.graph.nodes:
+            seen_first = seen_first or node is first
+            value = node.meta.get("val")
+            if seen_first or not isinstance(value, torch.Tensor) or value.dim() != 3:
+                continue
+            same = value.shape[2] == embeds.shape[2] and _same_size(value.shape[1], embeds.shape[1])
+            if same and any(_not_before(user, first) for user in node.users):
+                found = node
+        if found is None:
+            raise TraceError(
+                "no hidden states cross this cut",
+                where=f'node "{first.name}"',
+                got="no [batch, sequence, width] value before the block that the block uses",
+                want="a residual stream",
+                fix="choose a cut before another block",
+                slug="no-residual",
+            )
+        return found
+
+    def _insert_step(
+        self, step: Any, number: int, state: ChunkState, key_positions: fx.Node, first: fx.Node, states: list[ChunkState]
+    ) -> ChunkState:
+        note = f"InsertReductions: {step.where}"
+        resolver = DecoderTaps(self.graph, self.blocks, states, self.component.meta["cuts"], note, key_positions)
+        with self.graph.inserting_before(first):
+            scores, taps = self._step_taps(step, number, resolver, first)
+            node = self.graph.call_function(
+                cut_function(step, self.renumber, f"cut_{identifier(step.site)}"),
+                (
+                    state.residual,
+                    state.position_ids,
+                    state.query_positions,
+                    state.text_index,
+                    state.visual_index,
+                    state.segment,
+                    state.counts,
+                    state.size,
+                    state.origin,
+                    key_positions,
+                    scores,
+                    taps,
+                ),
+            )
+            annotate(node, note)
+            parts = {name: self.graph.call_function(operator.getitem, (node, i)) for i, name in enumerate(RESULTS)}
+        for name, part in parts.items():
+            annotate(part, note)
+            if name in ("residual", "position_ids", "query_positions"):  # stale sizes tell where the token axis is
+                part.meta["val"] = getattr(state, name).meta["val"]
+        self.changes.append(Change("decoder", node.name, f"reduction before block {step.site}", step.where))
+        return ChunkState(key_positions=key_positions, **parts)
+
+    def _step_taps(self, step: Any, number: int, resolver: DecoderTaps, first: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+        terms = step.exit.score if step.exit is not None else step.score
+        scores: list[Any] = []
+        for index, term in enumerate(terms):
+            wanted = term.primitive.taps()
+            if any(crosses(tap) for tap in wanted.values()):
+                scores.append(resolver.entered(self._tap_input(f"{TAP}{step.site}.score.{index}", 0)))
+            else:
+                scores.append({name: resolver.resolve(tap, step.site, first) for name, tap in wanted.items()})
+        groups = {"select": step.select, "rest": step.rest, "when": step.exit.gate if step.exit is not None else None}
+        taps: dict[str, Any] = {}
+        for group, primitive in groups.items():
+            if primitive is None:
+                continue
+            taps[group] = {}
+            for name, tap in primitive.taps().items():
+                if crosses(tap):
+                    width = self.program.components["vision"].meta["key_widths"][tap.layer]
+                    taps[group][name] = resolver.entered(self._tap_input(f"{TAP}{step.site}.{group}.{name}", width))
+                else:
+                    taps[group][name] = resolver.resolve(tap, step.site, first)
+        return scores, taps
+
+    def _tap_input(self, name: str, width: int) -> fx.Node:
+        self.component.meta["tap_widths"][name] = width
+        taps = [n for n in self.component.inputs if n.startswith(TAP)]
+        last = identifier(taps[-1] if taps else "visual_counts")
+        return self._placeholder(name, next(n for n in self.graph.nodes if n.op == "placeholder" and n.target == last))
+
+
+def _not_before(node: fx.Node, first: fx.Node) -> bool:
+    return node is first or first < node
+
+
+def _same_size(one: Any, other: Any) -> bool:
+    return str(one) == str(other)

@@ -1,0 +1,101 @@
+"""What a policy step computes, as plain functions over tensors.
+
+The same lines run while a graph is traced and, eagerly, wherever a step is to be carried out by hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from tvc.kernels.combine_scores import combine
+from tvc.kernels.exit_select import exit_chosen
+from tvc.kernels.op import Attention, Scope
+
+# More scopes than any chunk holds: ceil(n / MANY) is 0 where there is none and 1 otherwise, without a branch.
+MANY = 1 << 30
+
+
+@dataclasses.dataclass
+class Decision:
+    """A step's answer: `chosen` [B, K] into the visual tokens that entered; merged values where the step merges."""
+
+    chosen: torch.Tensor
+    feature: torch.Tensor | None
+    size: torch.Tensor
+
+
+def scope_of(name: str, segment: torch.Tensor, counts: torch.Tensor) -> Scope:
+    """`image`: every image has its own budget; `sequence`: the sample's visual tokens share one."""
+    number = counts.shape[1]
+    if name == "image":
+        return Scope(segment, counts, number)
+    shared = torch.where(segment >= 0, 0, -1)
+    return Scope(shared, counts.sum(1, keepdim=True), (number + MANY - 1) // MANY)
+
+
+def decide(
+    step: Any,
+    feature: torch.Tensor,
+    size: torch.Tensor,
+    segment: torch.Tensor,
+    counts: torch.Tensor,
+    scores: list[torch.Tensor | dict[str, Any]],
+    taps: dict[str, dict[str, Any]],
+) -> Decision:
+    """Carries out one policy step.
+
+    Args:
+        step: a resolved step (score, select, rest, exit, scope).
+        feature: [B, V, D] the visual tokens; size: [B, V] float, originals per token.
+        segment: [B, V] int64 image of each token, -1 pads; counts: [B, N] int64 tokens per image.
+        scores: for each score term its taps, or the score itself [B, V] where another component computed it.
+        taps: taps of `select`, `rest` and `when` by argument name.
+    """
+    scope = scope_of(step.scope, segment, counts)
+    terms = step.exit.score if step.exit is not None else step.score
+    score = None
+    if terms:
+        values = [
+            (given if isinstance(given, torch.Tensor) else term.primitive.apply(**_bundles(given)), term.weight, term.normalize)
+            for term, given in zip(terms, scores, strict=True)
+        ]
+        score = combine(values, segment)
+    if step.exit is not None:
+        chosen = exit_chosen(step.exit.gate, score, scope, **_bundles(taps.get("when", {})))
+        return Decision(chosen, None, _take(size, chosen))
+    chosen = step.select.apply(score, scope, **_bundles(taps.get("select", {})))
+    merged = None
+    if step.rest is not None:
+        merged = step.rest.apply(feature, size, chosen, score, scope, **_bundles(taps.get("rest", {})))
+    if merged is None:
+        return Decision(chosen, None, _take(size, chosen))
+    return Decision(merged[0], merged[1], merged[2])
+
+
+def _bundles(taps: dict[str, Any]) -> dict[str, Any]:
+    """Attention taps travel through graphs as plain tuples."""
+    return {name: Attention(*tap) if isinstance(tap, tuple) and len(tap) == 6 else tap for name, tap in taps.items()}
+
+
+def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """values [B, V] at index [B, K]; pads give 0."""
+    return values.gather(1, index.clamp(min=0)) * (index >= 0)
+
+
+def follow(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """values [B, V] int64 at index [B, K]; pads stay -1."""
+    return torch.where(index < 0, -1, values.gather(1, index.clamp(min=0)))
+
+
+def take_rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """values [B, V, D] at index [B, K] -> [B, K, D]; pads give row 0."""
+    return values.gather(1, index.clamp(min=0).unsqueeze(2).expand(-1, -1, values.shape[2]))
+
+
+def count_segments(segment: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """[B, N] how many of the tokens stand in each segment."""
+    images = torch.arange(counts.shape[1], device=segment.device)
+    return (segment.unsqueeze(2) == images).sum(1)

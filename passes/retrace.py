@@ -1,0 +1,79 @@
+"""Retrace: a draft becomes an exported program again, with fresh shapes, guards and ranges."""
+
+from __future__ import annotations
+
+import torch
+
+from tvc.chunks import PAST_KEY, sample_inputs, varying_axes
+from tvc.errors import PassError
+from tvc.graphs import drop_unused_attributes
+from tvc.passes.base import Pass
+from tvc.program import Change, Component, Program
+
+AUTO = torch.export.Dim.AUTO
+
+
+class Retrace(Pass):
+    """Exports every draft; what comes out is what targets lower."""
+
+    gives = frozenset({"retraced"})
+    may_be_idle = True
+
+    def run(self, program: Program) -> list[Change]:
+        changes = []
+        for component in program.components.values():
+            if component.draft is None:
+                continue
+            if component.name == "decoder":
+                _decoder_sample(component, program)
+            export_draft(component)
+            changes.append(Change(component.name, component.name, "exported again", "shapes changed"))
+        return changes
+
+
+def _decoder_sample(component: Component, program: Program) -> None:
+    stage_of_layer = [stage.index for stage in program.stages for _ in stage.layers]
+    shape = component.meta["shape"]
+    component.sample = sample_inputs(
+        component.inputs, shape, stage_of_layer, component.meta["tap_widths"], visual=component.meta.get("visual", 64)
+    )
+    component.dynamic = tuple(
+        {axis: AUTO for axis in varying_axes(name, shape)} for name in component.inputs
+    )
+
+
+def export_draft(component: Component) -> None:
+    """Traces `component.draft` into `component.exported`; a size that the trace pins down is an error."""
+    draft = component.draft
+    if draft is None:
+        return
+    draft.graph.eliminate_dead_code()
+    drop_unused_attributes(draft)
+    draft.recompile()
+    with torch.no_grad():
+        exported = torch.export.export(
+            draft,
+            component.sample,
+            dynamic_shapes=component.dynamic,
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
+    component.exported, component.draft = exported, None
+    _check_dynamic(component)
+
+
+def _check_dynamic(component: Component) -> None:
+    """Every axis that may vary must have stayed symbolic."""
+    specs = [n for n in component.exported.graph.nodes if n.op == "placeholder"]
+    values = [n.meta["val"] for n in specs[len(specs) - len(component.inputs) :]]
+    for name, value, axes in zip(component.inputs, values, component.dynamic, strict=True):
+        fixed = [axis for axis in axes if not isinstance(value.shape[axis], torch.SymInt)]
+        if fixed and any(user for user in ()) or (fixed and name.startswith(PAST_KEY)):
+            raise PassError(
+                "a size that varies from call to call became a constant of the graph",
+                where=f"{component.name}, input {name}, axis {fixed[0]}",
+                got=value.shape[fixed[0]],
+                want="a symbolic size",
+                fix="an op of the policy's steps branches on a size; write it with arithmetic",
+                slug="size-pinned",
+            )

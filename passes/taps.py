@@ -1,0 +1,159 @@
+"""Taps: the values a policy's primitives ask for, as nodes of the decoder graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from tvc.errors import SiteError
+from tvc.graphs import Block, annotate, backward_closure, clone
+from tvc.kernels.op import Tap
+from tvc.passes.cuts import ChunkState, Cut
+from tvc.passes.reduction import follow, take_rows
+
+
+def crosses(tap: Tap) -> bool:
+    """Whether the tap is a value of the vision path."""
+    return (tap.layer or "").startswith("vision.")
+
+
+def visual_rows(residual: torch.Tensor, visual_index: torch.Tensor) -> torch.Tensor:
+    """[B, V, D] hidden states of the visual tokens."""
+    return take_rows(residual, visual_index)
+
+
+def text_rows(residual: torch.Tensor, text_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, T, D] hidden states of the text tokens and which of them are real."""
+    return take_rows(residual, text_index), text_index >= 0
+
+
+def running_number(segment: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:
+    """[B, V] int64 place of each visual token among those that entered the decoder, -1 pads."""
+    return torch.where(segment >= 0, origin, -1)
+
+
+def last_rows(query: torch.Tensor) -> torch.Tensor:
+    """[B, 1] int64: the last slot, which is always real."""
+    last = torch.arange(query.shape[2], device=query.device)[-1:]
+    return last.unsqueeze(0).expand(query.shape[0], -1).clone()
+
+
+def all_rows(query: torch.Tensor) -> torch.Tensor:
+    return torch.arange(query.shape[2], device=query.device).unsqueeze(0).expand(query.shape[0], -1).clone()
+
+
+def columns_of(index: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """[B, V, 1] where the chunk's slots `index` stand among the keys, whose first ones are the cache's."""
+    past = key.shape[2] - query.shape[2]
+    return torch.where(index >= 0, index + past, -1).unsqueeze(2)
+
+
+def key_rows(key: torch.Tensor, query: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[B, V, d] keys of the chunk's slots `index`, averaged over heads."""
+    past = key.shape[2] - query.shape[2]
+    return take_rows(key.float().mean(1), torch.where(index >= 0, index + past, 0))
+
+
+class DecoderTaps:
+    """Resolves taps for one step; nodes are made at the graph's current insertion point."""
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        blocks: list[Block],
+        states: list[ChunkState],
+        cuts: list[Cut],
+        note: str,
+        key_positions: fx.Node,
+    ):
+        self.graph, self.blocks, self.states, self.cuts, self.note = graph, blocks, states, cuts, note
+        self.key_positions = key_positions
+
+    def call(self, function: Any, *arguments: Any) -> fx.Node:
+        node = self.graph.call_function(function, arguments)
+        annotate(node, self.note)
+        return node
+
+    def entered(self, tap: fx.Node) -> fx.Node:
+        """A per-token input of the decoder, for the visual tokens that are still there."""
+        return self.call(_still_there, tap, self.states[-1].origin)
+
+    def resolve(self, tap: Tap, site: str, first: fx.Node) -> Any:
+        state = self.states[-1]
+        if tap.kind == "feature":
+            return self.call(visual_rows, state.residual, state.visual_index)
+        if tap.kind == "text":
+            pair = self.call(text_rows, state.residual, state.text_index)
+            return (self.graph.call_function(_first, (pair,)), self.graph.call_function(_second, (pair,)))
+        if tap.kind == "ordinal":
+            return self.call(running_number, state.segment, state.origin)
+        layer = int((tap.layer or "").removeprefix("language."))
+        query, key, mask, scale, stage = self._attention(layer, site, first)
+        index = self._slots_in(stage)
+        if tap.kind == "key":
+            return self.call(key_rows, key, query, index)
+        rows = self._rows(tap, query, stage, index)
+        columns = self.call(columns_of, index, query, key)
+        return (query, key, mask, rows, columns, scale)
+
+    def _attention(self, layer: int, site: str, first: fx.Node) -> tuple[Any, Any, Any, float, int]:
+        """(query, key, mask, scale, stage) of the attention in `layer`, which runs before the cut or is recomputed."""
+        node = self.blocks[layer].attention
+        query, key, mask, scale = node.args[0], node.args[1], node.args[3], node.args[4]
+        stage = sum(cut.layer <= layer for cut in self.cuts)
+        if f"language.{layer}" != site:
+            return query, key, mask, scale, stage  # type: ignore[return-value]
+        # The block's own attention, on the tokens that have not been cut yet: its q and k are computed here as well.
+        ahead = [n for n in backward_closure([query, key]) if not n < first]  # type: ignore[list-item]
+        copies = clone(ahead, {}, self.note)
+        state = self.states[-1]
+        window = mask.args[2]  # type: ignore[union-attr]
+        keys = self.call(_joined, self.key_positions, state.query_positions)
+        mask = self.call(torch.ops.tvc.attention_mask.default, state.query_positions, keys, window)
+        return copies.get(query, query), copies.get(key, key), mask, scale, len(self.states) - 1  # type: ignore
+
+    def _slots_in(self, stage: int) -> fx.Node:
+        """[B, V] where the visual tokens that are left now stood in the chunk of an earlier stage."""
+        node = self.states[stage].visual_index
+        for later in self.states[stage + 1 :]:
+            node = self.call(follow, node, later.chosen)
+        return node
+
+    def _rows(self, tap: Tap, query: Any, stage: int, index: fx.Node) -> fx.Node:
+        of = tap.of[0]
+        if of == "last":
+            return self.call(last_rows, query)
+        if of == "text":
+            return self.states[stage].text_index
+        if of == "visual":
+            return index
+        if of == "all":
+            return self.call(all_rows, query)
+        raise SiteError(
+            f"the decoder has no {of} token",
+            where=self.note,
+            got=f"of: {of}",
+            want="one of last, text, visual, all",
+            fix="take the score from a vision layer, or choose another row",
+            slug="no-such-row",
+        )
+
+
+def _still_there(tap: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:
+    if tap.dim() == 3:
+        return take_rows(tap, origin)
+    return tap.gather(1, origin.clamp(min=0))
+
+
+def _first(pair: tuple[Any, Any]) -> Any:
+    return pair[0]
+
+
+def _second(pair: tuple[Any, Any]) -> Any:
+    return pair[1]
+
+
+def _joined(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    return torch.cat([one, other], 1)

@@ -1,0 +1,89 @@
+"""The decoder's interface: what a chunk consists of, by input name.
+
+    inputs_embeds          [B, S, D]   left-packed: pads first, the last slot is always real
+    position_ids           [B, S] or [A, B, S] where the model has A rotary axes
+    query_positions        [B, S] int64 place of each slot in the sample's sequence, -1 pads
+    text_index             [B, T] int64 slots of the text tokens, -1 pads
+    visual_index           [B, V] int64 slots of the visual tokens, -1 pads; V = 0 in a decode step
+    visual_segment         [B, V] int64 image of the sample that each visual token belongs to, -1 pads
+    visual_counts          [B, N] int64 visual tokens of each image, 0 pads; N = 0 where no image came with the chunk
+    tap.*                  [B, V] or [B, V, d] what the vision path says of each visual token
+    past_key_positions.s   [B, P_s] int64 places of the tokens cached by stage s, -1 pads
+    past_key.i past_value.i  [B, G, P_s, d] the cache of layer i, as long as its stage's
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+
+CHUNK_INPUTS = (
+    "inputs_embeds",
+    "position_ids",
+    "query_positions",
+    "text_index",
+    "visual_index",
+    "visual_segment",
+    "visual_counts",
+)
+PAST_POSITIONS = "past_key_positions."
+PAST_KEY, PAST_VALUE = "past_key.", "past_value."
+TAP = "tap."
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderShape:
+    """The fixed sizes of a decoder's inputs."""
+
+    width: int
+    axes: int  # rotary position axes; 0 for plain [B, S] positions
+    caches: tuple[tuple[int, int, int], ...]  # (groups, key width, value width) of each layer
+    dtype: torch.dtype
+    device: torch.device
+
+
+def varying_axes(name: str, shape: DecoderShape) -> tuple[int, ...]:
+    """The axes of an input that may differ from call to call."""
+    if name.startswith((PAST_KEY, PAST_VALUE)):
+        return (0, 2)
+    return (1, 2) if name == "position_ids" and shape.axes else (0, 1)
+
+
+def sample_inputs(
+    names: Sequence[str],
+    shape: DecoderShape,
+    stage_of_layer: Sequence[int],
+    tap_widths: Mapping[str, int],
+    visual: int = 16,
+    text: int = 12,
+    past: int = 12,
+) -> tuple[torch.Tensor, ...]:
+    """Tensors to trace with, by name: two samples of two images, every varying size at least 2 and unlike the others."""
+    batch, slots, half = 2, visual + text, visual // 2
+    positions = (torch.arange(slots) + past).repeat(batch, 1)
+    chunk = {
+        "inputs_embeds": torch.zeros(batch, slots, shape.width, dtype=shape.dtype),
+        "position_ids": positions.expand(shape.axes, -1, -1).contiguous() if shape.axes else positions,
+        "query_positions": positions.clone(),
+        "text_index": torch.cat([torch.zeros(1, dtype=torch.long), torch.arange(visual + 1, slots)]).repeat(batch, 1),
+        "visual_index": (torch.arange(visual) + 1).repeat(batch, 1),
+        "visual_segment": (torch.arange(visual) >= half).long().repeat(batch, 1),
+        "visual_counts": torch.tensor([half, visual - half]).repeat(batch, 1),
+    }
+
+    def make(name: str) -> torch.Tensor:
+        if name in chunk:
+            return chunk[name]
+        if name.startswith(PAST_POSITIONS):
+            return torch.arange(past + 3 * int(name.removeprefix(PAST_POSITIONS))).repeat(batch, 1)
+        if name.startswith(TAP):
+            tap = torch.rand(batch, visual, max(tap_widths[name], 1))
+            return tap if tap_widths[name] else tap[..., 0].clone()
+        layer = int(name.split(".")[1])
+        groups, *widths = shape.caches[layer]
+        length = past + 3 * stage_of_layer[layer]
+        return torch.zeros(batch, groups, length, widths[name.startswith(PAST_VALUE)], dtype=shape.dtype)
+
+    return tuple(make(name).to(shape.device) for name in names)

@@ -1,0 +1,157 @@
+"""Graphs in the open: drafts made from exported programs, their transformer blocks, and small surgery on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.export.graph_signature import InputKind
+
+from tvc.program import Component
+
+A = torch.ops.aten
+_CHECKS = (A._assert_scalar.default, A._assert_tensor_metadata.default, A.sym_constrain_range_for_size.default)
+
+
+def identifier(name: str) -> str:
+    return re.sub(r"\W", "_", name)
+
+
+def open_draft(component: Component) -> fx.GraphModule:
+    """The component's graph with one placeholder per input (in order) and its weights, shared, as attributes.
+
+    Assertions of the trace are left out: the next trace makes its own.
+    """
+    exported = component.exported
+    signature = exported.graph_signature
+    specs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
+    root, graph, copies = torch.nn.Module(), fx.Graph(), {}
+    user_inputs = iter(component.inputs)
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            spec = specs[node.name]
+            if spec.kind is InputKind.USER_INPUT:
+                copy = graph.placeholder(identifier(next(user_inputs)))
+            else:
+                copy = graph.get_attr(_attach(root, exported, spec))
+            copy.meta = dict(node.meta)
+        elif node.op == "output":
+            copy = graph.output(tuple(copies[value] for value in node.args[0]))
+        elif node.target in _CHECKS:
+            continue
+        else:
+            copy = graph.node_copy(node, copies.__getitem__)
+        copies[node] = copy
+    draft = fx.GraphModule(root, graph)
+    draft.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    draft.delete_all_unused_submodules()
+    return draft
+
+
+def _attach(root: torch.nn.Module, exported: torch.export.ExportedProgram, spec: Any) -> str:
+    name = identifier(spec.target)
+    value = exported.state_dict.get(spec.target)
+    if value is None:
+        value = exported.constants[spec.target]
+    if isinstance(value, torch.nn.Parameter):
+        root.register_parameter(name, value)
+    else:
+        root.register_buffer(name, value)
+    return name
+
+
+def drop_unused_attributes(draft: fx.GraphModule) -> None:
+    """Forgets weights that no node reads, so that no artifact stores them."""
+    read = {node.target for node in draft.graph.nodes if node.op == "get_attr"}
+    for name in [n for n, _ in (*draft.named_parameters(recurse=False), *draft.named_buffers(recurse=False))]:
+        if name not in read:
+            delattr(draft, name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One transformer block of a graph: its number and its attention call."""
+
+    index: int
+    attention: fx.Node
+    prefix: str  # module path of the block list
+
+    def holds(self, node: fx.Node) -> bool:
+        own = f"{self.prefix}.{self.index}"
+        return any(path == own or path.startswith(f"{own}.") for path in module_paths(node))
+
+
+def module_paths(node: fx.Node) -> list[str]:
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+
+
+def is_attention(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in (
+        torch.ops.tvc.attention.default,
+        torch.ops.tvc.packed_attention.default,
+    )
+
+
+def find_blocks(graph: fx.Graph) -> list[Block]:
+    """The transformer blocks of a graph, read off the module paths of its attention calls.
+
+    Of several block lists (an encoder and a resampler, say) the longest is meant.
+    """
+    lists: dict[str, dict[int, fx.Node]] = {}
+    for node in graph.nodes:
+        if not is_attention(node):
+            continue
+        paths = module_paths(node)
+        parts = paths[-1].split(".") if paths else []
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        if numbers:
+            lists.setdefault(".".join(parts[: numbers[-1]]), {}).setdefault(int(parts[numbers[-1]]), node)
+    if not lists:
+        return []
+    prefix, found = max(lists.items(), key=lambda item: len(item[1]))
+    return [Block(index, found[index], prefix) for index in sorted(found)]
+
+
+def first_node(graph: fx.Graph, block: Block) -> fx.Node:
+    """The first node that belongs to the block: a cut before the block stands in front of it."""
+    return next(node for node in graph.nodes if node.op == "call_function" and block.holds(node))
+
+
+def placeholders(graph: fx.Graph) -> dict[str, fx.Node]:
+    return {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
+
+
+def backward_closure(roots: Iterable[fx.Node], stop: Iterable[fx.Node] = ()) -> list[fx.Node]:
+    """`roots` and everything they are computed from, in graph order; `stop` nodes are not entered nor listed."""
+    stop = set(stop)
+    seen: set[fx.Node] = set()
+    stack = [node for node in roots if node not in stop]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        stack += [n for n in node.all_input_nodes if n not in seen and n not in stop]
+    graph = next(iter(seen)).graph if seen else None
+    return [node for node in graph.nodes if node in seen] if graph is not None else []
+
+
+def clone(nodes: Iterable[fx.Node], substitutes: dict[fx.Node, fx.Node], note: str) -> dict[fx.Node, fx.Node]:
+    """Copies `nodes` (in order) at the graph's insertion point, reading `substitutes` where they name an input."""
+    copies = dict(substitutes)
+    for node in nodes:
+        if node in copies or node.op in ("placeholder", "get_attr"):
+            continue
+        copy = node.graph.node_copy(node, lambda n: copies.get(n, n))
+        annotate(copy, note)
+        copies[node] = copy
+    return copies
+
+
+def annotate(node: fx.Node, note: str) -> None:
+    """Remembers which pass added the node, through the traces to come."""
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), "tvc": note}

@@ -1,0 +1,48 @@
+"""The one door to `transformers.exporters`, whose parts used here are private and pinned in pyproject.toml.
+
+What upstream gives: reversible patches that make HF modelling code traceable, input preparers that compute
+data-dependent tensors (window order, packed-sequence boundaries, vision positions) outside the graph, and a table of
+ONNX translations. What upstream breaks, and is therefore not used: `export_for_generation` (forgets LLaVA's vision
+path, drops an all-ones attention mask, ties the past lengths of all layers to one symbol) and the packed-attention
+patch (requires equally long segments).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers.exporters.exporter_dynamo  # noqa: F401  fills the patch registry
+from transformers.exporters import utils as _utils
+
+# Attention is traced through `tvc.trace.attention`, which needs neither of these.
+_UNWANTED = ("_patch_chunked_vision_attention", "_patch_sdpa")
+
+
+@contextlib.contextmanager
+def tracing_patches(backend: str = "dynamo") -> Iterator[None]:
+    """Makes HF modelling code traceable for the duration of the block."""
+    kept = [entry for entry in _utils._PATCHES.get(backend, []) if entry[2].__name__ not in _UNWANTED]
+    resolved = [
+        (owner, attribute, factory)
+        for path, attribute, factory in kept
+        if (owner := _utils.import_dotted_path(path, missing_ok=True)) is not None
+    ]
+    with _utils.patch_attributes(resolved):
+        yield
+
+
+def prepare_vision_inputs(tower: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The tower's keyword inputs plus the data-dependent tensors that its forward would compute by itself."""
+    prepared = dict(inputs)
+    _utils.precompute_export_inputs(tower, prepared)
+    return prepared
+
+
+def onnx_translation_table() -> dict[Any, Any]:
+    """ONNX translations of operators that `torch.onnx` lacks."""
+    from transformers.exporters import exporter_onnx
+
+    return dict(exporter_onnx._ONNX_TRANSLATION_TABLE)

@@ -1,0 +1,349 @@
+"""The host: the user's own HF class with its heavy modules taken out.
+
+What a family does around its heavy modules (splitting images into tiles and dropping padding images before the vision
+tower, packing tile features with newline tokens after the projector, scattering features over placeholders, computing
+rotary positions, preparing inputs for `generate`) is ordinary code of the HF class. It is not rewritten here and it is
+not traced: it runs as it is, on a copy of the model that lives on the meta device, with stubs in the places of the
+vision path and of the decoder. So any image size, any number of tiles and any family's positions are right by
+construction, and no family needs code.
+
+The vision path is everything from the first module that `get_image_features` calls (the *entry*, the tower) to the
+last one (the *exit*, the projector; the same module where the tower projects by itself). The decoder is the model's
+text decoder; the host stops where it is called.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from tvc.errors import ModelError, TraceError
+from tvc.trace.attention import NAME as TRACED_ATTENTION
+from tvc.trace.attention import attention_as
+from tvc.trace.exporters import prepare_vision_inputs
+
+PIXEL_NAMES = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+
+
+@dataclasses.dataclass(frozen=True)
+class Boundary:
+    """Where the heavy modules stand: dotted paths inside the HF model."""
+
+    entry: str
+    between: tuple[str, ...]
+    exit: str
+    decoder: str
+    embeddings: str
+    exit_structure: Any  # the exit's output with `Leaf(i)` where the graph's i-th output goes, meta tensors elsewhere
+    junk: Mapping[str, Any]  # what entry and the modules between return while the host runs: meta tensors
+
+    @property
+    def vision(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((self.entry, *self.between, self.exit)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """Stands for the i-th output of the vision graph."""
+
+    index: int
+
+
+@dataclasses.dataclass
+class DecoderCall:
+    """What reached the decoder: the host's answer to one call of the model."""
+
+    inputs_embeds: torch.Tensor  # [B, S, D]
+    position_ids: torch.Tensor | None  # [B, S] or [A, B, S]
+    extra: dict[str, Any]
+
+
+class _Reached(Exception):
+    """Carries the decoder's arguments out of the host's forward."""
+
+    def __init__(self, arguments: dict[str, Any]):
+        self.arguments = arguments
+
+
+@dataclasses.dataclass
+class _Stubs:
+    """What the stubs do at the moment; swapped for the length of a call."""
+
+    vision: Callable[[dict[str, Any]], list[torch.Tensor]] | None = None
+    entry: Callable[[dict[str, Any]], Any] | None = None  # set while the interior itself is traced
+    between: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
+    exit: Callable[..., Any] | None = None
+    embed: Callable[[torch.Tensor], torch.Tensor] | None = None
+    pending: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def feature_owner(model: torch.nn.Module) -> torch.nn.Module:
+    """The module whose `get_image_features` does the work (the base model where there is one)."""
+    base = getattr(model, "base_model", model)
+    for candidate in (base, model):
+        if hasattr(candidate, "get_image_features"):
+            return candidate
+    raise ModelError(
+        f"{type(model).__name__} has no vision path",
+        where=type(model).__name__,
+        got="a model without get_image_features",
+        want="a vision-language model of AutoModelForImageTextToText",
+        fix="pass a vision-language model; a text-only model has no visual tokens to reduce",
+        slug="not-a-vlm",
+    )
+
+
+def keywords(function: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of `inputs` that `function` names as parameters."""
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in inputs.items() if name in parameters}
+
+
+def path_of(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
+    return next(path for path, module in model.named_modules() if module is wanted)
+
+
+def _to(value: Any, device: str) -> Any:
+    """Tensors moved to `device`; off the meta device they come as zeros."""
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor) or leaf.device.type == device:
+            return leaf
+        return torch.zeros(leaf.shape, dtype=leaf.dtype) if leaf.is_meta else leaf.to(device)
+
+    return _map_outputs(value, move)
+
+
+def _map_outputs(value: Any, function: Callable[[Any], Any]) -> Any:
+    """`tree_map` that also walks HF's ModelOutput (which registers itself as a pytree only sometimes)."""
+    if hasattr(value, "to_tuple") and isinstance(value, dict):
+        return type(value)(**{key: _map_outputs(item, function) for key, item in value.items()})
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_map_outputs(item, function) for item in value)
+    return pytree.tree_map(function, value)
+
+
+@dataclasses.dataclass
+class _Call:
+    path: str
+    output: Any
+
+
+@contextlib.contextmanager
+def _observed(model: torch.nn.Module, device: str) -> Iterator[list[_Call]]:
+    """Lists the outermost module calls made inside the block; they run on `device`, their callers see the CPU."""
+    calls: list[_Call] = []
+    depth = [0]
+    handles = []
+
+    def before(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        depth[0] += 1
+        if depth[0] > 1:
+            return args, kwargs
+        prepared = prepare_vision_inputs(module, _flat_arguments(inspect.signature(module.forward), args, kwargs))
+        return (), _to(prepared, device)
+
+    def after(path: str) -> Callable[..., Any]:
+        def hook(_module: torch.nn.Module, _args: Any, _kwargs: Any, output: Any) -> Any:
+            depth[0] -= 1
+            if depth[0]:
+                return None
+            calls.append(_Call(path, output))
+            return _to(output, "cpu")
+
+        return hook
+
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+        handles.append(module.register_forward_hook(after(path), with_kwargs=True))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find_boundary(model: torch.nn.Module, sample: Mapping[str, Any]) -> Boundary:
+    """Runs `get_image_features` once on the meta model and reads off what it called, in what order."""
+    owner = feature_owner(model)
+    function = owner.get_image_features
+    with torch.no_grad(), attention_as(model, TRACED_ATTENTION), _observed(model, "meta") as calls:
+        function(**keywords(function, sample))
+    paths = [call.path for call in calls]
+    if not paths:
+        raise TraceError(
+            "the vision path calls no module",
+            where=f"{type(owner).__name__}.get_image_features",
+            got="no module call",
+            want="a vision tower",
+            fix="report the model class",
+            slug="no-vision-path",
+        )
+    decoder = model.get_decoder()
+    if decoder is None or decoder is model:
+        raise ModelError(
+            f"{type(model).__name__} has no text decoder of its own",
+            where=type(model).__name__,
+            got="get_decoder() returned nothing",
+            want="a decoder-only language model behind the vision path",
+            fix="encoder-decoder models are not supported",
+            slug="no-decoder",
+        )
+    last = calls[-1].output
+    structure, _ = _exit_structure(last)
+    junk = {call.path: _map_outputs(call.output, lambda leaf: leaf) for call in calls[:-1]}
+    return Boundary(
+        entry=paths[0],
+        between=tuple(dict.fromkeys(p for p in paths[1:-1] if p not in (paths[0], paths[-1]))),
+        exit=paths[-1],
+        decoder=path_of(model, decoder),
+        embeddings=path_of(model, model.get_input_embeddings()),
+        exit_structure=structure,
+        junk=junk,
+    )
+
+
+# Fields of a vision output that hold the tower's inside; where a pooled output exists they are not features.
+_INSIDE = ("last_hidden_state", "hidden_states", "attentions")
+
+
+def _exit_structure(output: Any) -> tuple[Any, list[torch.Tensor]]:
+    """The exit's output with `Leaf`s in the places of its features, and those features."""
+    leaves: list[torch.Tensor] = []
+
+    def mark(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            leaves.append(value)
+            return Leaf(len(leaves) - 1)
+        return value
+
+    if hasattr(output, "to_tuple") and isinstance(output, dict):
+        pooled = output.get("pooler_output") is not None
+        fields = {k: v if pooled and k in _INSIDE else _map_outputs(v, mark) for k, v in output.items()}
+        return type(output)(**fields), leaves
+    return _map_outputs(output, mark), leaves
+
+
+def exit_leaves(output: Any) -> list[torch.Tensor]:
+    """The feature tensors of an exit's output, in the order of its `Leaf`s."""
+    return _exit_structure(output)[1]
+
+
+class Host:
+    """Runs the family's own code around the graphs. `model` is a meta copy of the user's model, changed in place."""
+
+    def __init__(self, model: torch.nn.Module, boundary: Boundary):
+        self.model, self.boundary = model, boundary
+        self.owner = feature_owner(model)
+        self.hf_forward = model.forward  # bound here: a runtime may put another forward in its place
+        self.entry_module = model.get_submodule(boundary.entry)
+        self._stubs = _Stubs()
+        self._install()
+
+    def _install(self) -> None:
+        stubs, boundary = self._stubs, self.boundary
+        signature = inspect.signature(self.entry_module.forward)
+        decoder_signature = inspect.signature(self.model.get_submodule(boundary.decoder).forward)
+
+        def entry(*args: Any, **kwargs: Any) -> Any:
+            bound = _flat_arguments(signature, args, kwargs)
+            if stubs.entry is not None:
+                return stubs.entry(bound)
+            stubs.pending = bound
+            return finish() if boundary.entry == boundary.exit else boundary.junk[boundary.entry]
+
+        def finish(*_args: Any, **_kwargs: Any) -> Any:
+            if stubs.exit is not None:
+                return stubs.exit(*_args, **_kwargs)
+            outputs = stubs.vision(stubs.pending) if stubs.vision is not None else []
+            return _map_outputs(
+                boundary.exit_structure, lambda leaf: outputs[leaf.index] if isinstance(leaf, Leaf) else leaf
+            )
+
+        def decoder(*args: Any, **kwargs: Any) -> Any:
+            raise _Reached(_flat_arguments(decoder_signature, args, kwargs))
+
+        self.model.get_submodule(boundary.entry).forward = entry
+        for path in boundary.between:
+            self.model.get_submodule(path).forward = _between(stubs, boundary, path)
+        if boundary.exit != boundary.entry:
+            self.model.get_submodule(boundary.exit).forward = finish
+        self.model.get_submodule(boundary.decoder).forward = decoder
+        self.model.get_submodule(boundary.embeddings).forward = self._embed
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        if self._stubs.embed is None:
+            raise TraceError(
+                "the host was called without an embedding graph",
+                where="host",
+                got="no embedding",
+                want="a bound runtime",
+                fix="use tvc.compile or tvc.load",
+                slug="unbound-host",
+            )
+        return self._stubs.embed(input_ids)
+
+    @contextlib.contextmanager
+    def bound(
+        self,
+        vision: Callable[[dict[str, Any]], list[torch.Tensor]] | None = None,
+        embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        entry: Callable[[dict[str, Any]], Any] | None = None,
+        between: Mapping[str, Callable[..., Any]] | None = None,
+        exit: Callable[..., Any] | None = None,
+    ) -> Iterator[None]:
+        """The stubs call these for the duration of the block."""
+        before = dataclasses.replace(self._stubs)
+        self._stubs.vision, self._stubs.embed = vision or before.vision, embed or before.embed
+        self._stubs.entry, self._stubs.between, self._stubs.exit = entry, between or {}, exit
+        try:
+            yield
+        finally:
+            for field in dataclasses.fields(_Stubs):
+                setattr(self._stubs, field.name, getattr(before, field.name))
+
+    def image_features(self, inputs: Mapping[str, Any]) -> Any:
+        """The family's `get_image_features` around the bound vision path."""
+        return self.owner.get_image_features(**keywords(self.owner.get_image_features, inputs))
+
+    def reach_decoder(self, **inputs: Any) -> DecoderCall:
+        """Runs the model's forward up to its decoder."""
+        try:
+            self.hf_forward(**inputs)
+        except _Reached as reached:
+            arguments = reached.arguments
+            embeds = arguments.pop("inputs_embeds")
+            return DecoderCall(embeds, arguments.pop("position_ids", None), arguments)
+        raise TraceError(
+            "the model's forward returned without calling its decoder",
+            where=type(self.model).__name__,
+            got="no decoder call",
+            want=f"a call of {self.boundary.decoder}",
+            fix="report the model class",
+            slug="decoder-not-reached",
+        )
+
+
+def _flat_arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
+    """Arguments by name, `**kwargs` of the callee flattened in, None dropped."""
+    bound = signature.bind(*args, **kwargs)
+    flat: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            flat.update(value)
+        else:
+            flat[name] = value
+    return {name: value for name, value in flat.items() if value is not None}
+
+
+def _between(stubs: _Stubs, boundary: Boundary, path: str) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return stubs.between[path](*args, **kwargs) if path in stubs.between else boundary.junk[path]
+
+    return forward

@@ -1,0 +1,132 @@
+"""Captures the vision path: tower inputs -> visual features in the decoder's space, as one graph.
+
+The family's own code between tower and projector (layer choice, CLS removal, pixel shuffle) is traced by running it:
+the host's `get_image_features` is called with the sample; what comes before the tower runs as plain Python outside the
+trace, what lies between tower and projector runs inside it, and the call ends at the projector's output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from tvc.errors import TraceError
+from tvc.program import Component
+from tvc.trace.attention import NAME as TRACED_ATTENTION
+from tvc.trace.attention import attention_as
+from tvc.trace.exporters import prepare_vision_inputs, tracing_patches
+from tvc.trace.host import Host, exit_leaves
+
+AUTO = torch.export.Dim.AUTO
+OUTPUT = "visual_features"
+
+
+class _Done(Exception):
+    """Ends the family's code at the exit module, carrying its features."""
+
+    def __init__(self, features: list[torch.Tensor]):
+        self.features = features
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionInputs:
+    """The entry module's arguments: tensors become graph inputs, everything else is a constant of the trace."""
+
+    tensors: dict[str, torch.Tensor]
+    constants: dict[str, Any]
+
+
+def split_inputs(arguments: Mapping[str, Any]) -> VisionInputs:
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    return VisionInputs(tensors, {name: value for name, value in arguments.items() if name not in tensors})
+
+
+class VisionPath(torch.nn.Module):
+    """Entry to exit of the vision path of `model`, as a function of the entry's tensors."""
+
+    def __init__(self, model: torch.nn.Module, host: Host, sample: Mapping[str, Any], inputs: VisionInputs):
+        super().__init__()
+        boundary = host.boundary
+        # Registered under their own paths, so that every node knows the module of the user's model it came from.
+        self.parts = torch.nn.ModuleDict(
+            {path.replace(".", "_"): model.get_submodule(path) for path in boundary.vision}
+        )
+        self._paths = {path: path.replace(".", "_") for path in boundary.vision}
+        self._host, self._sample, self._inputs = host, dict(sample), inputs
+
+    def part(self, path: str) -> torch.nn.Module:
+        return self.parts[self._paths[path]]
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        boundary = self._host.boundary
+        arguments = {**dict(zip(self._inputs.tensors, tensors, strict=True)), **self._inputs.constants}
+        outside = contextlib.ExitStack()  # open while the family's code before the tower runs untraced
+
+        def entry(_pending: dict[str, Any]) -> Any:
+            outside.close()
+            output = self.part(boundary.entry)(**arguments)
+            if boundary.entry == boundary.exit:
+                raise _Done(exit_leaves(output))
+            return output
+
+        def exit(*args: Any, **kwargs: Any) -> Any:
+            raise _Done(exit_leaves(self.part(boundary.exit)(*args, **kwargs)))
+
+        between: dict[str, Callable[..., Any]] = {path: self.part(path) for path in boundary.between}
+        with outside:
+            outside.enter_context(_disable_current_modes())
+            try:
+                with self._host.bound(entry=entry, between=between, exit=exit):
+                    self._host.image_features(self._sample)
+            except _Done as done:
+                return tuple(done.features)
+        raise TraceError(
+            "the vision path ended before its last module",
+            where=boundary.exit,
+            got="no call",
+            want=f"a call of {boundary.exit}",
+            fix="report the model class",
+            slug="vision-path-changed",
+        )
+
+
+def entry_inputs(host: Host, sample: Mapping[str, Any]) -> VisionInputs:
+    """What the entry module receives for `sample`, with the data-dependent tensors computed beforehand."""
+    seen: dict[str, Any] = {}
+
+    def entry(pending: dict[str, Any]) -> Any:
+        seen.update(pending)
+        raise _Done([])
+
+    try:
+        with host.bound(entry=entry):
+            host.image_features(sample)
+    except _Done:
+        pass
+    with attention_as(host.model, TRACED_ATTENTION):
+        return split_inputs(prepare_vision_inputs(host.entry_module, seen))
+
+
+@contextlib.contextmanager
+def tracing(model: torch.nn.Module) -> Iterator[None]:
+    """Everything that has to hold while a component of `model` is exported."""
+    with torch.no_grad(), attention_as(model, TRACED_ATTENTION), tracing_patches():
+        yield
+
+
+def capture_vision(model: torch.nn.Module, host: Host, sample: Mapping[str, Any]) -> Component:
+    """The vision component of `model`; `sample` must hold at least two images, so that their number stays symbolic."""
+    inputs = entry_inputs(host, sample)
+    module = VisionPath(model, host, sample, inputs)
+    arguments = tuple(inputs.tensors.values())
+    dynamic = tuple({axis: AUTO for axis in range(value.dim())} for value in arguments)
+    with tracing(model):
+        exported = torch.export.export(module, arguments, dynamic_shapes=(dynamic,), strict=False)
+    count = len(exported.graph_signature.user_outputs)
+    outputs = (OUTPUT, *(f"{OUTPUT}.{i}" for i in range(1, count)))
+    return Component("vision", exported, tuple(inputs.tensors), outputs, arguments, dynamic)
