@@ -14,7 +14,6 @@ WORKERS ?= 2
 
 # The repository root must stay off sys.path: its `kernels` folder would pass for a package that transformers probes for.
 export PYTHONSAFEPATH := 1
-export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE ?= 1
 
@@ -49,6 +48,9 @@ lint: $(READY)
 	ln -s $(CURDIR)/tvc/* $(CURDIR)/kernels $(CURDIR)/passes $(CURDIR)/export build/typed/tvc/
 	cd build/typed && $(abspath $(PYTHON)) -m mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
+# Two workers on two cores: one thread each.
+test conformance: export OMP_NUM_THREADS ?= 1
+
 test: lint $(READY)
 	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
 
@@ -56,7 +58,7 @@ conformance: $(READY)
 	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m conformance
 
 bench: $(READY)
-	OMP_NUM_THREADS=$$(nproc) $(PYTHON) benchmarks/run.py
+	$(PYTHON) benchmarks/run.py
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache
