@@ -16,9 +16,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tvc.errors import ArgumentError
 from tvc.kernels.budget import Budget
 from tvc.kernels.op import Rest, Select, When
-from tvc.program import Layer, Layout
+from tvc.policy import load_policy
+from tvc.program import Layer, Layout, Site
 from tvc.report.cost import plan_costs
-from tvc.report.schedule import make_plan, solve_average
+from tvc.report.schedule import make_plan, plan_policy, solve_average
 from tvc.trace.layout import read_layer
 
 
@@ -288,3 +289,32 @@ def test_a_plan_is_json_and_a_table():
     table = plan.text()
     assert "test on test: 576 visual + 64 text tokens, image 336x336" in table
     assert any(line.split() == ["language", "2-7", "language.2", "288", "64", "352"] for line in table.splitlines())
+
+
+def legal(sizes: Layout) -> Layout:
+    names = [*(f"vision.{i}" for i in range(len(sizes.vision))), "projector"]
+    names += [f"language.{i}" for i in range(len(sizes.language))]
+    return dataclasses.replace(sizes, sites=tuple(Site(name, True) for name in names))
+
+
+# Average visual tokens per layer over the 32 layers of a 7B decoder, as the papers state or imply them.
+@pytest.mark.parametrize(
+    ("preset", "average"),
+    [("fastv", (2 * 576 + 30 * 288) / 32), ("pyramiddrop", 270), ("visionzip", 64), ("random", 144), ("uniform", 144)],
+)
+def test_presets_have_the_averages_of_their_papers(preset, average):
+    sizes = legal(layout(language=(Layer(1000, 4, 2, 16),) * 32, vision=(Layer(500, 2, 2, 8),) * 24))
+    plan = plan_policy(load_policy(preset), sizes)
+    assert plan.average_visual_tokens == average
+    assert plan.policy == preset
+
+
+@pytest.mark.parametrize("preset", ["fastv", "visionzip", "pyramiddrop", "uniform"])
+def test_solved_settings_give_the_solved_average_when_they_are_set(preset):
+    sizes = legal(layout(language=(Layer(1000, 4, 2, 16),) * 32, vision=(Layer(500, 2, 2, 8),) * 24))
+    policy = load_policy(preset)
+    plan = plan_policy(policy, sizes, average_tokens=200)
+    assert 199 <= plan.average_visual_tokens <= 200
+    again = plan_policy(policy.with_settings([f"{key}={value}" for key, value in plan.settings]), sizes)
+    assert again.layers == plan.layers
+    assert "solved: --set steps.0.select" in plan.text()

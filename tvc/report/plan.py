@@ -87,6 +87,7 @@ class Plan:
     compiled: Cost
     exact: bool = True
     fired: Plan | None = None
+    settings: tuple[tuple[str, str | int], ...] = ()  # what was solved for: budgets to give to `--set`
 
     @property
     def average_visual_tokens(self) -> float:
@@ -114,6 +115,7 @@ class Plan:
         values["stages"] = [{**dataclasses.asdict(stage), "tokens": stage.tokens} for stage in self.stages]
         values["average_visual_tokens"] = self.average_visual_tokens
         values["ratio"] = self.ratio
+        values["settings"] = dict(self.settings)
         values["fired"] = self.fired.to_json() if self.fired else None
         return values
 
@@ -124,10 +126,12 @@ class Plan:
         untouched = " + ".join(str(count) for count in self.visual_tokens)
         lines = [f"{self.policy} on {self.model_type}: {untouched} visual + {self.text_tokens} text tokens{image}", ""]
         lines += _table(("layers", "cut", "visual", "text", "KV length"), [_stage_row(stage) for stage in self.stages])
-        lines += ["", *_table(("", "dense", "compiled", "ratio"), self._cost_rows())]
+        lines += ["", *_table(("", "dense", "compiled", "unit", "ratio"), self._cost_rows())]
         total = sum(self.visual_tokens)
         share = f" ({100 * self.average_visual_tokens / total:.1f}%)" if total else ""
         lines += ["", f"average visual tokens per decoder layer: {self.average_visual_tokens:.1f} of {total}{share}"]
+        if self.settings:
+            lines.append("solved: " + " ".join(f"--set {key}={value}" for key, value in self.settings))
         if not self.exact:
             lines.append("the images of a sequence share one budget: their split, and later counts, depend on content")
         if self.fired:
@@ -140,17 +144,28 @@ class Plan:
         return "\n".join(line.rstrip() for line in lines)
 
     def _cost_rows(self) -> list[tuple[str, ...]]:
-        names = (
-            ("vision", "vision GFLOPs", 1e9, ".1f"),
-            ("prefill", "prefill GFLOPs", 1e9, ".1f"),
-            ("decode", "decode GFLOPs/token", 1e9, ".3f"),
-            ("kv_bytes", "KV cache MiB", 2**20, ".1f"),
-        )
         rows: list[tuple[str, ...]] = []
-        for name, label, unit, style in names:
-            dense, compiled = getattr(self.dense, name) / unit, getattr(self.compiled, name) / unit
-            rows.append((label, format(dense, style), format(compiled, style), f"{self.ratio[name]:.3f}"))
+        for name, label, base in COSTS:
+            dense = getattr(self.dense, name)
+            scale, unit = scale_of(dense, base)
+            figures = (format(value / scale, ",.2f") for value in (dense, getattr(self.compiled, name)))
+            rows.append((label, *figures, unit, f"{self.ratio[name]:.3f}"))
         return rows
+
+
+COSTS = (
+    ("vision", "vision", 1000),
+    ("prefill", "prefill", 1000),
+    ("decode", "decode, per token", 1000),
+    ("kv_bytes", "KV cache", 1024),
+)
+
+
+def scale_of(value: float, base: int) -> tuple[float, str]:
+    """The unit in which `value` has few digits: giga for large models, mega for small ones (kibibytes for caches)."""
+    if base == 1024:
+        return (2.0**20, "MiB") if value >= 2**20 else (2.0**10, "KiB")
+    return (1e9, "GFLOPs") if value >= 1e9 else (1e6, "MFLOPs")
 
 
 def _runs(part: str, entries: Sequence[tuple[tuple[str, ...], int, int]]) -> tuple[PlanStage, ...]:

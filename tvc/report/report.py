@@ -14,15 +14,9 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from tvc.report.plan import Cost, Plan
+from tvc.report.plan import COSTS, Cost, Plan, scale_of
 
 Rows = Sequence[Mapping[str, Any]]
-_COSTS = (
-    ("vision", "vision", "GFLOPs", 1e9),
-    ("prefill", "prefill", "GFLOPs", 1e9),
-    ("decode", "decode, per token", "GFLOPs", 1e9),
-    ("kv_bytes", "KV cache", "MiB", 2.0**20),
-)
 
 
 def write_report(
@@ -96,7 +90,8 @@ def _figure(value: Any) -> str:
 
 def _costs(dense: Cost, compiled: Cost, fired: Plan | None) -> list[dict[str, Any]]:
     ratios, rows = compiled.ratio(dense), []
-    for field, label, unit, scale in _COSTS:
+    for field, label, base in COSTS:
+        scale, unit = scale_of(getattr(dense, field), base)
         row = {"label": label, "unit": unit, "ratio": ratios[field]}
         row |= {"dense": getattr(dense, field) / scale, "compiled": getattr(compiled, field) / scale}
         rows.append(row | {"least": fired.ratio[field] if fired else None})

@@ -8,6 +8,7 @@ from typing import Any
 
 from tvc.errors import ArgumentError
 from tvc.kernels.budget import Budget
+from tvc.policy import Policy, resolve
 from tvc.program import Layout
 from tvc.report.cost import plan_costs, tile_lengths
 from tvc.report.plan import Plan
@@ -47,6 +48,30 @@ def make_plan(
         return plan
     least = _follow(policy.steps, layout, fires=True)
     return dataclasses.replace(plan, fired=_priced(policy, layout, least, text_tokens, new_tokens, vision_blocks))
+
+
+def plan_policy(
+    policy: Policy,
+    layout: Layout,
+    text_tokens: int = 64,
+    new_tokens: int = 1,
+    *,
+    average_tokens: float | None = None,
+    vision_blocks: int | None = None,
+) -> Plan:
+    """The plan of a policy as it was written, its budgets solved for `average_tokens` where that is asked for.
+
+    Raises:
+        SiteError: the model cannot do what the policy says.
+        ArgumentError: no budgets give that average.
+    """
+    resolved = resolve(policy, layout)
+    settings: dict[str, str | int] = {}
+    if average_tokens is not None:
+        settings = solve_average(resolved, layout, average_tokens, text_tokens).settings
+        resolved = resolve(policy.with_settings(settings), layout)
+    plan = make_plan(resolved, layout, text_tokens, new_tokens, vision_blocks=vision_blocks)
+    return dataclasses.replace(plan, settings=tuple(settings.items()))
 
 
 def _priced(policy: Any, layout: Layout, track: _Track, text_tokens: int, new_tokens: int, blocks: int | None) -> Plan:
@@ -217,7 +242,8 @@ def solve_average(
     # Of all factors with that mean the smallest: 50% rather than a 50.1% that rounds to as many tokens.
     factor = 0 if average(0) == best else _largest(lambda f: average(f) < best, most) + 1
     plan = make_plan(scaled(factor), layout, text_tokens, vision_blocks=vision_blocks)
-    return Schedule(dict(_settings(policy, factor)), plan)
+    found = tuple(_settings(policy, factor))
+    return Schedule(dict(found), dataclasses.replace(plan, settings=found))
 
 
 def _refused(policy: Any, target: float, got: str, want: str, fix: str) -> ArgumentError:
