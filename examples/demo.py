@@ -38,21 +38,32 @@ KEEP_ALL = {
 }
 NEW_TOKENS, REPEATS = 16, 9
 NOTE = """\
-medians of {repeats} runs, {threads} torch threads; speed-ups are against dense in the same runtime, vision encoder included
+medians of {repeats} interleaved runs, {threads} torch threads; prefill includes the vision encoder
+speed-ups are against dense in the same runtime
 KV and FLOPs are the plan's, at the checkpoint's number format; a model this small shows less than a real one
 the weights are random, so the answers are gibberish
 """
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """Median milliseconds of one runtime, and its answer."""
+@dataclasses.dataclass
+class Variant:
+    """One policy in one runtime, and what was measured of it, in milliseconds."""
 
     policy: str
     target: str
-    prefill: float
-    decode: float
-    answer: str
+    model: Any
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    prefills: list[float] = dataclasses.field(default_factory=list)
+    decodes: list[float] = dataclasses.field(default_factory=list)
+    answer: str = ""
+
+    @property
+    def prefill(self) -> float:
+        return statistics.median(self.prefills)
+
+    @property
+    def decode(self) -> float:
+        return statistics.median(self.decodes)
 
 
 def main() -> None:
@@ -62,7 +73,7 @@ def main() -> None:
     inputs = prepare(processor, options.image, options.prompt)
     dense = transformers.AutoModelForImageTextToText.from_pretrained(options.model, dtype=torch.float32).eval()
 
-    rows = [measure("dense", "torch", dense, inputs, processor, logits_to_keep=1)]
+    variants = [Variant("dense", "torch", dense, {"logits_to_keep": 1})]
     policies: list[tuple[str, Any]] = [("dense", KEEP_ALL), *((name, name) for name in POLICIES)]
     for (name, policy), target in itertools.product(policies, TARGETS):
         if (name, target) == ("dense", "torch"):
@@ -70,11 +81,13 @@ def main() -> None:
         with console.status(f"compiling {name} for {target}, then checking it against the untouched model"):
             compiled = tvc.compile(str(options.model), policy, target=target, inputs=inputs, dtype=torch.float32)
             compiled.save_pretrained(options.output / f"{name}-{target}")
-            rows.append(measure(name, target, compiled, inputs, processor))
+        variants.append(Variant(name, target, compiled))
+    with console.status("measuring"):
+        measure(variants, inputs, processor)
 
-    console.print(table(rows, {name: plan(options.model, name, dense, inputs) for name in POLICIES}))
+    console.print(table(variants, {name: plan(options.model, name, dense, inputs) for name in POLICIES}))
     console.print(NOTE.format(repeats=REPEATS, threads=torch.get_num_threads()), highlight=False)
-    for row in rows:
+    for row in variants:
         console.print(f"[bold]{row.policy} {row.target}[/]: {row.answer!r}", highlight=False)
     for name in POLICIES:
         overlay = options.output / f"{name}.png"
@@ -89,30 +102,32 @@ def prepare(processor: Any, image: pathlib.Path, prompt: str) -> dict[str, torch
     return dict(processor(images=[Image.open(image).convert("RGB")], text=[text], return_tensors="pt"))
 
 
-def measure(
-    policy: str, target: str, model: Any, inputs: dict[str, torch.Tensor], processor: Any, **options: Any
-) -> Measured:
-    """Times a forward pass over the prompt, and the further tokens of an answer."""
+@torch.no_grad()
+def measure(variants: list[Variant], inputs: dict[str, torch.Tensor], processor: Any) -> None:
+    """Times a forward pass over the prompt and the further tokens of an answer.
 
-    def generate(count: int) -> torch.Tensor:
+    The variants take turns, so that a busy moment of the machine hits all of them; the first two rounds warm up.
+    """
+
+    def generate(model: Any, count: int) -> torch.Tensor:
         return model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
 
-    with torch.no_grad():
-        prefill = median(lambda: model(**inputs, **options))
-        first, all_tokens = median(lambda: generate(1)), median(lambda: generate(1 + NEW_TOKENS))
-        answer = generate(NEW_TOKENS)[0, inputs["input_ids"].shape[1] :]
-    text = processor.decode(answer, skip_special_tokens=True)
-    return Measured(policy, target, prefill, max(0.0, all_tokens - first) / NEW_TOKENS, text)
+    for turn, row in itertools.product(range(-2, REPEATS), variants):
+        prefill = milliseconds(lambda row=row: row.model(**inputs, **row.options))
+        first = milliseconds(lambda row=row: generate(row.model, 1))
+        whole = milliseconds(lambda row=row: generate(row.model, 1 + NEW_TOKENS))
+        if turn >= 0:
+            row.prefills.append(prefill)
+            row.decodes.append((whole - first) / NEW_TOKENS)
+    for row in variants:
+        answer = generate(row.model, NEW_TOKENS)[0, inputs["input_ids"].shape[1] :]
+        row.answer = processor.decode(answer, skip_special_tokens=True)
 
 
-def median(call: Callable[[], object]) -> float:
-    """Milliseconds, after two calls to warm up."""
-    times = []
-    for _ in range(2 + REPEATS):
-        start = time.perf_counter()
-        call()
-        times.append(1000 * (time.perf_counter() - start))
-    return statistics.median(times[2:])
+def milliseconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - start)
 
 
 def plan(model: pathlib.Path, policy: str, dense: Any, inputs: dict[str, torch.Tensor]) -> Any:
@@ -121,7 +136,7 @@ def plan(model: pathlib.Path, policy: str, dense: Any, inputs: dict[str, torch.T
     return tvc.plan(str(model), policy, text_tokens=text_tokens)
 
 
-def table(rows: list[Measured], plans: dict[str, Any]) -> Table:
+def table(rows: list[Variant], plans: dict[str, Any]) -> Table:
     """One line a policy and runtime; shares and speed-ups against dense in the same runtime."""
     made = Table(title="one photo, one question")
     made.add_column("policy")
@@ -142,7 +157,7 @@ def table(rows: list[Measured], plans: dict[str, Any]) -> Table:
             f"{cost.prefill / 1e6:.0f} ({cost.prefill / some_plan.dense.prefill:.0%})",
             f"{cost.kv_bytes / 1024:.0f} ({cost.kv_bytes / some_plan.dense.kv_bytes:.0%})",
             f"{row.prefill:.2f} ({dense.prefill / row.prefill:.2f}x)",
-            f"{row.decode:.2f} ({dense.decode / row.decode:.2f}x)" if row.decode else "-",
+            f"{row.decode:.2f} ({dense.decode / row.decode:.2f}x)",
         )
     return made
 
