@@ -19,7 +19,7 @@ COMMANDS = ("compile", "run", "inspect", "plan", "policies", "show", "verify", "
 
 
 class _Group(TyperGroup):
-    """Turns an error of the library into five lines on stderr and its exit code; all else is a bug and keeps its trace."""
+    """Turns an error of the library into its five lines on stderr and its exit code; a bug keeps its trace."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

@@ -43,6 +43,16 @@ class Document:
     marks: Mapping[Path, str]
     source: str
 
+    def get(self, path: Path) -> Any:
+        """The value at `path`, or None where there is none."""
+        value = self.data
+        for part in path:
+            try:
+                value = value[part]
+            except (KeyError, IndexError, TypeError):
+                return None
+        return value
+
     def where(self, path: Path) -> str:
         """`file:line, dotted.path`, the line of the closest ancestor where the value itself has none."""
         mark = next((self.marks[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.marks), self.source)
@@ -160,12 +170,18 @@ def from_yaml(text: str, source: str) -> Document:
     return Document(data, marks, source)
 
 
+def _line(mark: Any) -> int:
+    return int(mark.line) + 1
+
+
 def _not_yaml(error: yaml.YAMLError, source: str) -> PolicyError:
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    if problem.startswith("but "):
+        problem = f"{getattr(error, 'context', None)}, {problem}"
     return PolicyError(
         "the policy is not YAML",
-        where=f"{source}:{mark.line + 1}" if mark else source,
+        where=f"{source}:{_line(mark)}" if mark else source,
         got=problem,
         want="one YAML document",
         fix="correct the text at that line; quote text that holds any of : { } [ ] , # & * ! |",
@@ -177,7 +193,8 @@ def _screen(text: str, source: str) -> None:
     """Refuses tags, anchors and deep nesting from the event stream, before any node is built."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        where = f"{source}:{event.start_mark.line + 1}"
+        where = f"{source}:{_line(event.start_mark)}"
+        anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
             raise PolicyError(
@@ -188,20 +205,20 @@ def _screen(text: str, source: str) -> None:
                 fix="flatten the policy",
                 slug="too-deep",
             )
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+        if isinstance(event, yaml.AliasEvent) or anchor:
             raise PolicyError(
                 "the policy uses a YAML anchor",
                 where=where,
-                got=event.anchor,
+                got=anchor,
                 want="plain values",
                 fix="write the value out, or name it under `parameters` and refer to it as {name}",
                 slug="yaml-anchor",
             )
-        if getattr(event, "tag", None):
+        if tag:
             raise PolicyError(
                 "the policy uses a YAML tag; a policy is data and never builds objects",
                 where=where,
-                got=event.tag,
+                got=tag,
                 want="plain values",
                 fix="remove the tag",
                 slug="yaml-tag",
@@ -209,7 +226,7 @@ def _screen(text: str, source: str) -> None:
 
 
 def _read(node: yaml.Node, path: Path, source: str, marks: dict[Path, str]) -> Any:
-    marks.setdefault(path, f"{source}:{node.start_mark.line + 1}")
+    marks.setdefault(path, f"{source}:{_line(node.start_mark)}")
     if isinstance(node, yaml.MappingNode):
         return {key: _read(value, (*path, key), source, marks) for key, value in _entries(node, path, source, marks)}
     if isinstance(node, yaml.SequenceNode):
@@ -222,7 +239,7 @@ def _entries(
 ) -> Iterator[tuple[str, yaml.Node]]:
     seen: set[str] = set()
     for key, value in node.value:
-        mark = f"{source}:{key.start_mark.line + 1}"
+        mark = f"{source}:{_line(key.start_mark)}"
         if not isinstance(key, yaml.ScalarNode) or key.tag in _SCALARS:
             raise _not_text(getattr(key, "value", "a collection"), mark)
         if key.value in seen:
@@ -248,7 +265,7 @@ def scalar(node: yaml.Node, source: str) -> Any:
     except ValueError:
         raise PolicyError(
             "a number can't be read",
-            where=f"{source}:{node.start_mark.line + 1}",
+            where=f"{source}:{_line(node.start_mark)}",
             got=f"{node.value[:40]}...",
             want="a number of ordinary size",
             fix="write a smaller number",

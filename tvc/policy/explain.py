@@ -36,17 +36,19 @@ _BOUNDS = {
 }
 
 
-def build(cls: type[Primitive], document: Document, path: Path, settings: dict[str, Any]) -> Primitive:
-    """The primitive with these settings.
+def build(cls: type[Primitive], document: Document, path: Path, settings: Any) -> Primitive:
+    """The primitive with these settings: a mapping, or the bare value of its shorthand.
 
     Raises:
         PolicyError: naming the setting, its line, what it may be and what to write.
     """
+    bare = not isinstance(settings, dict) and cls.shorthand is not None
+    mapping = {cls.shorthand: settings} if bare else settings
     try:
-        return cls.model_validate(settings)
+        return cls.model_validate(mapping)
     except ValidationError as refused:
         errors = refused.errors(include_url=False)
-    raise _translated(cls, document, path, settings, errors)
+    raise _translated(cls, document, path, mapping, errors, bare)
 
 
 def _inside(settings: Any, location: tuple[int | str, ...]) -> Path:
@@ -84,12 +86,13 @@ def _best(settings: Any, errors: list[ErrorDetails]) -> list[ErrorDetails]:
 
 
 def _translated(
-    cls: type[Primitive], document: Document, path: Path, settings: dict[str, Any], errors: list[ErrorDetails]
+    cls: type[Primitive], document: Document, path: Path, settings: Any, errors: list[ErrorDetails], bare: bool
 ) -> PolicyError:
+    """The refusal; `bare` says that the text holds the value alone, without the name of its setting."""
     errors = _best(settings, errors)
     first = errors[0]
     here = _inside(settings, first["loc"])
-    where, slug, key = (*path, *here), first["type"], cls.key
+    where, slug, key = (*path, *here[bare:]), first["type"], cls.key
     context = first.get("ctx", {})
     if "fix" in context:
         return document.error(

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping
 from importlib import resources
 from typing import Any
 
+# Imported here and not when first read: an import of the folder later on would put it in the place of the function
+# `tvc.policy.presets`.
+import tvc.policy.presets as preset_files
 from tvc.errors import PolicyError
 from tvc.policy.document import Document, Path, dotted, from_data, from_yaml, nearest
 from tvc.policy.parse import TOP_KEYS, parse, used_parameters
@@ -22,7 +25,7 @@ _MAX_EXTENDS = 8
 @functools.cache
 def presets() -> tuple[str, ...]:
     """The names of the policies that ship with `tvc`, sorted."""
-    folder = resources.files("tvc.policy.presets")
+    folder = resources.files(preset_files)
     return tuple(sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")))
 
 
@@ -63,7 +66,7 @@ def _read(source: str | os.PathLike[str] | Mapping[str, Any], beside: pathlib.Pa
     text = os.fspath(source)
     if isinstance(source, str):
         if source in presets():
-            content = resources.files("tvc.policy.presets").joinpath(f"{source}.yaml").read_text("utf-8")
+            content = resources.files(preset_files).joinpath(f"{source}.yaml").read_text("utf-8")
             return from_yaml(content, f"preset {source}")
         if not source.strip() or "\n" in source or ": " in source or source.lstrip().startswith("{"):
             return from_yaml(source, "policy text")

@@ -325,7 +325,8 @@ def _primitive(document: Document, path: Path, raw: Any, kind: Kind) -> Any:
         several = isinstance(body, dict) and len(body) > 1
         stranger = next((k for k in body if k not in known), None) if isinstance(body, dict) else None
         if several and stranger is not None:
-            raise document.unknown((*path, stranger), stranger, known, WORDS[kind])
+            legal = {*known, "weight", "normalize"} if kind == "score" else known
+            raise document.unknown((*path, stranger), stranger, legal, WORDS[kind])
         raise document.error(
             path,
             f"{WORDS[kind]} has more than one name" if several else f"{WORDS[kind]} has no name",
@@ -348,15 +349,13 @@ def _primitive(document: Document, path: Path, raw: Any, kind: Kind) -> Any:
     return _build(document, path if isinstance(raw, str) else (*path, key), settings, kind, key)
 
 
-def _build(document: Document, path: Path, settings: Any, kind: Kind, key: str) -> Primitive:
+def _build(document: Document, path: Path, settings: Any, kind: Kind, key: str) -> Any:
     cls: type[Primitive] = PRIMITIVES[kind][key]
     if settings is None:
         settings = {}
-    if not isinstance(settings, dict):
-        if cls.shorthand is None:
-            want = f"a mapping with {', '.join(cls.model_fields)}" if cls.model_fields else "no settings"
-            raise _wrong(document, path, settings, want, f"write {key}: {{}}")
-        settings = {cls.shorthand: settings}
+    if not isinstance(settings, dict) and cls.shorthand is None:
+        want = f"a mapping with {', '.join(cls.model_fields)}" if cls.model_fields else "no settings"
+        raise _wrong(document, path, settings, want, f"write {key}: {{}}")
     return build(cls, document, path, settings)
 
 

@@ -97,7 +97,9 @@ def _step(policy: Policy, layout: Layout, number: int, step: Step) -> Step:
             for i, score in enumerate(given)
         )
 
-    resolved: dict[str, Any] = {"score": scores(step.score, (*path, "score"), _listed(policy, path, "score"))}
+    resolved: dict[str, Any] = {
+        "score": scores(step.score, (*path, "score"), isinstance(policy.document.get((*path, "score")), list))
+    }
     for key in ("select", "rest"):
         primitive = getattr(step, key)
         resolved[key] = None if primitive is None else _taps(policy, layout, site, (*path, key), primitive)
@@ -106,17 +108,9 @@ def _step(policy: Policy, layout: Layout, number: int, step: Step) -> Step:
         resolved["exit"] = dataclasses.replace(
             step.exit,
             gate=_taps(policy, layout, site, when, step.exit.gate),
-            score=scores(step.exit.score, (*when, "score"), _listed(policy, when, "score")),
+            score=scores(step.exit.score, (*when, "score"), isinstance(policy.document.get((*when, "score")), list)),
         )
     return dataclasses.replace(step, at=str(site), **resolved)
-
-
-def _listed(policy: Policy, path: Path, key: str) -> bool:
-    """Whether the text wrote the value at this place as a list (a single score needs none)."""
-    value: Any = policy.document.data
-    for part in (*path, key):
-        value = value.get(part) if isinstance(value, dict) else value[part] if isinstance(value, list) else None
-    return isinstance(value, list)
 
 
 def _concrete(policy: Policy, layout: Layout, path: Path, name: SiteName) -> SiteName:
@@ -136,7 +130,13 @@ def _concrete(policy: Policy, layout: Layout, path: Path, name: SiteName) -> Sit
         f"blocks), or -{blocks}..-1 from the end"
         if blocks
         else f"another component: {layout.model_type} has no {name.component} blocks",
-        fix=f"write {name.component}.{blocks - 1} for the last block" if blocks else "name another component",
+        fix=(
+            f"write {name.component}.0 for the first block"
+            if name.index < 0
+            else f"write {name.component}.{blocks - 1} for the last block"
+        )
+        if blocks
+        else "name another component",
         slug="unknown-layer",
     )
 

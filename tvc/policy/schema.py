@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -23,7 +23,8 @@ COMPONENTS = ("vision", "projector", "language")  # in the order in which a visu
 SITE_PATTERN = r"projector|(vision|language)\.(-?\d{1,4}|\d{1,2}%)"
 
 
-class SiteName(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class SiteName:
     """A site as a policy writes it: `vision.-2`, `projector`, `language.16` or, by depth, `language.25%`."""
 
     component: str
@@ -129,6 +130,14 @@ class _Dumper(yaml.SafeDumper):
     def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
         flat = not any(isinstance(item, dict) for item in sequence)
         return super().represent_sequence(tag, sequence, flow_style=flat and _short(sequence))
+
+
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # The emitter writes next-line and its kind raw in plain text, where the reader folds them into spaces.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _text)
 
 
 def _short(value: Any) -> bool:

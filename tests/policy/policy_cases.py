@@ -1,0 +1,217 @@
+"""Every mistake that a policy can hold, one row each; the expected five lines lie in tests/golden/errors/<name>.txt."""
+
+from __future__ import annotations
+
+from tvc.program import Layer, Layout, Site
+
+
+def layout(
+    vision: int = 6,
+    language: int = 12,
+    prefix: int = 1,
+    visual: tuple[int, ...] = (64,),
+    refused: dict[str, str] | None = None,
+) -> Layout:
+    """A model of the given depth; `refused` gives the reason of each site that can't be cut."""
+    layer = Layer(linear=1000, heads=4, kv_heads=2, head_dim=8)
+    names = [*(f"vision.{i}" for i in range(vision)), "projector", *(f"language.{i}" for i in range(language))]
+    refused = refused or {}
+    return Layout(
+        model_type="llava",
+        hidden_size=32,
+        vocabulary=100,
+        language=(layer,) * language,
+        vision=(layer,) * vision,
+        prefix_tokens=prefix,
+        group=1,
+        tiles=len(visual),
+        tile_tokens=64 + prefix,
+        visual_tokens=visual,
+        patch_linear=10,
+        projector_linear=10,
+        head_linear=10,
+        element_size=4,
+        sites=tuple(Site(name, name not in refused, refused.get(name, "")) for name in names),
+    )
+
+
+def policy(*steps: str, head: str = "version: 1") -> str:
+    """YAML text: the head, then the steps, each an indented block."""
+    return "\n".join([head, "steps:", *(f"  - {step}" for step in steps)])
+
+
+TOP = "score: {attention: {of: last, layer: previous}}\n    select: {top: {keep: 50%}}"
+
+
+def step(at: str, rest: str = TOP) -> str:
+    return f"at: {at}\n    {rest}"
+
+
+# Found while reading: name -> (source, settings).
+READING: dict[str, tuple[object, object]] = {
+    "empty": ("", ()),
+    "only-comments": ("# nothing here\n", ()),
+    "not-yaml": ("version: 1\nsteps: [\n", ()),
+    "two-documents": ("version: 1\n---\nversion: 1\n", ()),
+    "a-list": ("- version: 1\n- steps: []\n", ()),
+    "code-tag": ("version: 1\nname: !!python/object/apply:os.system [echo]\n", ()),
+    "anchor": ("version: 1\nname: &a x\nabout: *a\n", ()),
+    "nested-too-deep": ("steps: " + "[" * 40 + "]" * 40 + "\n", ()),
+    "duplicate-key": (policy(step("language.2")) + "\npositions: keep\npositions: renumber", ()),
+    "key-not-text": (policy(step("language.2")) + "\non: 3", ()),
+    "number-too-long": ("version: " + "9" * 5000 + "\nsteps: []", ()),
+    "unsupported-type": ({"version": 1, "steps": [{"at": object}]}, ()),
+    "source-of-wrong-type": (3, ()),
+    "unknown-preset": ("fastvv", ()),
+    "missing-file": ("nowhere/policy.yaml", ()),
+    "extends-unknown": ("version: 1\nextends: visonzip\n", ()),
+    "version-missing": (policy(step("language.2"), head="name: x"), ()),
+    "version-2": (policy(step("language.2"), head="version: 2"), ()),
+    "unknown-top-key": (policy(step("language.2"), head="version: 1\nposition: keep"), ()),
+    "no-steps": ("version: 1\nname: x\n", ()),
+    "steps-not-a-list": ("version: 1\nsteps: {at: language.2}\n", ()),
+    "name-not-text": (policy(step("language.2"), head="version: 1\nname: 3"), ()),
+    "deviations-not-texts": (policy(step("language.2"), head="version: 1\ndeviations: some"), ()),
+    "positions-unknown": (policy(step("language.2"), head="version: 1\npositions: kept"), ()),
+    "unknown-step-key": (policy(step("language.2"), "at: language.4\n    selekt: {top: 3}"), ()),
+    "step-not-a-mapping": (policy("language.2"), ()),
+    "no-action": (policy("at: language.2"), ()),
+    "select-and-exit": (policy(step("language.2", TOP + "\n    exit: {when: always}")), ()),
+    "no-site": (policy(TOP), ()),
+    "bad-site": (policy(step("langage.2")), ()),
+    "site-not-text": (policy(step("2")), ()),
+    "scope-unknown": (policy(step("language.2", TOP + "\n    scope: images")), ()),
+    "unknown-score": (policy(step("language.2", "score: {atention: {}}\n    select: {top: 3}")), ()),
+    "unknown-selector": (policy(step("language.2", "score: uniform\n    select: {topp: 3}")), ()),
+    "unknown-rest": (policy(step("language.2", TOP + "\n    rest: merg")), ()),
+    "unknown-gate": (policy(step("language.2", "exit: {when: alway}")), ()),
+    "score-with-two-names": (policy(step("language.2", "score: {norm: {}, random: {}}\n    select: {top: 3}")), ()),
+    "score-with-a-stray-key": (policy(step("language.2", "score: {norm: {}, wieght: 1}\n    select: {top: 3}")), ()),
+    "score-empty": (policy(step("language.2", "score: []\n    select: {top: 3}")), ()),
+    "score-a-number": (policy(step("language.2", "score: 3\n    select: {top: 3}")), ()),
+    "weight-zero": (policy(step("language.2", "score: [{norm: {}, weight: 0}]\n    select: {top: 3}")), ()),
+    "normalize-unknown": (
+        policy(step("language.2", "score: [{norm: {}, normalize: min-max}]\n    select: {top: 3}")),
+        (),
+    ),
+    "no-score": (policy(step("language.2", "select: {top: 3}")), ()),
+    "no-score-for-merge": (
+        policy(step("language.2", "select: {stride: 3}\n    rest: {merge: {targets: {top: 2}}}")),
+        (),
+    ),
+    "unused-score": (policy(step("language.2", "score: uniform\n    select: {stride: {keep: 25%}}")), ()),
+    "score-beside-exit": (policy(step("language.2", "score: uniform\n    exit: {when: always}")), ()),
+    "rest-beside-exit": (policy(step("language.2", "rest: drop\n    exit: {when: always}")), ()),
+    "exit-without-when": (policy(step("language.2", "exit: {}")), ()),
+    "exit-unknown-key": (policy(step("language.2", "exit: {wen: always}")), ()),
+    "gate-without-score": (policy(step("language.2", "exit: {when: {above: 0.5}}")), ()),
+    "gate-with-two-sides": (policy(step("language.2", "exit: {when: {score: uniform, above: 1, below: 2}}")), ()),
+    "gate-unknown-key": (policy(step("language.2", "exit: {when: {score: uniform, abov: 1}}")), ()),
+    "keep-float": (policy(step("language.2", "score: uniform\n    select: {top: {keep: 0.25}}")), ()),
+    "keep-float-above-one": (policy(step("language.2", "score: uniform\n    select: {top: {keep: 64.0}}")), ()),
+    "keep-zero": (policy(step("language.2", "score: uniform\n    select: {top: {keep: 0}}")), ()),
+    "keep-zero-percent": (policy(step("language.2", "score: uniform\n    select: {top: {keep: 0%}}")), ()),
+    "keep-above-all": (policy(step("language.2", "score: uniform\n    select: {top: {keep: 150%}}")), ()),
+    "keep-too-fine": (policy(step("language.2", "score: uniform\n    select: {top: {keep: 33.33%}}")), ()),
+    "keep-quoted-number": (policy(step("language.2", "score: uniform\n    select: {top: {keep: '54'}}")), ()),
+    "keep-true": (policy(step("language.2", "score: uniform\n    select: {top: {keep: true}}")), ()),
+    "keep-unknown-mapping": (policy(step("language.2", "score: uniform\n    select: {top: {keep: {mean: 3}}}")), ()),
+    "keep-average-zero": (policy(step("language.2", "score: uniform\n    select: {top: {keep: {average: 0}}}")), ()),
+    "setting-missing": (policy(step("language.2", "score: uniform\n    select: {top: {}}")), ()),
+    "setting-unknown": (policy(step("language.2", "score: {attention: {laier: self}}\n    select: {top: 3}")), ()),
+    "setting-unknown-inside": (
+        policy(step("language.2", "select: {stride: 3}\n    rest: {merge: {targets: {strid: 3}}}")),
+        (),
+    ),
+    "setting-not-a-choice": (policy(step("language.2", "score: {attention: {of: lst}}\n    select: {top: 3}")), ()),
+    "setting-of-wrong-type": (policy(step("language.2", "score: {random: {seed: x}}\n    select: {top: 3}")), ()),
+    "setting-out-of-bounds": (
+        policy(step("language.2", "score: uniform\n    select: {threshold: {relative: 3}}")),
+        (),
+    ),
+    "settings-that-exclude-each-other": (
+        policy(step("language.2", "score: uniform\n    select: {threshold: {above: 1, relative: 0.5}}")),
+        (),
+    ),
+    "setting-where-none-is-taken": (policy(step("language.2", TOP + "\n    rest: {drop: 3}")), ()),
+    "same-site": (policy(step("language.2"), step("language.2")), ()),
+    "step-order": (policy(step("language.4"), step("language.2")), ()),
+    "component-order": (policy(step("language.4"), step("vision.2", "select: {stride: 3}")), ()),
+    "unreachable-step": (policy(step("language.2", "exit: {when: always}"), step("language.4")), ()),
+    "template-unknown": (policy(step('"language.{layr}"'), head="version: 1\nparameters: {layer: 2}"), ()),
+    "template-unquoted": (
+        policy(
+            step("language.2", "score: uniform\n    select: {top: {keep: {n}}}"), head="version: 1\nparameters: {n: 2}"
+        ),
+        (),
+    ),
+    "parameter-unused": (policy(step("language.2"), head="version: 1\nparameters: {layer: 2}"), ()),
+    "parameter-named-like-a-key": (policy(step("language.2"), head="version: 1\nparameters: {steps: 2}"), ()),
+    "parameter-of-a-parameter": (policy(step("language.2"), head='version: 1\nparameters: {a: "{b}", b: 2}'), ()),
+    "set-unknown-parameter": ("fastv", ["before_layr=3"]),
+    "set-unknown-step": ("fastv", ["steps.1.at=language.3"]),
+    "set-unknown-place": ("fastv", ["steps.0.selct.top.keep=3"]),
+    "set-inside-a-single-value": ("fastv", ["steps.0.rest.merge.by=key_cosine"]),
+    "set-without-value": ("fastv", ["keep"]),
+    "set-float": ("fastv", ["keep=0.5"]),
+    "set-nothing": ("fastv", {"keep": 0}),
+}
+
+# Found against a model: name -> (policy, layout).
+RESOLVING: dict[str, tuple[str, Layout]] = {
+    "layer-beyond-the-last": (policy(step("language.12")), layout()),
+    "layer-before-the-first": (policy(step("vision.-7", "select: {stride: 3}")), layout()),
+    "tap-layer-beyond-the-last": (
+        policy(step("language.2", "score: {attention: {of: cls, layer: vision.6}}\n    select: {top: 3}")),
+        layout(),
+    ),
+    "site-without-meaning": (
+        policy(step("vision.2", "select: {stride: 3}")),
+        layout(refused={f"vision.{i}": "the pixel shuffle behind the encoder needs the whole grid" for i in range(6)}),
+    ),
+    "no-cls": (
+        policy(step("language.0", "score: {attention: {of: cls, layer: vision.-2}}\n    select: {top: 3}")),
+        layout(prefix=0),
+    ),
+    "cls-in-the-decoder": (policy(step("language.2", "score: {attention: cls}\n    select: {top: 3}")), layout()),
+    "text-in-the-encoder": (
+        policy(step("language.0", "score: {attention: {of: [last, text], layer: vision.2}}\n    select: {top: 3}")),
+        layout(),
+    ),
+    "text-before-the-decoder": (
+        policy(step("projector", "score: {cosine: {to: text}}\n    select: {top: 3}")),
+        layout(),
+    ),
+    "previous-of-the-first": (policy(step("language.0")), layout()),
+    "previous-of-the-projector": (policy(step("projector")), layout()),
+    "self-of-the-projector": (
+        policy(step("projector", "score: {norm: {of: key}}\n    select: {top: 3}")),
+        layout(),
+    ),
+    "later-layer": (
+        policy(step("language.2", "score: {attention: {of: last, layer: language.5}}\n    select: {top: 3}")),
+        layout(),
+    ),
+    "layer-not-a-name": (
+        policy(step("language.2", "score: {attention: {of: last, layer: prev}}\n    select: {top: 3}")),
+        layout(),
+    ),
+    "keeps-nothing": (policy(step("language.2", "select: {stride: {keep: 1%}}")), layout(visual=(16,))),
+    "keeps-nothing-of-one-image": (
+        policy(step("language.2", "select: {stride: {keep: 10%}}")),
+        layout(visual=(64, 9)),
+    ),
+    "same-site-of-a-model": (policy(step("language.3"), step("language.-1")), layout(language=4)),
+    "step-order-of-a-model": (policy(step("language.-1"), step("language.2")), layout(language=4)),
+    "average-out-of-reach": (
+        policy(step("language.6", "select: {stride: {keep: {average: 20}}}")),
+        layout(),
+    ),
+    "averages-that-differ": (
+        policy(
+            step("language.2", "select: {stride: {keep: {average: 20}}}"),
+            step("language.6", "select: {stride: {keep: {average: 30}}}"),
+        ),
+        layout(),
+    ),
+}

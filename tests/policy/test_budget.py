@@ -1,0 +1,114 @@
+"""Budgets against exact fractions, and against what torch.export can trace."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import floor
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from tvc.errors import PolicyError
+from tvc.kernels.budget import Budget
+
+
+class Holder(BaseModel):
+    keep: Budget
+
+
+def parse(value: object) -> Budget:
+    return Holder.model_validate({"keep": value}).keep
+
+
+written = st.one_of(
+    st.integers(1, 10_000),
+    st.integers(1, 1000).map(lambda p: f"{p // 10}.{p % 10}%"),
+    st.integers(1, 100).map(lambda p: f"{p}%"),
+    st.integers(1, 10_000).map(lambda n: {"average": n}),
+)
+
+
+@given(written)
+def test_what_is_dumped_parses_to_the_same_budget(value: object) -> None:
+    budget = parse(value)
+    dumped = Holder(keep=budget).model_dump(mode="json")["keep"]
+    assert parse(dumped) == budget
+    assert sum(n is not None for n in (budget.count, budget.permille, budget.average)) == 1
+
+
+@given(st.integers(1, 1000), st.integers(0, 100_000))
+def test_a_share_keeps_the_floor(permille: int, entering: int) -> None:
+    share = Fraction(permille, 1000)
+    assert parse(f"{permille // 10}.{permille % 10}%").kept(entering) == floor(share * entering)
+
+
+@given(st.integers(1, 1000), st.integers(0, 1000))
+def test_a_count_keeps_at_most_what_there_is(count: int, entering: int) -> None:
+    assert parse(count).kept(entering) == sorted((count, entering))[0]
+
+
+@given(written, st.lists(st.integers(0, 500), max_size=6))
+def test_slots_are_enough_for_every_scope(value: object, scopes: list[int]) -> None:
+    budget = parse(value)
+    if budget.average is None:
+        assert sum(budget.kept(n) for n in scopes) <= budget.slots(sum(scopes), len(scopes))
+
+
+@pytest.mark.parametrize("value", ["100%", 10**9])
+def test_everything_may_be_kept(value: object) -> None:
+    assert parse(value).kept(577) == 577
+
+
+@pytest.mark.parametrize("value", [0.5, 1.0, 64.0, float("nan"), float("inf")])
+def test_a_bare_float_is_refused_and_both_readings_are_named(value: float) -> None:
+    with pytest.raises(ValidationError) as caught:
+        parse(value)
+    (error,) = caught.value.errors()
+    assert error["type"] == "bare-float"
+    assert "%" in error["ctx"]["fix"]
+    assert "count" in error["ctx"]["fix"]
+
+
+@pytest.mark.parametrize("value", [0, -1, "0%", "0.0%", {"average": 0}])
+def test_a_budget_that_keeps_nothing_is_refused(value: object) -> None:
+    with pytest.raises(ValidationError) as caught:
+        parse(value)
+    assert caught.value.errors()[0]["type"] == "empty-budget"
+
+
+@pytest.mark.parametrize("value", [True, None, "54", "25", "half", "-5%", "100.1%", "12.34%", [], {"average": 2.5}, {}])
+def test_anything_else_is_refused(value: object) -> None:
+    with pytest.raises(ValidationError) as caught:
+        parse(value)
+    assert caught.value.errors()[0]["type"] == "bad-budget"
+
+
+def test_an_average_has_no_slots_before_it_is_resolved() -> None:
+    with pytest.raises(PolicyError, match="unresolved-average"):
+        parse({"average": 64}).slots(576, 1)
+
+
+class _Head(torch.nn.Module):
+    def __init__(self, budget: Budget) -> None:
+        super().__init__()
+        self.budget = budget
+
+    def forward(self, visual: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        slots = self.budget.slots(visual.shape[1], counts.shape[1])
+        return visual.new_zeros(visual.shape[0], slots)
+
+
+@pytest.mark.parametrize(("value", "sizes"), [("12.5%", (40, 2, 5)), (7, (40, 3, 21)), ("100%", (9, 2, 9))])
+def test_slots_trace_with_symbolic_sizes(value: object, sizes: tuple[int, int, int]) -> None:
+    length, images, slots = sizes
+    dim = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        _Head(parse(value)),
+        (torch.zeros(2, 24), torch.ones(2, 4, dtype=torch.int64)),
+        dynamic_shapes={"visual": {0: dim, 1: dim}, "counts": {0: dim, 1: dim}},
+    )
+    found = program.module()(torch.zeros(3, length), torch.ones(3, images, dtype=torch.int64))
+    assert found.shape == (3, slots)

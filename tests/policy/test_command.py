@@ -1,0 +1,79 @@
+"""tvc policies, and the frame of the command line."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from tvc.cli import build_app
+from tvc.policy import json_schema, load_policy, presets
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(build_app(), list(arguments))
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; from tvc.cli import build_app; build_app(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
+def test_list_names_every_preset() -> None:
+    code, out, _ = run("policies", "list")
+    assert code == 0
+    assert all(name in out for name in presets())
+    code, out, _ = run("policies", "list", "--json")
+    assert code == 0
+    assert [entry["name"] for entry in json.loads(out)] == list(presets())
+
+
+def test_show_prints_a_policy_that_loads() -> None:
+    code, out, _ = run("policies", "show", "fastv", "--set", "keep=25%")
+    assert code == 0
+    assert load_policy(out) == load_policy("fastv", set=["keep=25%"])
+    assert json.loads(run("policies", "show", "fastv", "--json")[1]) == load_policy("fastv").document.data
+
+
+def test_check_says_ok_with_the_parameters(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("version: 1\nextends: fastv\nparameters: {before_layer: 3}\n")
+    assert run("policies", "check", str(path)) == (
+        0,
+        "ok fastv-variant: 1 step(s) at language.3; before_layer=3, keep=50%\n",
+        "",
+    )
+    facts = json.loads(run("policies", "check", str(path), "--json")[1])
+    assert facts["ok"] is True
+    assert facts["parameters"] == {"before_layer": 3, "keep": "50%"}
+
+
+def test_check_writes_the_five_lines_to_stderr_and_exits_with_2() -> None:
+    code, out, err = run("policies", "check", "fastv", "--set", "keep=0.5")
+    assert (code, out) == (2, "")
+    golden = pathlib.Path(__file__).parent.parent / "golden" / "errors" / "policy-set-float.txt"
+    assert err == golden.read_text("utf-8")
+
+
+def test_check_reports_a_mistake_as_json_too() -> None:
+    code, out, err = run("policies", "check", "fastvv", "--json")
+    assert (code, err) == (2, "")
+    assert json.loads(out)["slug"] == "unknown-preset"
+
+
+@pytest.mark.parametrize("arguments", [("policies", "chek"), ("policies", "check"), ("nonsense",), ("--nonsense",)])
+def test_wrong_usage_exits_with_2(arguments: tuple[str, ...]) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "")
+    assert "Usage" in err
+
+
+def test_schema_prints_the_schema() -> None:
+    code, out, _ = run("policies", "schema")
+    assert code == 0
+    assert json.loads(out) == json_schema()

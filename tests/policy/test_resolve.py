@@ -1,0 +1,166 @@
+"""What a policy means for a model: real layers, one choice, counts for averages."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from policy_cases import layout, policy, step
+
+from tvc.errors import SiteError
+from tvc.policy import Step, load_policy, presets, resolve
+
+
+def _score(resolved_step: Step) -> dict[str, object]:
+    return resolved_step.score[0].primitive.model_dump()
+
+
+@pytest.mark.parametrize("name", presets())
+@pytest.mark.parametrize("prefix", [0, 1], ids=["siglip", "clip"])
+def test_every_preset_resolves_and_its_text_is_a_policy_of_its_own(name: str, prefix: int) -> None:
+    model = layout(prefix=prefix)
+    resolved = resolve(load_policy(name, set=["keep=25%"]), model)
+    again = load_policy(resolved.to_yaml())
+    assert again == resolved.policy
+    assert again.digest() == resolved.digest()
+    assert resolve(again, model).policy == resolved.policy
+    assert resolved.name == name
+    assert all(s.site.index is None or (s.site.index >= 0 and not s.site.percent) for s in resolved.steps)
+
+
+@pytest.mark.parametrize(("prefix", "rows"), [(1, "cls"), (5, "cls"), (0, "all")])
+def test_the_first_row_the_encoder_has_is_chosen_and_written(prefix: int, rows: str) -> None:
+    resolved = resolve(load_policy("fastervlm"), layout(prefix=prefix))
+    assert _score(resolved.steps[0]) == {"of": rows, "layer": "vision.4", "heads": "mean"}
+    assert f"of: {rows}" in resolved.to_yaml()
+    assert "layer: vision.4" in resolved.to_yaml()
+
+
+def test_previous_self_and_negatives_become_layers() -> None:
+    attention = "score: {{attention: {{of: last, layer: {}}}}}\n    select: {{top: 50%}}"
+    text = policy(
+        step("language.2", attention.format("previous")),
+        step("language.50%", attention.format("self")),
+        step("language.-1", attention.format("language.-3")),
+    )
+    resolved = resolve(load_policy(text), layout(language=12))
+    assert [s.at for s in resolved.steps] == ["language.2", "language.6", "language.11"]
+    assert [_score(s)["layer"] for s in resolved.steps] == ["language.1", "language.6", "language.9"]
+
+
+@given(st.integers(2, 200), st.integers(0, 99))
+def test_a_depth_is_the_floor_of_its_share(blocks: int, percent: int) -> None:
+    text = policy(step(f"language.{percent}%", "select: {stride: 50%}"))
+    (only,) = resolve(load_policy(text), layout(language=blocks)).steps
+    assert only.site.index == int(Fraction(blocks * percent, 100))
+
+
+def test_pyramiddrop_acts_where_the_paper_does() -> None:
+    resolved = resolve(load_policy("pyramiddrop"), layout(language=32, visual=(576,)))
+    assert [s.at for s in resolved.steps] == ["language.8", "language.16", "language.24"]
+    assert [_score(s)["layer"] for s in resolved.steps] == ["language.8", "language.16", "language.24"]
+
+
+def test_taps_of_rest_rules_and_gates_are_resolved_too() -> None:
+    merge = "select: {stride: 4}\n    rest: {merge: {targets: {stride: 2}, by: key_cosine, layer: vision.-2}}"
+    gate = "exit: {when: {score: {attention: {of: [cls, text], layer: previous}}, above: 0.5}}"
+    first, second = resolve(load_policy(policy(step("language.0", merge), step("language.4", gate))), layout()).steps
+    assert first.rest is not None
+    assert first.rest.model_dump()["layer"] == "vision.4"
+    assert second.exit is not None
+    assert second.exit.score[0].primitive.model_dump() == {"of": "text", "layer": "language.3", "heads": "mean"}
+
+
+def test_keys_without_a_layer_are_those_of_the_site() -> None:
+    text = policy(step("language.3", "score: {norm: {of: key}}\n    select: {top: 3}"))
+    assert _score(resolve(load_policy(text), layout()).steps[0])["layer"] == "language.3"
+
+
+def test_features_without_a_layer_stay_the_steps_own() -> None:
+    text = policy(step("projector", "score: {norm: {of: feature}}\n    select: {top: 3}"))
+    assert _score(resolve(load_policy(text), layout()).steps[0])["layer"] is None
+
+
+def test_keeping_everything_is_fine() -> None:
+    resolve(load_policy("fastv", set=["keep=100%"]), layout(visual=(1,)))
+
+
+def test_an_image_without_tokens_empties_nothing() -> None:
+    resolve(load_policy("fastv"), layout(visual=(0, 64)))
+
+
+def test_the_scope_decides_what_competes() -> None:
+    text = policy(step("language.2", "scope: sequence\n    select: {stride: 10%}"))
+    resolve(load_policy(text), layout(visual=(64, 9)))  # 9 tokens alone would round down to none
+
+
+# Averages -------------------------------------------------------------------------------------------------------------
+
+
+def _mean(cuts: list[tuple[int, int]], blocks: int, visual: int) -> Fraction:
+    """Visual tokens per layer, by hand: (layer, kept) cuts over `blocks` layers."""
+    tokens, total = visual, 0
+    for block in range(blocks):
+        tokens = next((kept for layer, kept in cuts if layer == block), tokens)
+        total += tokens
+    return Fraction(total, blocks)
+
+
+@given(st.integers(2, 40), st.data())
+def test_an_average_becomes_the_best_count_there_is(blocks: int, data: st.DataObject) -> None:
+    visual = data.draw(st.integers(2, 200), "visual tokens")
+    layer = data.draw(st.integers(0, blocks - 1), "layer")
+    means = [_mean([(layer, kept)], blocks, visual) for kept in range(1, visual + 1)]
+    target = data.draw(st.integers(int(means[0]) + 1, visual), "target")
+    text = policy(step(f"language.{layer}", f"select: {{stride: {{keep: {{average: {target}}}}}}}"))
+    (only,) = resolve(load_policy(text), layout(language=blocks, visual=(visual,))).steps
+    assert only.select is not None
+    (kept,) = only.select.kept([visual])
+    assert abs(means[kept - 1] - target) == min(abs(mean - target) for mean in means)
+
+
+def test_steps_that_share_an_average_keep_the_same_share() -> None:
+    each = "select: {stride: {keep: {average: 270}}}"
+    text = policy(*(step(f"language.{k}", each) for k in (8, 16, 24)))
+    resolved = resolve(load_policy(text), layout(language=32, visual=(576,)))
+    counts = [576]
+    for one in resolved.steps:
+        assert one.select is not None
+        counts += one.select.kept([counts[-1]])
+    assert counts == [576, 288, 144, 72]  # three halves make the published mean of 270
+    assert _mean(list(zip((8, 16, 24), counts[1:], strict=True)), 32, 576) == 270
+
+
+def test_an_average_counts_what_other_steps_leave() -> None:
+    text = policy(
+        step("language.0", "select: {stride: 50%}"), step("language.6", "select: {stride: {keep: {average: 20}}}")
+    )
+    first, second = resolve(load_policy(text), layout(language=12, visual=(64,))).steps
+    assert first.select is not None
+    assert second.select is not None
+    (kept,) = second.select.kept(first.select.kept([64]))
+    assert _mean([(0, 32), (6, kept)], 12, 64) == 20
+
+
+def test_an_average_before_the_decoder_counts_in_every_layer() -> None:
+    text = policy(step("projector", "select: {stride: {keep: {average: 20}}}"))
+    (only,) = resolve(load_policy(text), layout()).steps
+    assert only.select is not None
+    assert only.select.kept([64]) == [20]
+
+
+def test_an_average_is_per_image() -> None:
+    text = policy(step("language.0", "select: {stride: {keep: {average: 20}}}"))
+    (only,) = resolve(load_policy(text), layout(visual=(64, 64))).steps
+    assert only.select is not None
+    assert only.select.kept([64, 64]) == [20, 20]
+
+
+@pytest.mark.parametrize(("one", "other"), [("language.25%", "language.1"), ("language.1", "language.-3")])
+def test_names_of_one_site_coincide_only_where_the_model_makes_them(one: str, other: str) -> None:
+    text = policy(step(one, "select: {stride: 3}"), step(other, "select: {stride: 3}"))
+    loaded = load_policy(text)
+    with pytest.raises(SiteError, match="same-site"):
+        resolve(loaded, layout(language=4))
