@@ -171,6 +171,10 @@ class Merge(Rest):
     def taps(self) -> dict[str, Tap]:
         return {"metric": Tap("key", self.layer)} if self.by == "key_cosine" else {}
 
+    @property
+    def needs_score(self) -> bool:
+        return isinstance(self.targets, TopTargets)
+
     def _rule(self) -> tuple[str, int]:
         if isinstance(self.targets, StrideTargets):
             return "stride", self.targets.stride
