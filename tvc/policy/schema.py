@@ -45,7 +45,7 @@ def parse_site(text: str) -> SiteName | None:
 
 @dataclasses.dataclass(frozen=True)
 class WeightedScore:
-    """One term of a score: its numbers are normalised within a scope, multiplied by `weight` and added up."""
+    """One term of a score: its numbers are normalised within a sample, multiplied by `weight` and added up."""
 
     primitive: Score
     weight: float = 1.0
