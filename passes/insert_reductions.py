@@ -32,7 +32,7 @@ class InsertReductions(Pass):
         self.policy = policy
 
     def run(self, program: Program) -> list[Change]:
-        steps = [step for step in self.policy.steps if step.site.startswith("language.")]
+        steps = [step for step in self.policy.steps if step.at.startswith("language.")]
         component = program.components["decoder"]
         component.draft = open_draft(component)
         component.meta = {**component.meta, "cuts": [], "tap_widths": {}}
@@ -53,17 +53,17 @@ class _DecoderInsertion:
         states = [state]
         stages = [Stage(0, range(0, len(self.blocks)), None)]
         for number, step in enumerate(steps):
-            layer = int(step.site.removeprefix("language."))
+            layer = int(step.at.removeprefix("language."))
             first = first_node(self.graph, self.blocks[layer])
             state = dataclasses.replace(state, residual=self._residual(first))
             if layer > 0:
                 stages[-1].layers = range(stages[-1].layers.start, layer)
-                stages.append(Stage(len(stages), range(layer, len(self.blocks)), step.site))
+                stages.append(Stage(len(stages), range(layer, len(self.blocks)), step.at))
                 key_positions = self._placeholder(f"{PAST_POSITIONS}{len(stages) - 1}", state.key_positions)
             else:  # no block runs before the cut: the first stage opens with it
-                stages[-1].site, key_positions = step.site, state.key_positions
+                stages[-1].site, key_positions = step.at, state.key_positions
             after = self._insert_step(step, number, state, key_positions, first, states)
-            cut = Cut(step.site, step.where, layer, first, state, after)
+            cut = Cut(step.at, step.where, layer, first, state, after)
             self.component.meta["cuts"].append(cut)
             state = after
             states.append(state)
@@ -131,7 +131,7 @@ class _DecoderInsertion:
         with self.graph.inserting_before(first):
             scores, taps = self._step_taps(step, number, resolver, first)
             node = self.graph.call_function(
-                cut_function(step, self.renumber, f"cut_{identifier(step.site)}"),
+                cut_function(step, self.renumber, f"cut_{identifier(step.at)}"),
                 (
                     state.residual,
                     state.position_ids,
@@ -153,7 +153,7 @@ class _DecoderInsertion:
             annotate(part, note)
             if name in ("residual", "position_ids", "query_positions"):  # stale sizes tell where the token axis is
                 part.meta["val"] = getattr(state, name).meta["val"]
-        self.changes.append(Change("decoder", node.name, f"reduction before block {step.site}", step.where))
+        self.changes.append(Change("decoder", node.name, f"reduction before block {step.at}", step.where))
         return ChunkState(key_positions=key_positions, **parts)
 
     def _step_taps(self, step: Any, number: int, resolver: DecoderTaps, first: fx.Node) -> tuple[list[Any], dict[str, Any]]:
@@ -162,9 +162,9 @@ class _DecoderInsertion:
         for index, term in enumerate(terms):
             wanted = term.primitive.taps()
             if any(crosses(tap) for tap in wanted.values()):
-                scores.append(resolver.entered(self._tap_input(f"{TAP}{step.site}.score.{index}", 0)))
+                scores.append(resolver.entered(self._tap_input(f"{TAP}{step.at}.score.{index}", 0)))
             else:
-                scores.append({name: resolver.resolve(tap, step.site, first) for name, tap in wanted.items()})
+                scores.append({name: resolver.resolve(tap, step.at, first) for name, tap in wanted.items()})
         groups = {"select": step.select, "rest": step.rest, "when": step.exit.gate if step.exit is not None else None}
         taps: dict[str, Any] = {}
         for group, primitive in groups.items():
@@ -174,9 +174,9 @@ class _DecoderInsertion:
             for name, tap in primitive.taps().items():
                 if crosses(tap):
                     width = self.program.components["vision"].meta["key_widths"][tap.layer]
-                    taps[group][name] = resolver.entered(self._tap_input(f"{TAP}{step.site}.{group}.{name}", width))
+                    taps[group][name] = resolver.entered(self._tap_input(f"{TAP}{step.at}.{group}.{name}", width))
                 else:
-                    taps[group][name] = resolver.resolve(tap, step.site, first)
+                    taps[group][name] = resolver.resolve(tap, step.at, first)
         return scores, taps
 
     def _tap_input(self, name: str, width: int) -> fx.Node:

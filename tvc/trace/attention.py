@@ -66,8 +66,13 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """The mask as a tensor, never skipped because of what the sample happens to hold."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
 ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
 
 
 @contextlib.contextmanager

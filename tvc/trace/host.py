@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -41,6 +42,7 @@ class Boundary:
     decoder: str
     embeddings: str
     exit_structure: Any  # the exit's output with `Leaf(i)` where the graph's i-th output goes, meta tensors elsewhere
+    features: tuple[torch.Size, ...]  # shapes of the sample's features, [..., D] each
     junk: Mapping[str, Any]  # what entry and the modules between return while the host runs: meta tensors
 
     @property
@@ -196,7 +198,7 @@ def find_boundary(model: torch.nn.Module, sample: Mapping[str, Any]) -> Boundary
             slug="no-decoder",
         )
     last = calls[-1].output
-    structure, _ = _exit_structure(last)
+    structure, features = _exit_structure(last)
     junk = {call.path: _map_outputs(call.output, lambda leaf: leaf) for call in calls[:-1]}
     return Boundary(
         entry=paths[0],
@@ -205,6 +207,7 @@ def find_boundary(model: torch.nn.Module, sample: Mapping[str, Any]) -> Boundary
         decoder=path_of(model, decoder),
         embeddings=path_of(model, model.get_input_embeddings()),
         exit_structure=structure,
+        features=tuple(feature.shape for feature in features),
         junk=junk,
     )
 
@@ -243,8 +246,10 @@ class Host:
         self.owner = feature_owner(model)
         self.hf_forward = model.forward  # bound here: a runtime may put another forward in its place
         self.entry_module = model.get_submodule(boundary.entry)
+        self.feature_lengths: list[int] = []  # visual tokens of each image in the last call
         self._stubs = _Stubs()
         self._install()
+        self._watch_lengths()
 
     def _install(self) -> None:
         stubs, boundary = self._stubs, self.boundary
@@ -277,6 +282,19 @@ class Host:
         self.model.get_submodule(boundary.decoder).forward = decoder
         self.model.get_submodule(boundary.embeddings).forward = self._embed
 
+    def _watch_lengths(self) -> None:
+        original = self.owner.get_image_features
+
+        @functools.wraps(original)
+        def get_image_features(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            pooled = getattr(output, "pooler_output", output)
+            parts = list(pooled) if isinstance(pooled, (list, tuple)) or pooled.dim() == 3 else [pooled]
+            self.feature_lengths = [part.shape[0] for part in parts]
+            return output
+
+        self.owner.get_image_features = get_image_features
+
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self._stubs.embed is None:
             raise TraceError(
@@ -307,6 +325,21 @@ class Host:
         finally:
             for field in dataclasses.fields(_Stubs):
                 setattr(self._stubs, field.name, getattr(before, field.name))
+
+    @contextlib.contextmanager
+    def without_constants(self) -> Iterator[None]:
+        """The family's own constants (newline embeddings) are zero for the duration of the block."""
+        own = [p for module in (self.owner, self.model) for p in module.parameters(recurse=False) if not p.is_meta]
+        before = [parameter.detach().clone() for parameter in own]
+        with torch.no_grad():
+            for parameter in own:
+                parameter.zero_()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in zip(own, before, strict=True):
+                    parameter.copy_(value)
 
     def image_features(self, inputs: Mapping[str, Any]) -> Any:
         """The family's `get_image_features` around the bound vision path."""

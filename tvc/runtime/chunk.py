@@ -1,0 +1,71 @@
+"""From what the family's own code hands to its decoder to the inputs of the decoder graph: packing a chunk."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass
+class Chunk:
+    """A batch of new tokens, one row a sample, slots in the order of the processor's `input_ids`."""
+
+    embeds: torch.Tensor  # [B, S, D]
+    positions: torch.Tensor  # rotary positions, [B, S] or [A, B, S]
+    valid: torch.Tensor  # [B, S] bool: not padding
+    visual: torch.Tensor  # [B, S] bool: visual tokens
+    segment: torch.Tensor  # [B, S] int64 image of the sample that the slot belongs to, -1 text
+    images: int  # images of a sample at most
+    seen: int  # sequence places before this chunk
+    order: torch.Tensor | None = None  # [B, S] sequence place of each slot; set by `left_packed`
+
+
+def ragged(mask: torch.Tensor) -> torch.Tensor:
+    """[B, W] slots where each row of `mask` is True, ascending, then -1 pads; W is the longest row."""
+    counts = mask.sum(1)
+    width = int(counts.max()) if mask.shape[0] else 0
+    slots = torch.argsort((~mask).to(torch.int8), dim=1, stable=True)[:, :width]
+    return torch.where(torch.arange(width, device=mask.device) < counts[:, None], slots, -1)
+
+
+def take(values: torch.Tensor, index: torch.Tensor, pad: int = -1) -> torch.Tensor:
+    """values [B, S] at index [B, W]; pads of the index give `pad`."""
+    return torch.where(index < 0, pad, values.gather(1, index.clamp(min=0)))
+
+
+def left_packed(chunk: Chunk) -> Chunk:
+    """The chunk without columns that are padding everywhere, each row's padding moved to its front."""
+    batch, slots = chunk.valid.shape
+    places = torch.arange(slots, device=chunk.valid.device).expand(batch, -1) + chunk.seen
+    if bool(chunk.valid.all()):
+        return dataclasses.replace(chunk, order=places)
+    width = int(chunk.valid.sum(1).max())
+    index = torch.argsort(chunk.valid.to(torch.int8), dim=1, stable=True)[:, slots - width :]
+    valid = chunk.valid.gather(1, index)
+    return Chunk(
+        embeds=chunk.embeds.gather(1, index.unsqueeze(2).expand(-1, -1, chunk.embeds.shape[2])),
+        positions=chunk.positions.gather(-1, index.expand(*chunk.positions.shape[:-2], -1, -1)),
+        valid=valid,
+        visual=chunk.visual.gather(1, index) & valid,
+        segment=chunk.segment.gather(1, index),
+        images=chunk.images,
+        seen=chunk.seen,
+        order=torch.where(valid, places.gather(1, index), -1),
+    )
+
+
+def chunk_inputs(chunk: Chunk) -> dict[str, torch.Tensor]:
+    """The decoder graph's chunk inputs of a left-packed chunk."""
+    visual_index = ragged(chunk.visual)
+    segment = take(chunk.segment, visual_index)
+    images = torch.arange(chunk.images, device=segment.device)
+    return {
+        "inputs_embeds": chunk.embeds,
+        "position_ids": chunk.positions,
+        "query_positions": chunk.order if chunk.order is not None else chunk.positions,
+        "text_index": ragged(chunk.valid & ~chunk.visual),
+        "visual_index": visual_index,
+        "visual_segment": segment,
+        "visual_counts": (segment.unsqueeze(2) == images).sum(1),
+    }

@@ -1,0 +1,326 @@
+"""Runs the graphs of a compiled model around the family's own code: one call of the model, any target."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from tvc.chunks import PAST_KEY, PAST_POSITIONS, PAST_VALUE, TAP, DecoderShape
+from tvc.errors import InputError
+from tvc.runtime.cache import StagedCache
+from tvc.runtime.chunk import Chunk, chunk_inputs, left_packed, ragged, take
+from tvc.trace.exporters import prepare_vision_inputs
+from tvc.trace.host import PIXEL_NAMES, Host
+
+Runner = Callable[[str, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
+PLACE = "visual_place"  # vision output [n, F]: row of each original token among those that stay, -1 where dropped
+
+
+@dataclasses.dataclass(frozen=True)
+class Interface:
+    """What the runtime has to know of the graphs; written to and read from the manifest."""
+
+    inputs: Mapping[str, tuple[str, ...]]  # per component
+    outputs: Mapping[str, tuple[str, ...]]
+    sites: Mapping[str, str]  # cut site -> component or `key_positions.s` output that tells what stays
+    stage_of_layer: tuple[int, ...]
+    shape: DecoderShape
+    visual_token_ids: tuple[int, ...]
+    taps: Mapping[str, int] = dataclasses.field(default_factory=dict)  # width of each tap; 0: one number a token
+
+    @property
+    def stages(self) -> int:
+        return max(self.stage_of_layer) + 1
+
+
+@dataclasses.dataclass
+class Answer:
+    """One call's result."""
+
+    logits: torch.Tensor  # [B, 1, vocabulary]
+    cache: StagedCache
+    kept: dict[str, torch.Tensor]
+
+
+@dataclasses.dataclass
+class _VisionState:
+    """What the vision graph gave beside features in the call under way."""
+
+    taps: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # [n, V] by visual token, all samples
+    place: torch.Tensor | None = None  # [n, F]
+    raw: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+
+class Engine:
+    """Binds a runner to a host."""
+
+    def __init__(self, host: Host, interface: Interface, run: Runner):
+        self.host, self.interface, self.run = host, interface, run
+        self._state = _VisionState()
+
+    def call(self, inputs: dict[str, Any]) -> Answer:
+        cache = inputs.get("past_key_values")
+        past = cache if isinstance(cache, StagedCache) else None
+        inputs = {k: v for k, v in inputs.items() if k != "past_key_values" and v is not None}
+        ids = inputs.get("input_ids")
+        if ids is None:
+            raise InputError(
+                "a compiled model needs token ids",
+                where="forward",
+                got=f"inputs {sorted(inputs)}",
+                want="input_ids [batch, sequence]",
+                fix="pass the processor's input_ids; inputs_embeds alone do not say where the image stands",
+                slug="no-input-ids",
+            )
+        self._state = _VisionState()
+        seen = past.seen if past is not None else 0
+        mask = _mask(inputs.get("attention_mask"), ids, seen)
+        with torch.no_grad(), self.host.bound(vision=self._vision, embed=self._embed):
+            chunk = self._chunk(inputs, ids, mask, past, seen)
+            kept: dict[str, torch.Tensor] = {}
+            taps: dict[str, torch.Tensor] = {}
+            if self._state.raw:
+                taps = self._packed_taps(inputs, chunk)
+            chunk, taps = self._before_decoder(chunk, taps, kept)
+            return self._decode(chunk, taps, past, kept)
+
+    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.run("embed", {"input_ids": input_ids})["inputs_embeds"]
+
+    def _vision(self, pending: dict[str, Any]) -> list[torch.Tensor]:
+        prepared = prepare_vision_inputs(self.host.entry_module, pending)
+        names = self.interface.inputs["vision"]
+        missing = [name for name in names if name not in prepared]
+        if missing:
+            raise InputError(
+                "the vision graph lacks an input",
+                where="vision",
+                got=f"{sorted(prepared)}",
+                want=f"also {missing}",
+                fix="pass everything the processor returned",
+                slug="missing-input",
+            )
+        outputs = self.run("vision", {name: prepared[name] for name in names})
+        features = [outputs[name] for name in self.interface.outputs["vision"] if name.startswith("visual_features")]
+        self._state.raw = {name: value for name, value in outputs.items() if name.startswith(TAP)}
+        self._state.place = outputs.get(PLACE)
+        if self._state.place is not None:
+            features = [_restored(feature, self._state.place) for feature in features]
+        return features
+
+    def _chunk(
+        self, inputs: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor, past: StagedCache | None, seen: int
+    ) -> Chunk:
+        call = self.host.reach_decoder(**inputs, past_key_values=past, use_cache=True)
+        has_pixels = any(inputs.get(name) is not None for name in PIXEL_NAMES)
+        visual = torch.zeros_like(ids, dtype=torch.bool)
+        if has_pixels:
+            for token in self.interface.visual_token_ids:
+                visual |= ids == token
+            visual &= mask
+        segment, images = _segments(visual, self.host.feature_lengths if has_pixels else [])
+        positions = _positions(call.position_ids, inputs, mask, seen, self.interface.shape.axes, ids)
+        embeds = call.inputs_embeds.to(self.interface.shape.dtype)
+        return Chunk(embeds, positions, mask, visual, segment, images, seen)
+
+    def _packed_taps(self, inputs: dict[str, Any], chunk: Chunk) -> dict[str, torch.Tensor]:
+        """Taps [B, V(, d)], packed the way the family packs features: its own code runs again on them."""
+        raw, width, place = self._state.raw, self.interface.shape.width, self._state.place
+        columns, start, parts = {}, 0, []
+        for name, tap in raw.items():
+            values = tap if self.interface.taps[name] else tap.unsqueeze(-1)
+            columns[name] = slice(start, start + values.shape[-1])
+            start += values.shape[-1]
+            parts.append(values.float())
+        joined = torch.cat(parts, -1)
+        rows = []
+        for begin in range(0, start, width):
+            piece = joined[..., begin : begin + width]
+            padded = torch.nn.functional.pad(piece, (0, width - piece.shape[-1]))
+            padded = _restored(padded, place) if place is not None else padded
+            with self.host.bound(vision=lambda _pending, padded=padded: [padded]), self.host.without_constants():
+                features = self.host.image_features(inputs)
+            rows.append(_flat_features(features, width)[:, : piece.shape[-1]])
+        table = torch.cat(rows, -1)  # [tokens of all samples, channels]
+        slots = ragged(chunk.visual)
+        number = chunk.visual.reshape(-1).long().cumsum(0).reshape(chunk.visual.shape) - 1
+        index = take(number, slots)
+        spread = table[index.clamp(min=0)] * (index >= 0).unsqueeze(-1)
+        taps = {name: spread[..., part] for name, part in columns.items()}
+        return {name: tap if self.interface.taps[name] else tap.squeeze(-1) for name, tap in taps.items()}
+
+    def _before_decoder(
+        self, chunk: Chunk, taps: dict[str, torch.Tensor], kept: dict[str, torch.Tensor]
+    ) -> tuple[Chunk, dict[str, torch.Tensor]]:
+        """Drops the placeholders of features that the vision path or the projector's cut dropped."""
+        if self._state.place is not None:
+            present = _place_mask(self._state.place, chunk.visual)
+            for site, source in self.interface.sites.items():
+                if source == "vision":
+                    kept[site] = ragged(_by_token(present, chunk.visual))
+            chunk, taps = _without(chunk, taps, chunk.visual & ~present)
+        if "projector" in self.interface.inputs and bool(chunk.visual.any()):
+            slots = ragged(chunk.visual)
+            rows = slots.clamp(min=0).unsqueeze(2).expand(-1, -1, chunk.embeds.shape[2])
+            segment = take(chunk.segment, slots)
+            images = torch.arange(chunk.images, device=segment.device)
+            given = {
+                "visual_features": chunk.embeds.gather(1, rows),
+                "visual_segment": segment,
+                "visual_counts": (segment.unsqueeze(2) == images).sum(1),
+                **taps,
+            }
+            out = self.run("projector", {name: given[name] for name in self.interface.inputs["projector"]})
+            chosen = out["chosen"]
+            kept["projector"] = chosen
+            staying = take(slots, chosen)
+            index = torch.where(staying < 0, chunk.embeds.shape[1], staying)  # pads write to a row that is cut off
+            room = torch.cat([chunk.embeds, chunk.embeds[:, :1]], 1)
+            features = out["visual_features"].to(room.dtype)
+            room = room.scatter(1, index.unsqueeze(2).expand(-1, -1, room.shape[2]), features)
+            present = torch.zeros(index.shape[0], room.shape[1], dtype=torch.bool, device=index.device)
+            present = present.scatter(1, index, True)[:, :-1]
+            chunk = dataclasses.replace(chunk, embeds=room[:, :-1])
+            chunk, taps = _without(chunk, taps, chunk.visual & ~present)
+        return chunk, taps
+
+    def _decode(
+        self, chunk: Chunk, taps: dict[str, torch.Tensor], past: StagedCache | None, kept: dict[str, torch.Tensor]
+    ) -> Answer:
+        interface = self.interface
+        seen = chunk.seen + chunk.valid.shape[1]
+        chunk = left_packed(chunk)
+        inputs = chunk_inputs(chunk)
+        batch = chunk.valid.shape[0]
+        names = interface.inputs["decoder"]
+        for name in names:
+            if name.startswith(TAP):
+                inputs[name] = taps[name] if name in taps else _no_tap(name, inputs["visual_index"], interface)
+            elif name.startswith(PAST_POSITIONS):
+                stage = int(name.removeprefix(PAST_POSITIONS))
+                empty = torch.zeros(batch, 0, dtype=torch.int64, device=chunk.embeds.device)
+                inputs[name] = past.key_positions[stage] if past is not None else empty
+            elif name.startswith((PAST_KEY, PAST_VALUE)):
+                inputs[name] = _past_tensor(name, past, interface.shape, batch, chunk.embeds.device)
+        outputs = self.run("decoder", {name: inputs[name] for name in names})
+        layers = range(len(interface.stage_of_layer))
+        cache = StagedCache(
+            [outputs[f"key.{i}"] for i in layers],
+            [outputs[f"value.{i}"] for i in layers],
+            [outputs[f"key_positions.{s}"] for s in range(interface.stages)],
+            seen,
+        )
+        for site, source in interface.sites.items():
+            if source.startswith("key_positions."):
+                before = inputs[f"past_{source}"].shape[1]
+                kept[site] = outputs[source][:, before:]
+        return Answer(outputs["logits"], cache, kept)
+
+
+def _mask(mask: torch.Tensor | None, ids: torch.Tensor, seen: int) -> torch.Tensor:
+    """[B, S] bool: which slots of the new chunk are real."""
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if mask.dim() != 2 or mask.shape[1] not in (ids.shape[1], seen + ids.shape[1]):
+        raise InputError(
+            "the attention mask does not fit the tokens",
+            where="forward",
+            got=f"attention_mask {list(mask.shape)}",
+            want=f"[{ids.shape[0]}, {seen + ids.shape[1]}] (cached and new tokens) or [{ids.shape[0]}, {ids.shape[1]}]",
+            fix="pass the processor's attention_mask, extended by one column for each token since",
+            slug="mask-shape",
+        )
+    return mask[:, -ids.shape[1] :].bool()
+
+
+def _segments(visual: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, int]:
+    """[B, S] image number (within its sample) of each visual slot, -1 elsewhere; and images of a sample at most."""
+    segment = torch.full(visual.shape, -1, dtype=torch.int64, device=visual.device)
+    total = int(visual.sum())
+    if total == 0:
+        return segment, 0
+    if sum(lengths) != total:
+        lengths = visual.sum(1).tolist()  # the family does not say: every sample's tokens are one image
+    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(visual.device)
+    segment[visual] = owner
+    first = torch.where(visual, segment, len(lengths)).amin(1, keepdim=True)
+    segment = torch.where(visual, segment - first, -1)
+    return segment, int(segment.max()) + 1
+
+
+def _positions(
+    given: torch.Tensor | None, inputs: Mapping[str, Any], mask: torch.Tensor, seen: int, axes: int, ids: torch.Tensor
+) -> torch.Tensor:
+    """The rotary positions of the chunk's slots, [B, S] or [axes, B, S]."""
+    if given is None:
+        full = inputs.get("attention_mask")
+        if full is None or full.shape[1] != seen + ids.shape[1]:
+            places = torch.arange(seen, seen + ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
+        else:
+            places = (full.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
+        given = places
+    if axes == 0:
+        given = given[0] if given.dim() == 3 else given
+        return given.expand(ids.shape[0], -1).contiguous()
+    if given.dim() == 2:
+        given = given.unsqueeze(0).expand(axes, -1, -1)
+    return given[-axes:].expand(axes, ids.shape[0], -1).contiguous()
+
+
+def _restored(feature: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    """[n, F, D] features at their original rows, zeros where a token was dropped."""
+    rows = place.clamp(min=0).unsqueeze(2).expand(-1, -1, feature.shape[2])
+    return feature.gather(1, rows) * (place >= 0).unsqueeze(2)
+
+
+def _place_mask(place: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """[B, S] bool: visual slots whose feature stays."""
+    present = torch.zeros_like(visual)
+    present[visual] = place.reshape(-1) >= 0
+    return present
+
+
+def _by_token(values: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """[B, V] bool `values` [B, S] at each sample's visual tokens; pads False."""
+    slots = ragged(visual)
+    return values.gather(1, slots.clamp(min=0)) & (slots >= 0)
+
+
+def _without(chunk: Chunk, taps: dict[str, torch.Tensor], dropped: torch.Tensor) -> tuple[Chunk, dict[str, torch.Tensor]]:
+    staying = ragged(_by_token(chunk.visual & ~dropped, chunk.visual))
+    shorter = dataclasses.replace(chunk, valid=chunk.valid & ~dropped, visual=chunk.visual & ~dropped)
+    return shorter, {name: _rows(tap, staying) for name, tap in taps.items()}
+
+
+def _rows(tap: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    index = index.clamp(min=0)
+    return tap.gather(1, index) if tap.dim() == 2 else tap.gather(1, index.unsqueeze(2).expand(-1, -1, tap.shape[2]))
+
+
+def _flat_features(output: Any, width: int) -> torch.Tensor:
+    """[tokens, D] what `get_image_features` returned, all images one after the other."""
+    pooled = getattr(output, "pooler_output", output)
+    if isinstance(pooled, torch.Tensor):
+        return pooled.reshape(-1, width)
+    return torch.cat([part.reshape(-1, width) for part in pooled])
+
+
+def _no_tap(name: str, visual_index: torch.Tensor, interface: Interface) -> torch.Tensor:
+    """What a chunk without an image says of its visual tokens: nothing, in the right shape."""
+    width = interface.taps[name]
+    shape = (*visual_index.shape, width) if width else tuple(visual_index.shape)
+    return torch.zeros(shape, device=visual_index.device)
+
+
+def _past_tensor(
+    name: str, past: StagedCache | None, shape: DecoderShape, batch: int, device: torch.device
+) -> torch.Tensor:
+    layer = int(name.split(".")[1])
+    is_value = name.startswith(PAST_VALUE)
+    if past is not None:
+        return past.layers[layer].values if is_value else past.layers[layer].keys
+    groups, *widths = shape.caches[layer]
+    return torch.zeros(batch, groups, 0, widths[is_value], dtype=shape.dtype, device=device)

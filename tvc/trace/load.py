@@ -1,0 +1,109 @@
+"""Loads what the user names: a directory, a hub id or a module that is already in memory."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from tvc.errors import ModelError
+from tvc.trace.layout import meta_model
+from tvc.trace.processor import load_processor
+
+
+@dataclasses.dataclass
+class Source:
+    """A model and where it came from; `model` is None where only its configuration was wanted."""
+
+    model: torch.nn.Module | None
+    meta: torch.nn.Module  # the same class on the meta device, free to be changed
+    processor: Any | None
+    name: str
+    revision: str | None
+    folder: Path | None  # the directory it was loaded from, if it was one
+
+
+def load(
+    model: str | os.PathLike[str] | torch.nn.Module,
+    *,
+    weights: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    processor: Any = None,
+) -> Source:
+    """The model with its weights (unless `weights` is False), a meta copy and its processor where there is one.
+
+    Raises:
+        ModelError: nothing can be loaded there, or it is not a vision-language model.
+    """
+    if isinstance(model, torch.nn.Module):
+        return _in_memory(model, device, dtype, processor)
+    name = os.fspath(model)
+    meta = meta_model(name)
+    _check_kind(meta, name)
+    real = None
+    if weights:
+        options: dict[str, Any] = {"dtype": dtype if dtype is not None else "auto"}
+        if device is not None:
+            options["device_map"] = {"": str(device)} if str(device) != "cpu" else None
+        try:
+            real = AutoModelForImageTextToText.from_pretrained(name, **{k: v for k, v in options.items() if v}).eval()
+        except (OSError, ValueError, RuntimeError, KeyError) as problem:
+            raise ModelError(
+                "the model's weights cannot be loaded",
+                where=name,
+                got=f"{type(problem).__name__}: {problem}",
+                want="a directory or hub id that AutoModelForImageTextToText loads",
+                fix="check the path, or download the model first",
+                slug="no-weights",
+            ) from problem
+    try:
+        processor = processor or load_processor(name)
+    except ModelError:
+        processor = None
+    folder = Path(name) if Path(name).is_dir() else None
+    return Source(real, meta, processor, name, getattr(meta.config, "_commit_hash", None), folder)
+
+
+def _in_memory(model: torch.nn.Module, device: Any, dtype: Any, processor: Any) -> Source:
+    _check_kind(model, type(model).__name__)
+    if dtype is not None or device is not None:
+        wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        if (wanted is not None and wanted != next(model.parameters()).dtype) or device is not None:
+            model = copy.deepcopy(model).to(device=device, dtype=wanted)
+    if model.training:
+        raise ModelError(
+            "the model is in training mode",
+            where=type(model).__name__,
+            got="model.training is True",
+            want="a model in evaluation mode, without dropout",
+            fix="call model.eval() first",
+            slug="training-mode",
+        )
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return Source(model, meta_copy(model), processor, name, getattr(model.config, "_commit_hash", None), None)
+
+
+def meta_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """A model of the same class and configuration without weights."""
+    with torch.device("meta"):
+        return type(model)._from_config(copy.deepcopy(model.config)).eval()  # type: ignore[attr-defined]
+
+
+def _check_kind(model: torch.nn.Module, name: str) -> None:
+    config = getattr(model, "config", None)
+    if config is None or not (hasattr(model, "get_image_features") or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        raise ModelError(
+            "this is not a vision-language model",
+            where=name,
+            got=type(model).__name__,
+            want="a model of AutoModelForImageTextToText",
+            fix="pass a vision-language model; a text-only model has no visual tokens to reduce",
+            slug="not-a-vlm",
+        )

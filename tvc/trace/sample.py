@@ -1,0 +1,139 @@
+"""Sample inputs to trace with: two samples of one image each, by the model's processor or from its configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES, get_image_processor_class_from_name
+
+from tvc.errors import ArgumentError, ModelError
+from tvc.trace.host import PIXEL_NAMES
+
+IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+
+
+def visual_token_ids(model: torch.nn.Module) -> tuple[int, ...]:
+    """The placeholder ids of the model's configuration, the image's first."""
+    found = [getattr(model.config, name, None) for name in IMAGE_TOKENS]
+    return tuple(dict.fromkeys(token for token in found if isinstance(token, int)))
+
+
+def default_size(model: torch.nn.Module) -> tuple[int, int]:
+    """(height, width) of an image that the vision encoder takes whole: its own size, else a middling one."""
+    vision = getattr(model.config, "vision_config", None)
+    size = getattr(vision, "image_size", None)
+    if isinstance(size, (list, tuple)):
+        return int(size[0]), int(size[1])
+    if isinstance(size, int):
+        return size, size
+    patch = getattr(vision, "patch_size", 14) * getattr(vision, "spatial_merge_size", 1)
+    side = patch * max(4, 448 // patch)
+    return side, side
+
+
+def photo_like(height: int, width: int) -> Image.Image:
+    """A smooth picture without an all-black tile (some families drop those as padding)."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    channels = [64 + 127 * (0.5 + 0.5 * np.sin(rows / (7 + c) + columns / (11 - c))) for c in range(3)]
+    return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
+
+
+def pixel_inputs(model: torch.nn.Module, processor: Any, size: tuple[int, int], images: int = 2) -> dict[str, torch.Tensor]:
+    """What an image processor makes of `images` pictures, one a sample."""
+    made = getattr(processor, "image_processor", None) if processor is not None else None
+    made = made or _image_processor(model)
+    pictures = [[photo_like(*size)] for _ in range(images)]
+    flat = dict(made(pictures, return_tensors="pt"))
+    return {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
+
+
+def _image_processor(model: torch.nn.Module) -> Any:
+    """The family's image processor with the sizes of the model's configuration."""
+    config = model.config
+    names = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type)
+    names = list(names.values()) if isinstance(names, Mapping) else [names] if isinstance(names, str) else list(names or ())
+    # The variant that needs no torchvision is first choice: it is always there.
+    candidates = sorted((n for n in names if n), key=lambda n: not n.endswith("Pil"))
+    for name in candidates:
+        made = get_image_processor_class_from_name(name)
+        if made is not None:
+            return made(**_options(made(), config))
+    raise ModelError(
+        "no image processor is known for this model type",
+        where=config.model_type,
+        got="no processor and no sample inputs",
+        want="inputs to trace with",
+        fix="pass inputs=processor(images=..., text=..., return_tensors='pt')",
+        slug="no-sample",
+    )
+
+
+def _options(default: Any, config: Any) -> dict[str, Any]:
+    vision = config.vision_config
+    options: dict[str, Any] = {}
+    side = getattr(vision, "image_size", None)
+    if isinstance(side, (list, tuple)):
+        side = side[0]
+    if isinstance(side, int):
+        size = dict(default.size or {})
+        if "longest_edge" in size and getattr(default, "max_image_size", None):
+            options["size"], options["max_image_size"] = {"longest_edge": 2 * side}, {"longest_edge": side}
+        elif "shortest_edge" in size and "longest_edge" not in size:
+            options["size"] = {"shortest_edge": side}
+        elif "height" in size:
+            options["size"] = {"height": side, "width": side}
+        if getattr(default, "crop_size", None):
+            options["crop_size"] = {"height": side, "width": side}
+    for name, source in (("patch_size", "patch_size"), ("temporal_patch_size",) * 2, ("merge_size", "spatial_merge_size")):
+        if hasattr(default, name) and getattr(vision, source, None) is not None:
+            options[name] = getattr(vision, source)
+    if hasattr(default, "image_grid_pinpoints") and getattr(config, "image_grid_pinpoints", None):
+        options["image_grid_pinpoints"] = config.image_grid_pinpoints
+    return options
+
+
+def with_text(
+    model: torch.nn.Module, pixels: Mapping[str, torch.Tensor], lengths: list[int], text: int = 6
+) -> dict[str, torch.Tensor]:
+    """Full model inputs: one sample an image, `lengths[i]` placeholders between text tokens, padded on the left."""
+    token = visual_token_ids(model)[0]
+    vocabulary = model.config.get_text_config().vocab_size
+    words = [i for i in range(3, min(vocabulary, 64)) if i not in visual_token_ids(model)]
+    rows = []
+    for length in lengths:
+        picked = [words[(7 * i + 1) % len(words)] for i in range(text)]
+        rows.append(picked[: text // 2] + [token] * length + picked[text // 2 :])
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    made = {"input_ids": ids, "attention_mask": mask, **pixels}
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        made["mm_token_type_ids"] = (ids == token).long()
+    if "token_type_ids" in inspect.signature(model.forward).parameters:
+        made["token_type_ids"] = (ids == token).long()
+    return made
+
+
+def doubled(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The user's own inputs twice over, so that no batch or image axis is 1 (a trace would make that a constant).
+
+    Raises:
+        ArgumentError: they hold no image.
+    """
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    if not any(name in tensors for name in PIXEL_NAMES):
+        raise ArgumentError(
+            "the sample inputs hold no image",
+            where="inputs",
+            got=f"{sorted(tensors)}",
+            want="pixel_values among them",
+            fix="pass what the processor returns for a prompt with an image",
+            slug="no-image",
+        )
+    return {name: torch.cat([value, value]) for name, value in tensors.items()}
+

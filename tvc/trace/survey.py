@@ -1,0 +1,182 @@
+"""Surveys a model without its weights: where the heavy modules stand, how many tokens they make, where cuts are legal."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tvc.chunks import DecoderShape
+from tvc.errors import ModelError
+from tvc.program import Layout, Site
+from tvc.trace.attention import NAME as TRACED_ATTENTION
+from tvc.trace.attention import attention_as
+from tvc.trace.host import Boundary, Host, find_boundary
+from tvc.trace.layout import blocks, cost_fields, used_vision_blocks
+from tvc.trace.sample import default_size, doubled, pixel_inputs, visual_token_ids, with_text
+
+
+@dataclasses.dataclass
+class Survey:
+    """What tracing and planning start from."""
+
+    layout: Layout
+    host: Host
+    sample: dict[str, torch.Tensor]
+    caches: tuple[tuple[int, int, int], ...]
+    axes: int
+    visual_token_ids: tuple[int, ...]
+
+    @property
+    def boundary(self) -> Boundary:
+        return self.host.boundary
+
+    def shape(self, dtype: torch.dtype, device: torch.device) -> DecoderShape:
+        return DecoderShape(self.layout.hidden_size, self.axes, self.caches, dtype, device)
+
+
+def survey(
+    meta: torch.nn.Module,
+    processor: Any = None,
+    inputs: Mapping[str, Any] | None = None,
+    image_size: tuple[int, int] | None = None,
+) -> Survey:
+    """Reads a model on the meta device; `meta` becomes the host and is changed in place."""
+    tokens = visual_token_ids(meta)
+    if not tokens:
+        raise ModelError(
+            "the configuration names no placeholder token for images",
+            where=type(meta).__name__,
+            got="no image_token_id",
+            want="image_token_id in the configuration",
+            fix="only models that scatter visual features over placeholder tokens can be compiled",
+            slug="no-placeholder",
+        )
+    size = image_size or default_size(meta)
+    fields = cost_fields(meta)
+    caches = _cache_shapes(meta, fields["hidden_size"])
+    sample: dict[str, torch.Tensor] = doubled(inputs) if inputs is not None else pixel_inputs(meta, processor, size)
+    for parameter_owner in (getattr(meta, "base_model", meta), meta):
+        _materialise(parameter_owner)
+    entering: list[torch.Size] = []
+    vision_blocks = blocks(meta)[1]
+    handle = vision_blocks[0].register_forward_pre_hook(
+        lambda _m, args, kwargs: entering.append((args[0] if args else kwargs["hidden_states"]).shape), with_kwargs=True
+    )
+    host = Host(meta, find_boundary(meta, sample))
+    handle.remove()
+    identity, lengths = _probe_packing(host, sample)
+    if inputs is None:
+        sample = with_text(meta, sample, _per_sample(lengths, 2))
+    embed = _zero_embedding(fields["hidden_size"])
+    with torch.no_grad(), host.bound(vision=lambda _p: [torch.zeros(f) for f in host.boundary.features], embed=embed):
+        call = host.reach_decoder(**{**sample, "use_cache": True})
+    axes = call.position_ids.shape[0] if call.position_ids is not None and call.position_ids.dim() == 3 else 0
+    layout = _layout(meta, fields, entering[0], host.boundary.features[0], identity, lengths, size)
+    return Survey(layout, host, sample, caches, axes, tokens)
+
+
+def _per_sample(lengths: list[int], samples: int) -> list[int]:
+    """Placeholders per sample when each has one image (whose tiles may be listed one by one)."""
+    each = len(lengths) // samples
+    if each * samples == len(lengths) and each:
+        return [sum(lengths[i * each : (i + 1) * each]) for i in range(samples)]
+    return [sum(lengths) // samples] * samples
+
+
+def _materialise(module: torch.nn.Module) -> None:
+    """The module's own parameters (newline embeddings) become zeros on the CPU, so that family code can use them."""
+    for name, value in list(module.named_parameters(recurse=False)):
+        if value.is_meta:
+            setattr(module, name, torch.nn.Parameter(torch.zeros(value.shape, dtype=value.dtype), requires_grad=False))
+
+
+def _cache_shapes(meta: torch.nn.Module, width: int) -> tuple[tuple[int, int, int], ...]:
+    decoder = meta.get_decoder()  # type: ignore[operator]
+    dtype = next(decoder.parameters()).dtype
+    with torch.no_grad(), attention_as(meta, TRACED_ATTENTION):
+        positions = torch.zeros(1, 2, dtype=torch.long, device="meta")
+        out = decoder(
+            inputs_embeds=torch.zeros(1, 2, width, dtype=dtype, device="meta"), position_ids=positions, use_cache=True
+        )
+    shapes = []
+    for layer in out.past_key_values.layers:
+        if getattr(layer, "keys", None) is None:
+            raise ModelError(
+                "a decoder layer keeps no keys and values",
+                where=type(decoder).__name__,
+                got=type(layer).__name__,
+                want="attention in every layer",
+                fix="models with convolution or state-space layers cannot be compiled yet",
+                slug="no-kv-layer",
+            )
+        shapes.append((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]))
+    return tuple(shapes)
+
+
+def _zero_embedding(width: int) -> Any:
+    return lambda ids: torch.zeros(*ids.shape, width)
+
+
+def _probe_packing(host: Host, sample: Mapping[str, Any]) -> tuple[bool, list[int]]:
+    """Whether the family's packing hands every feature on in order, and the visual tokens of each image."""
+    shape, *more = host.boundary.features
+    rows = shape[:-1].numel()
+    numbers = (torch.arange(rows) + 1.0).reshape(*shape[:-1], 1).expand(shape).contiguous()
+    others = [torch.zeros(other) for other in more]
+    with torch.no_grad(), host.bound(vision=lambda _p: [numbers, *others]):
+        output = host.image_features(sample)
+    pooled = getattr(output, "pooler_output", output)
+    parts = list(pooled) if isinstance(pooled, (list, tuple)) else [pooled]
+    flat = torch.cat([part.reshape(-1, shape[-1])[:, 0] for part in parts])
+    identity = flat.shape[0] == rows and bool((flat == torch.arange(rows) + 1.0).all())
+    return identity, list(host.feature_lengths)
+
+
+def _layout(
+    meta: torch.nn.Module,
+    fields: dict[str, Any],
+    entering: torch.Size,
+    features: torch.Size,
+    identity: bool,
+    lengths: list[int],
+    size: tuple[int, int],
+) -> Layout:
+    packed = len(entering) == 2
+    tiles = 1 if packed else entering[0]
+    tile_tokens = entering[0] if packed else entering[1]
+    per_tile = features[:-1].numel() // tiles
+    group = max(1, tile_tokens // per_tile)
+    prefix = tile_tokens - group * per_tile
+    reason = ""
+    if group > 1:
+        reason = (
+            f"{group} neighbouring encoder tokens are joined into one visual token behind the encoder, "
+            "so all of them have to reach that point"
+        )
+    elif not identity:
+        reason = (
+            "the tiles' features are stitched into one grid behind the projector (unpadding, newline tokens), "
+            "so every tile has to be whole"
+        )
+    elif packed:
+        reason = "the encoder packs all images into one sequence with fixed boundaries"
+    used = used_vision_blocks(meta)
+    vision = [
+        Site(f"vision.{k}", not reason and k < used, reason or ("" if k < used else "the features are taken before this block"))
+        for k in range(len(fields["vision"]))
+    ]
+    language = [Site(f"language.{k}", True) for k in range(len(fields["language"]))]
+    return Layout(
+        model_type=meta.config.model_type,
+        prefix_tokens=prefix,
+        group=group,
+        tiles=tiles,
+        tile_tokens=tile_tokens,
+        visual_tokens=tuple(_per_sample(lengths, 2)),
+        sites=(*vision, Site("projector", True), *language),
+        image_size=size,
+        **fields,
+    )
