@@ -9,7 +9,7 @@ import transformers
 import support
 
 
-@pytest.mark.parametrize("family", support.FAMILIES)
+@pytest.mark.parametrize("family", [*support.FAMILIES, *support.FURTHER])
 def test_pictures_change_the_logits(family: str) -> None:
     model, given = support.build_model(family), support.inputs(family, batch=3)
     visual = support.visual_mask(family, given["input_ids"])
@@ -21,7 +21,7 @@ def test_pictures_change_the_logits(family: str) -> None:
     assert ((seen - unseen).abs().amax(1) > 1e-2).all()
 
 
-@pytest.mark.parametrize("family", support.FAMILIES)
+@pytest.mark.parametrize("family", [*support.FAMILIES, *support.FURTHER])
 def test_batches_are_padded_on_the_left(family: str) -> None:
     given = support.inputs(family, batch=3)["attention_mask"]
     assert given.sum(1).min() < given.shape[1]
@@ -29,7 +29,7 @@ def test_batches_are_padded_on_the_left(family: str) -> None:
     assert support.inputs(family, batch=3, padded=False)["attention_mask"].all()
 
 
-@pytest.mark.parametrize("family", support.FAMILIES)
+@pytest.mark.parametrize("family", [*support.FAMILIES, *support.FURTHER])
 def test_saved_directory_holds_the_same_model(family: str, tmp_path) -> None:
     directory, given = support.save_model(family, tmp_path), support.inputs(family)
     loaded = transformers.AutoModelForImageTextToText.from_pretrained(directory)

@@ -13,12 +13,12 @@ from tvc.errors import ModelError
 from tvc.trace.processor import image_only, load_processor
 
 
-@pytest.mark.parametrize("family", support.FAMILIES)
+@pytest.mark.parametrize("family", [*support.FAMILIES, *support.FURTHER])
 def test_load_processor_gives_back_what_was_saved(family: str, tmp_path: pathlib.Path) -> None:
     directory = support.save_model(family, tmp_path / "model")
     loaded = load_processor(str(directory))
     expected, got = support.inputs(family, batch=3), support.inputs(family, batch=3, processor=loaded)
-    assert type(loaded).__name__ == support.FAMILIES[family].processor
+    assert type(loaded).__name__ == support.family_record(family).processor
     assert expected.keys() == got.keys()
     for name, value in expected.items():
         assert torch.equal(value, got[name]), name
