@@ -28,7 +28,7 @@ def exit_keep(gate: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
     """[B, K] int64: the tokens of the samples that stay."""
     width = segment.shape[1]
     keep = (segment >= 0) & ~gate[:, None]
-    slots = int((keep.sum(1).max().clamp(max=1) * width).item())
+    slots: int = (keep.sum(1).max().clamp(max=1) * width).item()  # type: ignore[assignment]
     torch._check(slots >= 0)
     torch._check(slots <= width)
     return pack(keep, slots)

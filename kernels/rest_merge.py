@@ -2,7 +2,7 @@
 
 Shapes:  feature [B, V, D] float, metric [B, V, d] float, size [B, V] float, segment [B, V] int64 (-1 pads),
          counts [B, N] int64, chosen [B, K] int64 (-1 pads), score [B, V] float (read by `top` alone)
-         -> index [B, K2] int64 ascending, pads (-1) first; feature [B, K2, D] like the input, pads 0; size [B, K2], pads 0
+         -> index [B, K2] int64 ascending, pads (-1) first; feature [B, K2, D] and size [B, K2] like the inputs, pads 0
 Targets: stride: of the M tokens of a segment that were not chosen, in order, 0, step, 2 step, ... (at most `amount`),
                  step = max(1, M // amount); top: the `amount` best-scored of them; both: K2 = K + slots.
          kept:   the chosen tokens themselves; K2 = K.
@@ -66,9 +66,7 @@ def _targets(
     return rest & (place % step == 0) & (place // step < amount)
 
 
-def _nearest(
-    metric: torch.Tensor, segment: torch.Tensor, index: torch.Tensor
-) -> torch.Tensor:
+def _nearest(metric: torch.Tensor, segment: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """[B, V] int64: the column of `index [B, C]` each token is nearest to, C where its segment has no target."""
     metric = metric.float()
     ones = torch.ones(metric.shape[2], 1, device=metric.device)
@@ -173,6 +171,7 @@ class Merge(Rest):
 
     @property
     def needs_score(self) -> bool:
+        """Whether the targets are the best-scored tokens."""
         return isinstance(self.targets, TopTargets)
 
     def _rule(self) -> tuple[str, int]:

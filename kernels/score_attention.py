@@ -3,7 +3,7 @@
 Shapes:  query [B, H, Q, d], key [B, G, N, d] (G divides H), mask [B|1, 1|H, Q, N] bool or None (everything),
          rows [B, R] int64 rows of the query that score, columns [B, V, g] int64 keys of each visual token
          -> [B, V] float32
-Rule:    softmax over all N keys in float32, mean over the rows, then over heads (mean, sum or max), mean over the g keys.
+Rule:    softmax over all N keys in float32, mean over the rows, heads by mean, sum or max, mean over the g keys.
 Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
 Memory:  O(B H R N): never Q x N unless every row scores, and keys are not repeated for grouped queries.
 """

@@ -47,13 +47,13 @@ def per_token(values: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
 
 
 def pack(keep: torch.Tensor, slots: int) -> torch.Tensor:
-    """[B, slots] int64: where `keep [B, V]` is true, ascending, pads (-1) first; no sample may keep more than `slots`."""
+    """[B, slots] int64: where `keep [B, V]` is true, ascending, pads (-1) first; no sample may keep more than fit."""
     total = keep.sum(1, keepdim=True)
     # Column 0 takes what does not stay and is cut off.
     place = torch.where(keep, keep.cumsum(1) + (slots - total), 0)
     column = torch.arange(keep.shape[1], device=keep.device).expand(keep.shape[0], -1)
     packed = torch.full((keep.shape[0], slots + 1), -1, dtype=torch.int64, device=keep.device).scatter(1, place, column)
-    return packed[:, 1:].contiguous()
+    return packed[:, 1:].clone(memory_format=torch.contiguous_format)
 
 
 def mark(index: torch.Tensor, width: int) -> torch.Tensor:

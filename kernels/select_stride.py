@@ -34,7 +34,7 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
 def stride_keep(segment: torch.Tensor, counts: torch.Tensor, permille: int, count: int, slots: int) -> torch.Tensor:
     """[B, slots] int64: evenly spaced positions of each segment."""
     place = ranks(segment, counts)
-    # Place j is kept where an odd multiple of n lies in [2 k j, 2 k (j + 1)); below x there are ceil(x / n) // 2 of them.
+    # Place j is kept where an odd multiple of n lies in [2 k j, 2 k (j + 1)); below x lie ceil(x / n) // 2 of them.
     size = per_token(counts, segment).clamp(min=1)
     edge = 2 * per_token(budgets(counts, permille, count), segment)
     before = (edge * place + size - 1) // size // 2

@@ -55,7 +55,8 @@ def threshold_keep(
 
 def largest(keep: torch.Tensor) -> int:
     """The most that any sample keeps, read from the tensor: a size that tracing cannot know."""
-    slots = int(keep.sum(1).max().item())
+    # Not int(...): that would ask the tracer for a number.
+    slots: int = keep.sum(1).max().item()  # type: ignore[assignment]
     torch._check(slots >= 0)
     torch._check(slots <= keep.shape[1])
     return slots

@@ -1,0 +1,187 @@
+"""Every op and primitive in one module, so that a single export proves all of them at sizes it was not traced with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from tvc.kernels.budget import Budget
+from tvc.kernels.combine_scores import combine
+from tvc.kernels.exit_select import exit_chosen
+from tvc.kernels.op import Attention, Scope
+from tvc.kernels.rest_merge import Merge
+from tvc.kernels.score_attention import AttentionScore
+from tvc.kernels.score_cosine import CosineScore
+from tvc.kernels.score_norm import NormScore
+from tvc.kernels.score_random import RandomScore
+from tvc.kernels.score_uniform import UniformScore
+from tvc.kernels.select_stride import Stride
+from tvc.kernels.select_threshold import Threshold
+from tvc.kernels.select_top import Top
+from tvc.kernels.when_always import Always
+from tvc.kernels.when_threshold import ThresholdGate
+
+OP = torch.ops.tvc
+WIDTH, HEADS, GROUPS, HEAD_WIDTH = 12, 4, 2, 8
+
+
+@dataclasses.dataclass
+class Inputs:
+    """What a cut sees of one chunk: B samples, V visual and T text tokens, N images, P cached tokens."""
+
+    text_index: torch.Tensor
+    visual_index: torch.Tensor
+    segment: torch.Tensor
+    counts: torch.Tensor
+    ordinal: torch.Tensor
+    feature: torch.Tensor
+    metric: torch.Tensor
+    size: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    query_positions: torch.Tensor
+    key_positions: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+    pairs: torch.Tensor
+    text: torch.Tensor
+    boundaries: torch.Tensor
+    vectors: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+
+def names() -> list[str]:
+    return [field.name for field in dataclasses.fields(Inputs)]
+
+
+def make(images: list[list[int]], text: list[int], past: int = 0, seed: int = 0) -> Inputs:
+    """Inputs of a batch: visual tokens per image and text tokens per sample; slots are left-packed, text comes last."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, visual = len(images), max(sum(sample) for sample in images)
+    slots = max(sum(sample) + words for sample, words in zip(images, text, strict=True))
+    number = max(len(sample) for sample in images)
+    text_index = torch.full((batch, max(text)), -1)
+    visual_index, segment, ordinal = (torch.full((batch, visual), -1) for _ in range(3))
+    counts = torch.zeros(batch, number, dtype=torch.int64)
+    positions = torch.full((batch, slots), -1)
+    for b, (sample, words) in enumerate(zip(images, text, strict=True)):
+        seen = sum(sample)
+        start = slots - seen - words
+        positions[b, start:] = torch.arange(past, past + seen + words)
+        text_index[b, max(text) - words :] = torch.arange(start + seen, slots)
+        visual_index[b, visual - seen :] = torch.arange(start, start + seen)
+        ordinal[b, visual - seen :] = torch.arange(seen)
+        numbers = torch.tensor(sample, dtype=torch.int64)
+        segment[b, visual - seen :] = torch.repeat_interleave(torch.arange(len(sample)), numbers)
+        counts[b, : len(sample)] = numbers
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    cached = torch.arange(past).expand(batch, -1)
+    columns = torch.where(visual_index < 0, -1, visual_index + past)[:, :, None]
+    return Inputs(
+        text_index=text_index,
+        visual_index=visual_index,
+        segment=segment,
+        counts=counts,
+        ordinal=ordinal,
+        feature=draw(batch, visual, WIDTH),
+        metric=draw(batch, visual, HEAD_WIDTH),
+        size=torch.ones(batch, visual),
+        query=draw(batch, HEADS, slots, HEAD_WIDTH),
+        key=draw(batch, GROUPS, past + slots, HEAD_WIDTH),
+        value=draw(batch, GROUPS, past + slots, HEAD_WIDTH),
+        query_positions=positions,
+        key_positions=torch.cat([cached, positions], dim=1),
+        rows=text_index.clone(),
+        columns=columns,
+        pairs=torch.cat([columns, (columns - 1).clamp(min=-1)], dim=2),
+        text=draw(batch, max(text), WIDTH),
+        boundaries=torch.tensor([0, slots // 2, slots], dtype=torch.int32),
+        vectors=draw(1, HEADS, slots, HEAD_WIDTH),
+    )
+
+
+class OneGraph(torch.nn.Module):
+    """Calls every op; `labels` names the outputs in order."""
+
+    labels: tuple[str, ...] = ()
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        at = Inputs(*tensors)
+        out: dict[str, torch.Tensor] = {}
+        scope = Scope(at.segment, at.counts, at.counts.shape[1])
+        mask = OP.attention_mask(at.query_positions, at.key_positions, 0)
+        out["attention_mask"] = mask
+        out["attention_mask.window"] = OP.attention_mask(at.query_positions, at.key_positions, 3)
+        out["attention"] = OP.attention(at.query, at.key, at.value, mask, HEAD_WIDTH**-0.5, 0.0)
+        out["attention.softcap"] = OP.attention(at.query, at.key, at.value, mask, HEAD_WIDTH**-0.5, 5.0)
+        out["packed_attention"] = OP.packed_attention(at.vectors, at.vectors, at.vectors, at.boundaries, 0.25)
+        scores = self.scores(at, mask, out)
+        self.selections(at, scores, scope, out)
+        self.merges(at, scores, scope, out)
+        type(self).labels = tuple(out)
+        return tuple(out.values())
+
+    def scores(self, at: Inputs, mask: torch.Tensor, out: dict[str, torch.Tensor]) -> torch.Tensor:
+        bundle = Attention(at.query, at.key, mask, at.rows, at.columns, HEAD_WIDTH**-0.5)
+        out["score.attention"] = AttentionScore(of="text").apply(bundle)
+        out["score.attention.sum"] = AttentionScore(heads="sum").apply(bundle._replace(columns=at.pairs, mask=None))
+        out["score.attention.max"] = AttentionScore(heads="max").apply(bundle)
+        every = torch.arange(at.query.shape[2], device=at.query.device).expand(at.query.shape[0], -1)
+        out["score.attention.all"] = AttentionScore(of="all").apply(bundle._replace(rows=every))
+        text = (at.text, at.text_index >= 0)
+        out["score.cosine.mean"] = CosineScore().apply(feature=at.feature, ordinal=at.ordinal)
+        out["score.cosine.text"] = CosineScore(to="text").apply(feature=at.feature, text=text)
+        out["score.cosine.last"] = CosineScore(to="last").apply(feature=at.feature, text=text)
+        for order in (1.0, 2.0, 3.0):
+            out[f"score.norm.{order:g}"] = NormScore(order=order).apply(at.metric)
+        out["score.random"] = RandomScore(seed=2**40).apply(at.ordinal)
+        out["score.uniform"] = UniformScore().apply(at.ordinal)
+        modes = ("none", "minmax", "softmax", "sum")
+        parts = zip(("score.cosine.text", "score.norm.2", "score.random", "score.attention"), modes, strict=True)
+        mixed = combine([(out[name], 0.25, mode) for name, mode in parts], at.segment)
+        out["score.combined"] = mixed
+        return mixed
+
+    def selections(self, at: Inputs, score: torch.Tensor, scope: Scope, out: dict[str, torch.Tensor]) -> None:
+        for label, budget in (("count", 3), ("share", "40%")):
+            keep = Budget.model_validate(budget)
+            out[f"select.top.{label}"] = Top(keep=keep).apply(score, scope)
+            out[f"select.stride.{label}"] = Stride(keep=keep).apply(None, scope)
+        out["select.threshold"] = Threshold(above=0.3).apply(score, scope)
+        out["select.threshold.relative"] = Threshold(relative=0.8).apply(score, scope)
+        for reduce in ("max", "mean", "sum"):
+            gate = ThresholdGate(reduce=reduce, above=0.45)
+            out[f"when.{reduce}"] = gate.apply(score, scope)
+            out[f"exit.{reduce}"] = exit_chosen(gate, score, scope)
+        out["exit.below"] = exit_chosen(ThresholdGate(below=1e6), score, scope)
+        out["exit.always"] = exit_chosen(Always(), None, scope)
+        for label in ("select.top.share", "exit.max"):
+            chosen = out[label]
+            slots = torch.cat([at.visual_index, at.visual_index.new_full((chosen.shape[0], 1), -1)], dim=1)
+            place = torch.where(chosen < 0, at.visual_index.shape[1], chosen)
+            parts = OP.compact(at.text_index, slots.gather(1, place))
+            for name, part in zip(("kept", "source", "text", "visual"), parts, strict=True):
+                out[f"compact.{label}.{name}"] = part
+
+    def merges(self, at: Inputs, score: torch.Tensor, scope: Scope, out: dict[str, torch.Tensor]) -> None:
+        rules: dict[str, Any] = {
+            "kept": {"targets": "kept", "reduce": "size_weighted"},
+            "stride": {"targets": {"stride": 2}, "by": "key_cosine", "reduce": "target_mean"},
+            "top": {"targets": {"top": 2}, "reduce": "mean"},
+        }
+        for label, rule in rules.items():
+            merge = Merge.model_validate(rule)
+            metric = {"metric": at.metric} if merge.taps() else {}
+            # `top` starts from a selection whose size is known at run time alone.
+            chosen = out["select.threshold" if label == "top" else "select.top.count"]
+            parts = merge.apply(at.feature, at.size, chosen, score, scope, **metric)
+            for name, part in zip(("index", "feature", "size"), parts, strict=True):
+                out[f"merge.{label}.{name}"] = part

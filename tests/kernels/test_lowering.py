@@ -1,0 +1,130 @@
+"""All ops in one graph: exported once, then run in ONNX Runtime and TorchScript at sizes it was not traced with."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from kernel_one_graph import Inputs, OneGraph, make, names
+
+from tvc.kernels import OPS, lowerings, onnx_lowerings
+from tvc.kernels.tolerances import TOLERANCES
+
+A = torch.ops.aten
+AUTO = torch.export.Dim.AUTO
+STATIC = {"feature": {2}, "metric": {2}, "text": {2}, "columns": {2}, "pairs": {2}, "vectors": {0, 1, 3}}
+STATIC |= {name: {1, 3} for name in ("query", "key", "value")}
+GUARDS = {A._assert_scalar.default, A._assert_tensor_metadata.default}
+
+TRACED = make([[5, 4], [7]], [4, 2], past=3)
+SIZES = {
+    "traced": TRACED,
+    "ragged-batch-of-3": make([[6, 3, 8], [2], []], [3, 5, 6], seed=1),
+    "batch-of-1": make([[9]], [1], past=2, seed=2),
+    "one-visual-token": make([[1]], [2], past=1, seed=3),
+    "decode-step": make([[], [], []], [1, 1, 1], past=7, seed=4),
+    "text-only": make([[]], [4], seed=5),
+}
+
+
+@pytest.fixture(scope="module")
+def exported() -> torch.export.ExportedProgram:
+    dynamic = tuple(
+        {axis: AUTO for axis in range(value.dim()) if axis not in STATIC.get(name, set())}
+        for name, value in zip(names(), TRACED.tensors(), strict=True)
+    )
+    return torch.export.export(
+        OneGraph(),
+        TRACED.tensors(),
+        dynamic_shapes=(dynamic,),
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def lowered(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    return exported.run_decompositions(lowerings())
+
+
+@pytest.fixture(scope="module")
+def session(lowered: torch.export.ExportedProgram, tmp_path_factory: Any) -> onnxruntime.InferenceSession:
+    sortable = lowered.run_decompositions(onnx_lowerings())
+    path = tmp_path_factory.mktemp("onnx") / "ops.onnx"
+    # The optimizer only costs time here; the runtime has its own.
+    torch.onnx.export(sortable, TRACED.tensors(), dynamo=True, verbose=False, optimize=False).save(path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def scripted_copy(source: torch.fx.GraphModule) -> torch.jit.ScriptModule:
+    """TorchScript knows packets instead of overloads, methods instead of size ops, and no guards."""
+    root, graph, copies = torch.nn.Module(), torch.fx.Graph(), {}
+    for node in source.graph.nodes:
+        if node.op == "get_attr":
+            root.register_buffer(node.target, getattr(source, node.target))
+            copies[node] = graph.get_attr(node.target)
+        elif node.op == "call_module" or node.target in GUARDS:
+            continue
+        elif node.target is A.sym_size.int:
+            copies[node] = graph.call_method("size", (copies[node.args[0]], node.args[1]))
+        elif node.target is A.item.default:
+            copies[node] = graph.call_function(int, (copies[node.args[0]],))
+        elif node.op == "output":
+            graph.output(tuple(torch.fx.node.map_arg(node.args[0], copies.__getitem__)))
+        else:
+            copy = copies[node] = graph.node_copy(node, copies.__getitem__)
+            if isinstance(copy.target, torch._ops.OpOverload):
+                copy.target = copy.target.overloadpacket
+            copy.kwargs = {key: value for key, value in copy.kwargs.items() if key != "pin_memory"}
+    graph.eliminate_dead_code()
+    return torch.jit.script(torch.fx.GraphModule(root, graph))
+
+
+@pytest.fixture(scope="module")
+def scripted(lowered: torch.export.ExportedProgram, tmp_path_factory: Any) -> torch.jit.ScriptModule:
+    path = pathlib.Path(tmp_path_factory.mktemp("script")) / "ops.pt"
+    scripted_copy(lowered.module(check_guards=False)).save(path)
+    return torch.jit.load(path)
+
+
+def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    bar = TOLERANCES[torch.float32]
+    assert {name: value.shape for name, value in got.items()} == {name: value.shape for name, value in want.items()}
+    for name, value in want.items():
+        rtol, atol = (bar.rtol, bar.atol) if value.is_floating_point() else (0, 0)
+        torch.testing.assert_close(
+            got[name], value, rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def eager(inputs: Inputs) -> dict[str, torch.Tensor]:
+    module = OneGraph()
+    values = module(*inputs.tensors())
+    return dict(zip(module.labels, values, strict=True))
+
+
+def test_every_op_is_one_node_of_the_traced_graph(exported: torch.export.ExportedProgram) -> None:
+    assert {entry.overload for entry in OPS.values()} <= {node.target for node in exported.graph.nodes}
+
+
+def test_lowering_leaves_no_op_behind(lowered: torch.export.ExportedProgram) -> None:
+    assert not [node for node in lowered.graph.nodes if str(node.target).startswith("tvc")]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_onnx_runtime_equals_eager(session: onnxruntime.InferenceSession, size: str) -> None:
+    want = eager(SIZES[size])
+    feeds = {slot.name: value.numpy() for slot, value in zip(session.get_inputs(), SIZES[size].tensors(), strict=True)}
+    got = session.run(None, feeds)
+    compare({name: torch.from_numpy(value) for name, value in zip(want, got, strict=True)}, want)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_torchscript_equals_eager(scripted: torch.jit.ScriptModule, size: str) -> None:
+    want = eager(SIZES[size])
+    compare(dict(zip(want, scripted(*SIZES[size].tensors()), strict=True)), want)
