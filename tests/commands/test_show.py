@@ -15,7 +15,7 @@ from tvc.cli import build_app
 
 
 class Keeper:
-    """Answers as a compiled model does: every second visual token stays before layer 2, three of them before layer 4."""
+    """Answers as a compiled model does: every second visual token stays before layer 2, three before layer 4."""
 
     def __init__(self, family: str):
         self.family = family

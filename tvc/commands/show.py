@@ -26,7 +26,7 @@ def show(
     import tvc
     from tvc.report.overlay import overlay
 
-    photo = _open(image)
+    photo = open_photo(image)
     compiled = tvc.load(str(artifact))
     drawn = overlay(photo, kept_panels(compiled, photo, prompt))
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +70,7 @@ def _tile_side(config: Any) -> int:
     return size // patch if isinstance(size, int) and isinstance(patch, int) else 0
 
 
-def _open(path: pathlib.Path) -> Any:
+def open_photo(path: pathlib.Path) -> Any:
     """The photo, upright, in RGB.
 
     Raises:
