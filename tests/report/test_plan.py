@@ -18,7 +18,7 @@ from tvc.kernels.budget import Budget
 from tvc.kernels.op import Rest, Select, When
 from tvc.policy import load_policy
 from tvc.program import Layer, Layout, Site
-from tvc.report.cost import plan_costs
+from tvc.report.cost import one_image, plan_costs
 from tvc.report.schedule import make_plan, plan_policy, solve_average
 from tvc.trace.layout import read_layer
 
@@ -318,3 +318,25 @@ def test_solved_settings_give_the_solved_average_when_they_are_set(preset):
     again = plan_policy(policy.with_settings([f"{key}={value}" for key, value in plan.settings]), sizes)
     assert again.layers == plan.layers
     assert "solved: --set steps.0.select" in plan.text()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"prefix_tokens": 1, "tile_tokens": 145, "tiles": 1, "visual_tokens": (144,)},
+        {"prefix_tokens": 0, "tile_tokens": 64, "tiles": 5, "visual_tokens": (5 * 64 + 8,)},  # with newline tokens
+        {"prefix_tokens": 0, "tile_tokens": 576, "tiles": 1, "group": 4, "visual_tokens": (144,)},  # packed
+    ],
+)
+def test_one_of_two_equal_images_costs_half_of_their_vision(sizes):
+    one = layout(**sizes)
+    packed = one.group > 1
+    two = dataclasses.replace(
+        one,
+        visual_tokens=one.visual_tokens * 2,
+        tiles=one.tiles if packed else 2 * one.tiles,
+        tile_tokens=one.tile_tokens * (1 + packed),
+    )
+    assert one_image(two) == one
+    assert one_image(one) == one
+    assert make_plan(Steps(()), two).dense.vision == 2 * make_plan(Steps(()), one).dense.vision

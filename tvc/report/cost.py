@@ -7,6 +7,7 @@ count in vision encoders, which split their tokens into windows; a decoder's win
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from tvc.program import Layer, Layout
@@ -28,6 +29,18 @@ def tile_lengths(layout: Layout) -> list[int]:
     if layout.prefix_tokens == 0 and layout.tiles == 1 and layout.tile_tokens == sum(packed):
         return packed
     return [layout.tile_tokens] * layout.tiles
+
+
+def one_image(layout: Layout) -> Layout:
+    """The layout of a prompt with the first of the sample images alone, which are all alike."""
+    images = len(layout.visual_tokens)
+    packed = layout.tiles == 1 and layout.tile_tokens == layout.group * sum(layout.visual_tokens)
+    return dataclasses.replace(
+        layout,
+        visual_tokens=layout.visual_tokens[:1],
+        tiles=max(1, layout.tiles // images),
+        tile_tokens=layout.tile_tokens // images if packed else layout.tile_tokens,
+    )
 
 
 def vision_flops(layout: Layout, lengths: Sequence[Sequence[int]], projected: int) -> int:
