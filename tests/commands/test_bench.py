@@ -38,9 +38,9 @@ def test_rows_say_phase_variant_and_speedup(artifacts):
     assert named == [(phase, name) for phase in ("prefill", "decode") for name in ("one", "b/one", "dense")]
     assert all(row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] for row in content["rows"])
     assert content["environment"]["torch_threads"] >= 1
-    assert done.output.split()[:4] == ["phase", "variant", "median", "ms"]
+    assert done.stdout.split()[:4] == ["phase", "variant", "median", "ms"]
 
 
 def test_without_the_untouched_model_there_is_no_speedup(artifacts):
     done = run("one", "--image", artifacts / "photo.png", "--repeats", 1, "--json")
-    assert [row["speedup"] for row in json.loads(done.output)["rows"]] == [None, None]
+    assert [row["speedup"] for row in json.loads(done.stdout)["rows"]] == [None, None]
