@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from tvc.kernels.lowering import lowerings, onnx_lowerings
 from tvc.kernels.op import OPS, PRIMITIVES
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-__all__ = ["OPS", "PRIMITIVES", "lowerings", "onnx_lowerings"]
+__all__ = ["OPS", "PRIMITIVES"]

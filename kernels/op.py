@@ -2,9 +2,12 @@
 
 An *op* is a pure tensor function, registered as `torch.ops.tvc.<name>`: its reference in plain PyTorch is its schema,
 its fake kernel, its CPU path, its export lowering and its test oracle. A *primitive* is what a policy can name (a
-score, a selector, a rest rule, an exit gate): a pydantic model whose fields are the YAML keys, with
-the *taps* (values of the graph) it takes; its `apply` is plain Python over tensors that calls ops, so the same lines run
-while a graph is traced and, eagerly, in the verification oracle. Adding either costs one file in this folder.
+score, a selector, a rest rule, an exit gate): a pydantic model whose fields are the YAML keys, with the *taps* (values
+of the graph) it takes; its `apply` is plain Python over tensors that calls ops, so the same lines run while a graph is
+traced and, eagerly, in the verification oracle. Adding either costs one file in this folder.
+
+The `apply` of the base classes ends in `*args, **taps` so that a subclass may name the taps it takes; they are always
+passed by keyword.
 """
 
 from __future__ import annotations
@@ -21,23 +24,29 @@ Kind = Literal["score", "select", "rest", "when"]
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """One op: `overload` is what a graph holds, `reference` is what it means."""
+    """One op: `overload` is what a graph holds, `reference` is what it means, `lowering` what it becomes in aten."""
 
     name: str
     reference: Callable[..., Any]
     overload: Any
     cases: Callable[[], Iterator[tuple[str, tuple[Any, ...]]]]
+    lowering: Callable[..., Any]
 
 
 OPS: dict[str, Op] = {}
 
 
 def op(
-    cases: Callable[[], Iterator[tuple[str, tuple[Any, ...]]]], fake: Callable[..., Any] | None = None
+    cases: Callable[[], Iterator[tuple[str, tuple[Any, ...]]]],
+    fake: Callable[..., Any] | None = None,
+    lowering: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Op]:
-    """Registers a plain torch function as `torch.ops.tvc.<its name>`; `cases` yields (id, arguments) for tests and benches.
+    """Registers a plain torch function as `torch.ops.tvc.<its name>`.
 
+    `cases` yields (id, arguments) for tests and benches.
     `fake` gives the output's shape where running the reference on fake tensors would guard on sizes.
+    `lowering` computes the same without promises that only the op itself has to keep (a contiguous output); default:
+    the reference.
 
     The function must be pure, free of in-place writes to its arguments and of device branches, and must not return a
     view of an argument (return a clone where it would).
@@ -47,7 +56,7 @@ def op(
         name = reference.__name__
         custom = torch.library.custom_op(f"tvc::{name}", reference, mutates_args=())
         custom.register_fake(fake or reference)
-        made = Op(name, reference, getattr(torch.ops.tvc, name).default, cases)
+        made = Op(name, reference, getattr(torch.ops.tvc, name).default, cases, lowering or reference)
         OPS[name] = made
         return made
 
@@ -77,7 +86,7 @@ class Attention(NamedTuple):
     key: torch.Tensor  # [B, G, N, d], G divides H
     mask: torch.Tensor | None  # bool [B|1, 1|H, Q, N], True = may attend; None: everything
     rows: torch.Tensor  # [B, R] int64 rows of the query that score, -1 pads
-    columns: torch.Tensor  # [B, V, g] int64 where each visual token stands among the N keys, -1 pads; g > 1: mean over g
+    columns: torch.Tensor  # [B, V, g] int64 keys of each visual token among the N, -1 pads; g > 1: mean over g
     scale: float
 
 
@@ -108,7 +117,7 @@ class Score(Primitive):
 
     kind: ClassVar[Kind] = "score"
 
-    def apply(self, **taps: Any) -> torch.Tensor:
+    def apply(self, *args: Any, **taps: Any) -> torch.Tensor:
         """[B, V] float32, one number a visual token (pads: any finite number)."""
         raise NotImplementedError
 
@@ -119,7 +128,7 @@ class Select(Primitive):
     kind: ClassVar[Kind] = "select"
     needs_score: ClassVar[bool] = True
 
-    def apply(self, score: torch.Tensor | None, scope: Scope, **taps: Any) -> torch.Tensor:
+    def apply(self, score: torch.Tensor | None, scope: Scope, *args: Any, **taps: Any) -> torch.Tensor:
         """[B, K] int64 positions along V, ascending, pads (-1) first. K depends on sizes alone unless documented."""
         raise NotImplementedError
 
@@ -134,7 +143,14 @@ class Rest(Primitive):
     kind: ClassVar[Kind] = "rest"
 
     def apply(
-        self, feature: torch.Tensor, size: torch.Tensor, chosen: torch.Tensor, score: torch.Tensor | None, scope: Scope, **taps: Any
+        self,
+        feature: torch.Tensor,
+        size: torch.Tensor,
+        chosen: torch.Tensor,
+        score: torch.Tensor | None,
+        scope: Scope,
+        *args: Any,
+        **taps: Any,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
         """None where the others are dropped; else (chosen [B, K2] as in `Select`, feature [B, K2, D], size [B, K2])."""
         raise NotImplementedError
@@ -154,7 +170,7 @@ class When(Primitive):
 
     kind: ClassVar[Kind] = "when"
 
-    def apply(self, score: torch.Tensor | None, scope: Scope, **taps: Any) -> torch.Tensor:
+    def apply(self, score: torch.Tensor | None, scope: Scope, *args: Any, **taps: Any) -> torch.Tensor:
         """[B] bool, True = this sample's visual tokens leave."""
         raise NotImplementedError
 

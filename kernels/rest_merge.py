@@ -41,15 +41,15 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield f"stride-{reduce}", (*tensors, "stride", 2, 4, reduce)
         yield f"top-{reduce}", (*tensors, "top", 2, 4, reduce)
         yield f"kept-{reduce}", (*tensors, "kept", 0, 0, reduce)
-    tensors = (feature, metric, torch.ones(3, 9), segment, counts)
-    yield "more-targets-than-rest", (*tensors, chosen, score, "stride", 20, 40, "mean")
+    plain = (feature, metric, torch.ones(3, 9), segment, counts)
+    yield "more-targets-than-rest", (*plain, chosen, score, "stride", 20, 40, "mean")
     nothing = torch.zeros(3, 0, dtype=torch.int64)
-    yield "none-chosen", (*tensors, nothing, score, "stride", 2, 4, "target_mean")
-    yield "none-chosen-kept", (*tensors, nothing, score, "kept", 0, 0, "mean")
+    yield "none-chosen", (*plain, nothing, score, "stride", 2, 4, "target_mean")
+    yield "none-chosen-kept", (*plain, nothing, score, "kept", 0, 0, "mean")
     every = torch.where(segment < 0, -1, torch.arange(9))
-    yield "all-chosen", (*tensors, every, score, "stride", 2, 4, "mean")
-    yield "equal-metric", (feature, torch.ones(3, 9, 4), *tensors[2:], chosen, score, "stride", 2, 4, "mean")
-    yield "zero-metric", (feature, torch.zeros(3, 9, 4), *tensors[2:], chosen, torch.zeros(3, 9), "top", 2, 4, "mean")
+    yield "all-chosen", (*plain, every, score, "stride", 2, 4, "mean")
+    yield "equal-metric", (feature, torch.ones(3, 9, 4), *plain[2:], chosen, score, "stride", 2, 4, "mean")
+    yield "zero-metric", (feature, torch.zeros(3, 9, 4), *plain[2:], chosen, torch.zeros(3, 9), "top", 2, 4, "mean")
 
 
 def _targets(

@@ -61,10 +61,12 @@ class CosineScore(Score):
         ordinal: torch.Tensor | None = None,
         text: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        if text is None:
-            anchor, valid = feature, ordinal >= 0  # type: ignore[operator]
-        else:
+        if text is not None:
             anchor, valid = text
+        elif ordinal is not None:
+            anchor, valid = feature, ordinal.ge(0)
+        else:
+            raise ValueError("a cosine needs either the text or the ordinal tap")
         if self.to == "last":
             place = torch.where(valid, torch.arange(valid.shape[1], device=valid.device), -1)
             valid = valid & (place == place.amax(1, keepdim=True))

@@ -10,7 +10,8 @@ import pytest
 import torch
 from kernel_one_graph import Inputs, OneGraph, make, names
 
-from tvc.kernels import OPS, lowerings, onnx_lowerings
+from tvc.export.ort_operators import translations
+from tvc.kernels import OPS
 from tvc.kernels.tolerances import TOLERANCES
 
 A = torch.ops.aten
@@ -30,32 +31,50 @@ SIZES = {
 }
 
 
-@pytest.fixture(scope="module")
-def exported() -> torch.export.ExportedProgram:
+def trace(module: torch.nn.Module, nested: bool) -> torch.export.ExportedProgram:
+    """Exports with every axis free that no weight fixes; `nested`: the module takes its inputs as `*tensors`."""
     dynamic = tuple(
         {axis: AUTO for axis in range(value.dim()) if axis not in STATIC.get(name, set())}
         for name, value in zip(names(), TRACED.tensors(), strict=True)
     )
     return torch.export.export(
-        OneGraph(),
+        module,
         TRACED.tensors(),
-        dynamic_shapes=(dynamic,),
+        dynamic_shapes=(dynamic,) if nested else dynamic,
         strict=False,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
 
 
 @pytest.fixture(scope="module")
+def exported() -> torch.export.ExportedProgram:
+    return trace(OneGraph(), nested=True)
+
+
+@pytest.fixture(scope="module")
 def lowered(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    return exported.run_decompositions(lowerings())
+    """The ops replaced by what they become in aten, and traced through."""
+    module = exported.module(check_guards=False)
+    lowerings = {entry.overload: entry.lowering for entry in OPS.values()}
+    for node in module.graph.nodes:
+        node.target = lowerings.get(node.target, node.target)
+    module.recompile()
+    return trace(module, nested=False)
 
 
 @pytest.fixture(scope="module")
 def session(lowered: torch.export.ExportedProgram, tmp_path_factory: Any) -> onnxruntime.InferenceSession:
-    sortable = lowered.run_decompositions(onnx_lowerings())
     path = tmp_path_factory.mktemp("onnx") / "ops.onnx"
     # The optimizer only costs time here; the runtime has its own.
-    torch.onnx.export(sortable, TRACED.tensors(), dynamo=True, verbose=False, optimize=False).save(path)
+    written = torch.onnx.export(
+        lowered,
+        TRACED.tensors(),
+        dynamo=True,
+        verbose=False,
+        optimize=False,
+        custom_translation_table=translations(),
+    )
+    written.save(path)
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
