@@ -193,6 +193,7 @@ def test_combine_weighs_normalised_scores() -> None:
 @settings(max_examples=60, deadline=None)
 def test_selection_keeps_what_the_plan_counts(images: list[list[int]], budget: Any, seed: int, levels: int) -> None:
     at = chunk(images, seed)
+    torch.manual_seed(seed)
     keep = Budget.model_validate(budget)
     score = (torch.randn(at.segment.shape) * levels).round()
     for selector in (Top(keep=keep), Stride(keep=keep)):
@@ -209,6 +210,7 @@ def test_selection_keeps_what_the_plan_counts(images: list[list[int]], budget: A
 @settings(max_examples=60, deadline=None)
 def test_top_takes_the_best_and_the_lowest_of_equals(images: list[list[int]], budget: Any, levels: int) -> None:
     at = chunk(images)
+    torch.manual_seed(levels)
     keep = Budget.model_validate(budget)
     score = (torch.randn(at.segment.shape) * levels).round()
     slots = keep.slots(at.segment.shape[1], at.counts.shape[1])
@@ -228,6 +230,7 @@ def test_a_full_budget_keeps_every_token_in_place() -> None:
 @settings(max_examples=40, deadline=None)
 def test_threshold_keeps_what_passes(images: list[list[int]], quarter: int) -> None:
     at = chunk(images)
+    torch.manual_seed(quarter + 4)
     score = (torch.randn(at.segment.shape) * 4).round() / 4
     lists = (score.tolist(), at.segment.tolist(), at.counts.tolist())
     above = Threshold(above=quarter / 4).apply(score, scope_of(at))
@@ -271,6 +274,7 @@ def test_stride_targets_of_visionzip(dominant: int, contextual: int, left: int, 
 @settings(max_examples=60, deadline=None)
 def test_merge_loses_no_token(images: list[list[int]], amount: int, targets: str, seed: int) -> None:
     at = chunk(images, seed)
+    torch.manual_seed(seed)
     scope = scope_of(at)
     score = torch.randn(at.segment.shape)
     chosen = Top(keep=Budget(count=2)).apply(score, scope)
