@@ -1,8 +1,9 @@
 """Measures the ways ONNX Runtime can run one attention layer over a growing cache, side by side, on this machine.
 
-Every form computes the same thing: masked attention of S new tokens over P cached and S new keys, heads [B, G, *, d] in the
-cache, a general mask given by positions (padding anywhere) except where the name says `causal`. The forms are run in turns
-(form 1, form 2, ..., form 1, ...), so that noise of a shared machine falls on all of them alike, and reported as medians.
+Every form computes the same thing: masked attention of S new tokens over P cached and S new keys, heads [B, G, *, d]
+in the cache, a general mask given by positions (padding anywhere) except where the name says `causal`. The forms are
+run in turns (form 1, form 2, ..., form 1, ...), so that noise of a shared machine falls on all of them alike, and
+reported as medians.
 
     python benchmarks/ort_attention_forms.py --rounds 15 --threads 1 --out benchmarks/results/ort_attention_forms.json
 """
@@ -26,7 +27,13 @@ from onnx import TensorProto, helper, numpy_helper
 HEADS = KV_HEADS = 12
 WIDTH = 64
 FLOAT, INT32 = TensorProto.FLOAT, TensorProto.INT32
-CASES = {"prefill 640": (640, 0), "prefill 128": (128, 0), "decode over 640": (1, 640), "decode over 128": (1, 128), "turn of 32 over 640": (32, 640)}
+CASES = {
+    "prefill 640": (640, 0),
+    "prefill 128": (128, 0),
+    "decode over 640": (1, 640),
+    "decode over 128": (1, 128),
+    "turn of 32 over 640": (32, 640),
+}
 
 
 def _constant(name: str, values: list[int]) -> TensorProto:
@@ -36,26 +43,41 @@ def _constant(name: str, values: list[int]) -> TensorProto:
 def _gqa(bias: bool, causal: int = 1) -> list:
     inputs = ["q", "k", "v", "past_k", "past_v", "last", "total"] + (["", "", "", "bias"] if bias else [])
     attributes = {"num_heads": HEADS, "kv_num_heads": KV_HEADS} | ({} if causal else {"causal": 0})
-    return [helper.make_node("GroupQueryAttention", inputs, ["y", "new_k", "new_v"], domain="com.microsoft", **attributes)]
+    return [
+        helper.make_node("GroupQueryAttention", inputs, ["y", "new_k", "new_v"], domain="com.microsoft", **attributes)
+    ]
 
 
 def _multi_head() -> list:
     inputs = ["q", "k", "v", "", "", "bias", "past_k", "past_v"]
-    return [helper.make_node("MultiHeadAttention", inputs, ["y", "new_k", "new_v"], domain="com.microsoft", num_heads=HEADS)]
+    return [
+        helper.make_node("MultiHeadAttention", inputs, ["y", "new_k", "new_v"], domain="com.microsoft", num_heads=HEADS)
+    ]
 
 
 def _standard(mask: str) -> list:
     heads = {"q_num_heads": HEADS, "kv_num_heads": KV_HEADS}
     causal = {"is_causal": 1} if not mask else {}
-    return [helper.make_node("Attention", ["q", "k", "v", mask, "past_k", "past_v"], ["y", "new_k", "new_v"], **heads, **causal)]
+    return [
+        helper.make_node(
+            "Attention", ["q", "k", "v", mask, "past_k", "past_v"], ["y", "new_k", "new_v"], **heads, **causal
+        )
+    ]
 
 
 def _heads_first() -> list:
     """The ops that a traced model has around its attention: heads split and moved, the cache joined."""
     make, nodes = helper.make_node, []
     for name in ("q", "k", "v"):
-        nodes += [make("Reshape", [name, "split"], [name + "4"]), make("Transpose", [name + "4"], [name + "h"], perm=[0, 2, 1, 3])]
-    return [*nodes, make("Concat", ["past_k", "kh"], ["new_k"], axis=2), make("Concat", ["past_v", "vh"], ["new_v"], axis=2)]
+        nodes += [
+            make("Reshape", [name, "split"], [name + "4"]),
+            make("Transpose", [name + "4"], [name + "h"], perm=[0, 2, 1, 3]),
+        ]
+    return [
+        *nodes,
+        make("Concat", ["past_k", "kh"], ["new_k"], axis=2),
+        make("Concat", ["past_v", "vh"], ["new_v"], axis=2),
+    ]
 
 
 def _joined_outside() -> list:
@@ -66,8 +88,16 @@ def _joined_outside() -> list:
 
 def _plain() -> list:
     make, nodes = helper.make_node, _heads_first()
-    nodes += [make("Transpose", ["new_k"], ["kt"], perm=[0, 1, 3, 2]), make("Mul", ["qh", "scale"], ["qs"]), make("MatMul", ["qs", "kt"], ["s"])]
-    nodes += [make("Add", ["s", "bias"], ["sb"]), make("Softmax", ["sb"], ["p"], axis=-1), make("MatMul", ["p", "new_v"], ["o"])]
+    nodes += [
+        make("Transpose", ["new_k"], ["kt"], perm=[0, 1, 3, 2]),
+        make("Mul", ["qh", "scale"], ["qs"]),
+        make("MatMul", ["qs", "kt"], ["s"]),
+    ]
+    nodes += [
+        make("Add", ["s", "bias"], ["sb"]),
+        make("Softmax", ["sb"], ["p"], axis=-1),
+        make("MatMul", ["p", "new_v"], ["o"]),
+    ]
     return [*nodes, make("Transpose", ["o"], ["ot"], perm=[0, 2, 1, 3]), make("Reshape", ["ot", "merge"], ["y"])]
 
 
@@ -78,9 +108,15 @@ def _chosen() -> list:
         node = _gqa(bias)[0]
         for i, name in enumerate(node.output):
             node.output[i] = prefix + name
-        return helper.make_graph([node], prefix, [], [helper.make_tensor_value_info(o, FLOAT, None) for o in node.output])
+        return helper.make_graph(
+            [node], prefix, [], [helper.make_tensor_value_info(o, FLOAT, None) for o in node.output]
+        )
 
-    return [helper.make_node("If", ["full"], ["y", "new_k", "new_v"], then_branch=branch(False, "a_"), else_branch=branch(True, "b_"))]
+    return [
+        helper.make_node(
+            "If", ["full"], ["y", "new_k", "new_v"], then_branch=branch(False, "a_"), else_branch=branch(True, "b_")
+        )
+    ]
 
 
 FORMS: dict[str, Callable[[], list]] = {
@@ -103,10 +139,20 @@ def _session(nodes: list, threads: int) -> onnxruntime.InferenceSession:
 
     q, kv = ["b", "s", HEADS * WIDTH], ["b", "s", KV_HEADS * WIDTH]
     past = ["b", KV_HEADS, "p", WIDTH]
-    inputs = [value("q", FLOAT, q), value("k", FLOAT, kv), value("v", FLOAT, kv), value("past_k", FLOAT, past), value("past_v", FLOAT, past)]
+    inputs = [
+        value("q", FLOAT, q),
+        value("k", FLOAT, kv),
+        value("v", FLOAT, kv),
+        value("past_k", FLOAT, past),
+        value("past_v", FLOAT, past),
+    ]
     inputs += [value("last", INT32, ["b"]), value("total", INT32, [1]), value("bias", FLOAT, ["b", 1, "s", "t"])]
     inputs += [value("mask", TensorProto.BOOL, ["b", 1, "s", "t"]), value("full", TensorProto.BOOL, [])]
-    outputs = [value("y", FLOAT, q), value("new_k", FLOAT, ["b", KV_HEADS, "t", WIDTH]), value("new_v", FLOAT, ["b", KV_HEADS, "t", WIDTH])]
+    outputs = [
+        value("y", FLOAT, q),
+        value("new_k", FLOAT, ["b", KV_HEADS, "t", WIDTH]),
+        value("new_v", FLOAT, ["b", KV_HEADS, "t", WIDTH]),
+    ]
     constants = [_constant("split", [0, 0, HEADS, WIDTH]), _constant("merge", [0, 0, -1])]
     constants.append(numpy_helper.from_array(np.array(WIDTH**-0.5, np.float32), "scale"))
     graph = helper.make_graph(nodes, "attention", inputs, outputs, constants)
@@ -125,7 +171,9 @@ def _feed(batch: int, length: int, past: int, padded: bool) -> dict[str, np.ndar
         return random.standard_normal(shape, np.float32)
 
     total = past + length
-    mask = np.broadcast_to(np.arange(total)[None, :] <= (np.arange(length) + past)[:, None], (batch, 1, length, total)).copy()
+    mask = np.broadcast_to(
+        np.arange(total)[None, :] <= (np.arange(length) + past)[:, None], (batch, 1, length, total)
+    ).copy()
     if padded:
         mask[1:, :, :, : min(5, past or 5)] = False
         mask |= ~mask.any(-1, keepdims=True)
@@ -153,7 +201,7 @@ def check(threads: int) -> dict[str, dict[str, str]]:
         for name, build in FORMS.items():
             try:
                 got = _session(build(), threads).run(None, feed)
-                found[name][label] = f"{max(float(np.abs(a - b).max()) for a, b in zip(got, want)):.1e}"
+                found[name][label] = f"{max(float(np.abs(a - b).max()) for a, b in zip(got, want, strict=True)):.1e}"
             except Exception as error:  # noqa: BLE001
                 found[name][label] = str(error).splitlines()[0][-160:]
     return found
@@ -188,7 +236,11 @@ def main() -> None:
     options = parser.parse_args()
     record = {
         "what": f"one attention layer, {HEADS} heads of {WIDTH}, {KV_HEADS} key-value heads, float32, CPU",
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "threads": options.threads},
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": options.threads,
+        },
         "onnxruntime": onnxruntime.__version__,
         "rounds": options.rounds,
         "milliseconds": measure(options.rounds, options.threads),
@@ -197,7 +249,10 @@ def main() -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     for case, forms in record["milliseconds"].items():
-        sys.stdout.write(f"{case}\n" + "".join(f"  {v['median_ms']:8.3f} ms (least {v['least_ms']:.3f})  {name}\n" for name, v in forms.items()))
+        sys.stdout.write(
+            f"{case}\n"
+            + "".join(f"  {v['median_ms']:8.3f} ms (least {v['least_ms']:.3f})  {name}\n" for name, v in forms.items())
+        )
 
 
 if __name__ == "__main__":

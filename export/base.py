@@ -34,6 +34,9 @@ class Options:
     profile: str = ""
 
 
+DEFAULTS = Options()
+
+
 class Runner(Protocol):
     """Runs one component: tensors by name in, tensors by name out, on the device that the runner was opened for."""
 
@@ -53,7 +56,13 @@ class Target(Protocol):
         """
         ...
 
-    def open(self, folder: Path, manifest: Mapping[str, Any], device: torch.device | str | None = None, options: Options = Options()) -> Runner:  # noqa: B008
+    def open(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        device: torch.device | str | None = None,
+        options: Options = DEFAULTS,
+    ) -> Runner:
         """Opens what `write` made; `manifest` is the checked content of tvc.json (`manifest.read`).
 
         Raises:
@@ -69,7 +78,11 @@ def register(target: Target) -> Target:
     """Makes a target known under its name; a second one of that name is an error of whoever wrote it."""
     if target.name in _TARGETS:
         raise ExportError(
-            f"two targets are called {target.name}", where=f"tvc.export, {type(target).__module__}", got=target.name, want="one target a name", fix="rename one of them"
+            f"two targets are called {target.name}",
+            where=f"tvc.export, {type(target).__module__}",
+            got=target.name,
+            want="one target a name",
+            fix="rename one of them",
         )
     _TARGETS[target.name] = target
     return target
@@ -91,13 +104,22 @@ def target(name: str) -> Target:
     """
     known = targets()
     if name not in known:
-        raise ArgumentError("there is no such target", where="target", got=name, want=f"one of {', '.join(known)}", fix="choose one of these", slug="unknown-target")
+        raise ArgumentError(
+            "there is no such target",
+            where="target",
+            got=name,
+            want=f"one of {', '.join(known)}",
+            fix="choose one of these",
+            slug="unknown-target",
+        )
     return known[name]
 
 
 def interface(program: Program) -> dict[str, dict[str, list[str]]]:
     """The names that a runner needs, for the manifest: `{component: {"inputs": [...], "outputs": [...]}}`."""
-    return {name: {"inputs": list(part.inputs), "outputs": list(part.outputs)} for name, part in program.components.items()}
+    return {
+        name: {"inputs": list(part.inputs), "outputs": list(part.outputs)} for name, part in program.components.items()
+    }
 
 
 def ordered(component: str, names: list[str], inputs: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -1,9 +1,10 @@
 """The artifact directory: `tvc.json` beside the files it names, all or nothing.
 
-Writing happens in a temporary sibling (`.<name>.partial-<pid>-<random>`), which is renamed when everything, `tvc.json` last,
-is on disk. A compile that is killed leaves that sibling at most; the next compile to the same place removes siblings whose
-process is gone. Reading trusts nothing: the format version is known, every listed path stays in the directory, every
-listed file is there with the length and the digest that were noted. Files that are not listed are none of its business.
+Writing happens in a temporary sibling (`.<name>.partial-<pid>-<random>`), which is renamed when everything,
+`tvc.json` last, is on disk. A compile that is killed leaves that sibling at most; the next compile to the same place
+removes siblings whose process is gone. Reading trusts nothing: the format version is known, every listed path stays
+in the directory, every listed file is there with the length and the digest that were noted. Files that are not listed
+are none of its business.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def describe(program: Program, target: str, *, model: Mapping[str, Any], policy: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+def describe(
+    program: Program, target: str, *, model: Mapping[str, Any], policy: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
     """The content of `tvc.json` except the file table.
 
     Args:
@@ -98,7 +101,9 @@ def files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def writing(place: Path | str, *, overwrite: bool = False) -> Iterator[tuple[Path, Callable[[Mapping[str, Any]], None]]]:
+def writing(
+    place: Path | str, *, overwrite: bool = False
+) -> Iterator[tuple[Path, Callable[[Mapping[str, Any]], None]]]:
     """A folder to write an artifact into, which becomes `place` when the block ends without an error.
 
     Yields:
@@ -123,7 +128,11 @@ def writing(place: Path | str, *, overwrite: bool = False) -> Iterator[tuple[Pat
         yield folder, seal
         if not (folder / FILE).is_file():
             raise ArtifactError(
-                "the artifact was never sealed", where=str(place), got="files without a manifest", want="a call of seal", fix="call seal(description) at the end of the block"
+                "the artifact was never sealed",
+                where=str(place),
+                got="files without a manifest",
+                want="a call of seal",
+                fix="call seal(description) at the end of the block",
             )
         _flush(folder)
         _move(folder, place)
@@ -179,44 +188,116 @@ def read(place: Path | str, *, only: Iterable[str] | None = None) -> dict[str, A
     content = _parse(place / FILE)
     for section, kind in _SECTIONS.items():
         if not isinstance(content.get(section), kind):
-            raise _bad("the manifest lacks a section or holds another type there", place / FILE, f"{section}: {content.get(section)!r:.60}", f"{section} as a {kind.__name__}")
+            raise _bad(
+                "the manifest lacks a section or holds another type there",
+                place / FILE,
+                f"{section}: {content.get(section)!r:.60}",
+                f"{section} as a {kind.__name__}",
+            )
     checked = None if only is None else set(only)
     for name, entry in content["files"].items():
         path = _inside(place, name)
-        if not isinstance(entry, dict) or not isinstance(entry.get("bytes"), int) or not isinstance(entry.get("sha256"), str):
-            raise _bad("the manifest describes a file without its length and digest", place / FILE, f"{name}: {entry!r:.60}", "bytes and sha256")
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("bytes"), int)
+            or not isinstance(entry.get("sha256"), str)
+        ):
+            raise _bad(
+                "the manifest describes a file without its length and digest",
+                place / FILE,
+                f"{name}: {entry!r:.60}",
+                "bytes and sha256",
+            )
         if not path.is_file():
-            raise _bad("a file of the artifact is missing", path, "no such file", f"{entry['bytes']} bytes", slug="missing-file")
+            raise _bad(
+                "a file of the artifact is missing",
+                path,
+                "no such file",
+                f"{entry['bytes']} bytes",
+                slug="missing-file",
+            )
         size = path.stat().st_size
         if size != entry["bytes"]:
-            raise _bad("a file of the artifact has another length", path, f"{size} bytes", f"{entry['bytes']} bytes", slug="truncated-file" if size < entry["bytes"] else "changed-file")
+            raise _bad(
+                "a file of the artifact has another length",
+                path,
+                f"{size} bytes",
+                f"{entry['bytes']} bytes",
+                slug="truncated-file" if size < entry["bytes"] else "changed-file",
+            )
         if (checked is None or name in checked) and (found := digest(path)) != entry["sha256"]:
-            raise _bad("a file of the artifact was changed", path, f"sha256 {found[:16]}", f"sha256 {entry['sha256'][:16]}", slug="changed-file")
+            raise _bad(
+                "a file of the artifact was changed",
+                path,
+                f"sha256 {found[:16]}",
+                f"sha256 {entry['sha256'][:16]}",
+                slug="changed-file",
+            )
     return content
 
 
 def _parse(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise _bad("this is not an artifact", path, "no such file", f"a directory with {FILE}", fix="give the directory that a compile wrote", slug="not-an-artifact")
+        raise _bad(
+            "this is not an artifact",
+            path,
+            "no such file",
+            f"a directory with {FILE}",
+            fix="give the directory that a compile wrote",
+            slug="not-an-artifact",
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise _bad("the manifest is not JSON", path, str(error), "JSON in UTF-8", slug="truncated-file") from error
     version = content.get("format") if isinstance(content, dict) else None
     if version != FORMAT:
-        raise _bad("the artifact has another format", path, f"format {version}", f"format {FORMAT}", fix="compile the model again with this version", slug="unknown-format")
+        raise _bad(
+            "the artifact has another format",
+            path,
+            f"format {version}",
+            f"format {FORMAT}",
+            fix="compile the model again with this version",
+            slug="unknown-format",
+        )
     return content
 
 
 def _inside(place: Path, name: str) -> Path:
     """The path of a listed file, which must be an ordinary path below `place`, symbolic links followed."""
     parts, windows = PurePosixPath(name), PureWindowsPath(name)
-    plain = not parts.is_absolute() and not windows.is_absolute() and not windows.drive and ".." not in (*parts.parts, *windows.parts) and parts.parts and "\0" not in name
+    plain = (
+        not parts.is_absolute()
+        and not windows.is_absolute()
+        and not windows.drive
+        and ".." not in (*parts.parts, *windows.parts)
+        and parts.parts
+        and "\0" not in name
+    )
     path = place / name
-    if plain and path.resolve().is_relative_to(place.resolve()) and not (path.exists() and not stat.S_ISREG(path.stat().st_mode)):
+    if (
+        plain
+        and path.resolve().is_relative_to(place.resolve())
+        and not (path.exists() and not stat.S_ISREG(path.stat().st_mode))
+    ):
         return path
-    raise _bad("the manifest names a path that leaves the directory", place / FILE, repr(name), "relative paths of files below the artifact", fix="do not open this artifact", slug="unsafe-path")
+    raise _bad(
+        "the manifest names a path that leaves the directory",
+        place / FILE,
+        repr(name),
+        "relative paths of files below the artifact",
+        fix="do not open this artifact",
+        slug="unsafe-path",
+    )
 
 
-def _bad(summary: str, path: Path, got: object, want: object, *, fix: str = "compile the model again, or copy the artifact again from where it came", slug: str | None = None) -> ArtifactError:
+def _bad(
+    summary: str,
+    path: Path,
+    got: object,
+    want: object,
+    *,
+    fix: str = "compile the model again, or copy the artifact again from where it came",
+    slug: str | None = None,
+) -> ArtifactError:
     return ArtifactError(summary, where=str(path), got=got, want=want, fix=fix, slug=slug)

@@ -1,7 +1,8 @@
 """Target `ort`: one ONNX graph a component, one shared weight file, run by stock ONNX Runtime.
 
 Files: `vision.onnx`, `embed.onnx`, `decoder.onnx`, `projector.onnx` where the policy reduces after the projector, and
-`model.onnx_data`. Inputs and outputs carry the components' names, dynamic sizes speaking names (`batch`, `chunk`, `past_0`).
+`model.onnx_data`. Inputs and outputs carry the components' names, dynamic sizes speaking names (`batch`, `chunk`,
+`past_0`).
 """
 
 from __future__ import annotations
@@ -20,11 +21,21 @@ from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from tvc.errors import ArgumentError, ArtifactError, ExportError, InputError
 from tvc.export import ort_attention, ort_graph, ort_weights
-from tvc.export.base import Options, ordered, register
+from tvc.export.base import DEFAULTS, Options, ordered, register
 from tvc.program import Component, Program
 
 MAXIMUM_OPSET = 26  # ONNX Runtime 1.31 refuses 27
-_REFUSALS = (native.Fail, native.InvalidArgument, native.InvalidGraph, native.InvalidProtobuf, native.NoSuchFile, native.NotImplemented, native.RuntimeException, native.EPFail)
+_REFUSALS = (
+    native.Fail,
+    native.InvalidArgument,
+    native.InvalidGraph,
+    native.InvalidProtobuf,
+    native.NoSuchFile,
+    native.NotImplemented,
+    native.RuntimeException,
+    native.EPFail,
+    RuntimeError,  # what a run with bound inputs raises
+)
 
 
 @contextmanager
@@ -107,9 +118,11 @@ def _refused(name: str, error: Exception) -> ExportError:
 
 
 class OrtRunner:
-    """Runs components in ONNX Runtime sessions that are opened when first needed; outputs share memory with the runtime."""
+    """Runs components in sessions that are opened when first needed; outputs are the memory of the runtime."""
 
-    def __init__(self, folder: Path, names: Mapping[str, Mapping[str, list[str]]], device: torch.device, options: Options):
+    def __init__(
+        self, folder: Path, names: Mapping[str, Mapping[str, list[str]]], device: torch.device, options: Options
+    ):
         self.folder, self.names, self.device, self.options = folder, names, device, options
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
 
@@ -126,7 +139,9 @@ class OrtRunner:
                 settings.enable_profiling, settings.profile_file_prefix = True, f"{self.options.profile}-{component}"
             path = self.folder / f"{component}.onnx"
             try:
-                self._sessions[component] = onnxruntime.InferenceSession(str(path), settings, providers=self._providers())
+                self._sessions[component] = onnxruntime.InferenceSession(
+                    str(path), settings, providers=self._providers()
+                )
             except _REFUSALS as error:
                 raise ArtifactError(
                     "ONNX Runtime cannot open a graph of the artifact",
@@ -156,12 +171,25 @@ class OrtRunner:
             session.run_with_iobinding(binding)
         except _REFUSALS as error:
             raise self._failed(component, names["inputs"], tensors, error) from error
-        return {name: torch.from_dlpack(value) for name, value in zip(names["outputs"], binding.get_outputs(), strict=True)}
+        return {
+            name: torch.from_dlpack(value) for name, value in zip(names["outputs"], binding.get_outputs(), strict=True)
+        }
 
     def _failed(self, component: str, names: list[str], tensors: list[torch.Tensor], error: Exception) -> InputError:
-        given = ", ".join(f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in zip(names[:8], tensors, strict=False))
-        wanted = ", ".join(f"{value.name} {value.shape} {value.type}" for value in self.session(component).get_inputs()[:8])
-        return InputError(f"ONNX Runtime refused the inputs of {component}: {str(error).splitlines()[0]}", where=component, got=given, want=wanted, fix="give tensors of these shapes and types")
+        given = ", ".join(
+            f"{name} {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+            for name, tensor in zip(names[:8], tensors, strict=False)
+        )
+        wanted = ", ".join(
+            f"{value.name} {value.shape} {value.type}" for value in self.session(component).get_inputs()[:8]
+        )
+        return InputError(
+            f"ONNX Runtime refused the inputs of {component}: {str(error).splitlines()[0]}",
+            where=component,
+            got=given,
+            want=wanted,
+            fix="give tensors of these shapes and types",
+        )
 
 
 class Ort:
@@ -169,17 +197,28 @@ class Ort:
 
     name = "ort"
 
-    def write(self, program: Program, folder: Path, options: Options = Options()) -> list[Path]:  # noqa: B008
+    def write(self, program: Program, folder: Path, options: Options = DEFAULTS) -> list[Path]:
         if options.opset > MAXIMUM_OPSET or options.opset < 23:
             raise ArgumentError(
-                "this ONNX opset cannot be written", where="opset", got=options.opset, want=f"23 to {MAXIMUM_OPSET}", fix="leave the opset at 23", slug="bad-opset"
+                "this ONNX opset cannot be written",
+                where="opset",
+                got=options.opset,
+                want=f"23 to {MAXIMUM_OPSET}",
+                fix="leave the opset at 23",
+                slug="bad-opset",
             )
         models = {}
         for name, component in program.components.items():
             models[name], component.meta["fusions"] = convert(component, program, options)
         return ort_weights.save(models, folder)
 
-    def open(self, folder: Path, manifest: Mapping[str, Any], device: torch.device | str | None = None, options: Options = Options()) -> OrtRunner:  # noqa: B008
+    def open(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        device: torch.device | str | None = None,
+        options: Options = DEFAULTS,
+    ) -> OrtRunner:
         place = torch.device(device or "cpu")
         if place.type == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
             raise ArgumentError(

@@ -3,8 +3,8 @@
 A traced decoder layer joins its cache, repeats the key-value heads, rotates by six elementwise ops and calls scaled dot
 product attention. Two rewrites undo that before the translation:
 
-    cat(past, new) -> expand -> attention(q, k, v, mask)     becomes  cached_attention(q, new_k, new_v, past_k, past_v, mask)
-    x * cos + cat(-x[half:], x[:half]) * sin                 becomes  rotary(x, cos[:half], sin[:half])
+    cat(past, new) -> expand -> attention(q, k, v, mask)   becomes  cached_attention(q, new, new, past, past, mask)
+    x * cos + cat(-x[half:], x[:half]) * sin               becomes  rotary(x, cos[:half], sin[:half])
 
 each of which is one ONNX operator (`Attention`, `RotaryEmbedding`, opset 23). They apply before and after a cut alike,
 because nothing in them looks at how the mask or the positions were made. The contrib operator GroupQueryAttention was
@@ -29,10 +29,14 @@ _END = 2**31 - 1
 
 
 @torch.library.custom_op("tvc_export::grouped_attention", mutates_args=())
-def grouped_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float) -> torch.Tensor:
-    """softmax(softcap(q kT * scale) + mask) v for q [B, H, S, d], k and v [B, G, T, d], G a divisor of H; softcap 0 means none."""
+def grouped_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float, softcap: float
+) -> torch.Tensor:
+    """softmax(softcap(q kT * scale) + mask) v: q [B, H, S, d], k and v [B, G, T, d], G divides H; softcap 0: none."""
     if softcap == 0.0:
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        )
     repeats = query.shape[1] // key.shape[1]
     logits = torch.tanh(query @ key.repeat_interleave(repeats, 1).transpose(2, 3) * (scale / softcap)) * softcap
     if mask is not None:
@@ -56,7 +60,7 @@ def cached_attention(
     scale: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Attention of q [B, H, S, d] over past [B, G, P, d] and new [B, G, S, d]: ([B, H, S, d], keys and values [B, G, P + S, d])."""
+    """Attention of q [B, H, S, d] over past [B, G, P, d] and new [B, G, S, d]: the result, all keys, all values."""
     keys, values = torch.cat([past_key, key], 2), torch.cat([past_value, value], 2)
     return grouped_attention(query, keys, values, mask, scale, softcap), keys, values
 
@@ -91,13 +95,21 @@ def _shape(node: fx.Node) -> tuple[Any, ...]:
 
 def _whole(node: fx.Node) -> bool:
     """A slice that keeps everything."""
-    start, stop, step = (node.args[2] if len(node.args) > 2 else 0), (node.args[3] if len(node.args) > 3 else _END), (node.args[4:] or (1,))[0]
+    start, stop, step = (
+        (node.args[2] if len(node.args) > 2 else 0),
+        (node.args[3] if len(node.args) > 3 else _END),
+        (node.args[4:] or (1,))[0],
+    )
     return start in (0, None) and isinstance(stop, int) and stop >= _END and step == 1
 
 
 def _source(node: Any) -> Any:
     """`node` behind copies, whole slices and casts to the dtype it has."""
-    while _is(node, *_SAME) or (_is(node, A.slice.Tensor) and _whole(node)) or (_is(node, A._to_copy.default) and _same_dtype(node)):
+    while (
+        _is(node, *_SAME)
+        or (_is(node, A.slice.Tensor) and _whole(node))
+        or (_is(node, A._to_copy.default) and _same_dtype(node))
+    ):
         node = node.args[0]
     return node
 
@@ -148,7 +160,7 @@ def _without_empty(graph: fx.Graph) -> int:
 
 
 def _attention_arguments(node: fx.Node) -> tuple[Any, Any, Any, Any, float, float] | None:
-    """(q, k, v, mask, scale, softcap) of an attention without dropout, causal flag or other layout; None for other nodes."""
+    """(q, k, v, mask, scale, softcap) of an attention without dropout or causal flag; None for other nodes."""
     if node.op == "call_function" and str(node.target) == "tvc.attention.default":
         return tuple(node.args)  # type: ignore[return-value]
     if not _is(node, A.scaled_dot_product_attention.default):
@@ -160,7 +172,14 @@ def _attention_arguments(node: fx.Node) -> tuple[Any, Any, Any, Any, float, floa
     if any(len(_shape(given[name])) != 4 for name in names[:3]):
         return None
     scale = given.get("scale")
-    return given["query"], given["key"], given["value"], given.get("attn_mask"), _shape(given["query"])[3] ** -0.5 if scale is None else scale, 0.0
+    return (
+        given["query"],
+        given["key"],
+        given["value"],
+        given.get("attn_mask"),
+        _shape(given["query"])[3] ** -0.5 if scale is None else scale,
+        0.0,
+    )
 
 
 def _fuse_attention(graph: fx.Graph) -> dict[str, int]:
@@ -174,7 +193,9 @@ def _fuse_attention(graph: fx.Graph) -> dict[str, int]:
         keys, values = _joined(key), _joined(value)
         with graph.inserting_before(node):
             if keys is None or values is None:
-                fused = graph.call_function(torch.ops.tvc_export.grouped_attention.default, (query, key, value, mask, scale, softcap))
+                fused = graph.call_function(
+                    torch.ops.tvc_export.grouped_attention.default, (query, key, value, mask, scale, softcap)
+                )
                 fused.meta = dict(node.meta)
                 node.replace_all_uses_with(fused)
                 shared += 1
@@ -201,8 +222,19 @@ def _halves(node: Any) -> bool:
     if node.target == A.cat.default and (node.args[1:] or (0,))[0] in (-1, len(_shape(node)) - 1):
         parts = [_source(part) for part in node.args[0]]
         half = len(parts) // 2
-        return len(parts) % 2 == 0 and all(a is b or _shifted(a, b) for a, b in zip(parts[:half], parts[half:], strict=True))
-    if node.target in (A.index.Tensor, A.gather.default, A.select.int, A.unsqueeze.default, A.index_select.default, A.slice.Tensor, A.expand.default, A.squeeze.dim):
+        return len(parts) % 2 == 0 and all(
+            a is b or _shifted(a, b) for a, b in zip(parts[:half], parts[half:], strict=True)
+        )
+    if node.target in (
+        A.index.Tensor,
+        A.gather.default,
+        A.select.int,
+        A.unsqueeze.default,
+        A.index_select.default,
+        A.slice.Tensor,
+        A.expand.default,
+        A.squeeze.dim,
+    ):
         return _along_last(node) is False and _halves(node.args[0])
     if node.target in (A.cos.default, A.sin.default, A._to_copy.default, A.neg.default):
         return _halves(node.args[0])
@@ -227,7 +259,7 @@ def _along_last(node: fx.Node) -> bool:
 
 
 def _shifted(a: Any, b: Any) -> bool:
-    """Whether a and b are the same rows of two equal pieces of a doubled table, half its width apart (M-RoPE's sections)."""
+    """Whether a and b are the same rows of a doubled table's pieces, half its width apart (M-RoPE's sections)."""
     path_a, path_b = _piece(a), _piece(b)
     if path_a is None or path_b is None or path_a[0] is not path_b[0] or path_a[2:] != path_b[2:]:
         return False
@@ -245,7 +277,11 @@ def _piece(node: Any) -> tuple[fx.Node, int, int, Any] | None:
         if (split.args[2:] or (0,))[0] not in (-1, len(_shape(split.args[0])) - 1):
             return None
         return _source(split.args[0]), sum(split.args[1][:index]), split.args[1][index], rows
-    if _is(node, A.slice.Tensor) and node.args[1] in (-1, len(_shape(node)) - 1) and all(isinstance(a, int) for a in node.args[2:4]):
+    if (
+        _is(node, A.slice.Tensor)
+        and node.args[1] in (-1, len(_shape(node)) - 1)
+        and all(isinstance(a, int) for a in node.args[2:4])
+    ):
         return _source(node.args[0]), node.args[2], node.args[3] - node.args[2], rows
     return None
 
@@ -253,15 +289,28 @@ def _piece(node: Any) -> tuple[fx.Node, int, int, Any] | None:
 def _rotated(node: Any) -> Any:
     """x if `node` is cat(-x[half:], x[:half]) along the last axis."""
     node = _source(node)
-    if not _is(node, A.cat.default) or len(node.args[0]) != 2 or (node.args[1:] or (0,))[0] not in (-1, len(_shape(node)) - 1):
+    if (
+        not _is(node, A.cat.default)
+        or len(node.args[0]) != 2
+        or (node.args[1:] or (0,))[0] not in (-1, len(_shape(node)) - 1)
+    ):
         return None
     negative, first = (_source(part) for part in node.args[0])
     second = _source(negative.args[0]) if _is(negative, A.neg.default) else None
-    if not _is(first, A.slice.Tensor) or not _is(second, A.slice.Tensor) or _source(first.args[0]) is not _source(second.args[0]):
+    if (
+        not _is(first, A.slice.Tensor)
+        or not _is(second, A.slice.Tensor)
+        or _source(first.args[0]) is not _source(second.args[0])
+    ):
         return None
     x, half = _source(first.args[0]), _shape(node)[-1] // 2
     last = (-1, len(_shape(x)) - 1)
-    if first.args[1] not in last or second.args[1] not in last or tuple(first.args[2:4]) != (0, half) or second.args[2] != half:
+    if (
+        first.args[1] not in last
+        or second.args[1] not in last
+        or tuple(first.args[2:4]) != (0, half)
+        or second.args[2] != half
+    ):
         return None
     return x if _shape(x)[-1] == 2 * half else None
 
@@ -269,7 +318,11 @@ def _rotated(node: Any) -> Any:
 def _table(node: Any) -> Any:
     """[B, S, d] behind its unsqueeze to [B, 1, S, d]."""
     node = _source(node)
-    return _source(node.args[0]) if _is(node, A.unsqueeze.default) and node.args[1] in (1, -3) and len(_shape(node)) == 4 else None
+    return (
+        _source(node.args[0])
+        if _is(node, A.unsqueeze.default) and node.args[1] in (1, -3) and len(_shape(node)) == 4
+        else None
+    )
 
 
 def _product(node: Any) -> tuple[Any, Any] | None:
@@ -285,10 +338,20 @@ def _product(node: Any) -> tuple[Any, Any] | None:
 def _fuse_rotary(graph: fx.Graph) -> int:
     count, half_tables = 0, {}
     for node in list(graph.nodes):
-        if not _is(node, A.add.Tensor) or node.kwargs or (left := _product(node.args[0])) is None or (right := _product(node.args[1])) is None:
+        if (
+            not _is(node, A.add.Tensor)
+            or node.kwargs
+            or (left := _product(node.args[0])) is None
+            or (right := _product(node.args[1])) is None
+        ):
             continue
         (x, cos), (turned, sin) = left, right
-        if _rotated(turned) is not x or len(_shape(x)) != 4 or len(_shape(cos)) != 3 or not (_halves(cos) and _halves(sin)):
+        if (
+            _rotated(turned) is not x
+            or len(_shape(x)) != 4
+            or len(_shape(cos)) != 3
+            or not (_halves(cos) and _halves(sin))
+        ):
             continue
         if len({value.meta["val"].dtype for value in (x, cos, sin)}) != 1 or str(_shape(cos)[0]) != str(_shape(x)[0]):
             continue
@@ -307,7 +370,7 @@ def _fuse_rotary(graph: fx.Graph) -> int:
 
 
 def fuse(exported: torch.export.ExportedProgram) -> tuple[torch.export.ExportedProgram, dict[str, int]]:
-    """A copy of the program (weights shared) with attention and rotation as single nodes, and how many of each there are.
+    """A copy of the program, weights shared, with attention and rotation as single nodes, and the number of each.
 
     Args:
         exported: A program on ATen operators; not changed.

@@ -1,7 +1,8 @@
 """Rewrites of an exported ONNX graph: linear layers that keep the weight as stored, joined add-and-norm, named sizes.
 
-The linear layers matter for more than speed: torch stores a weight as [out, in], ONNX's MatMul wants [in, out], and the
-exporter would fold the transposition into a second copy, so that a tied embedding and output head were two tensors on disk.
+The linear layers matter for more than speed: torch stores a weight as [out, in], ONNX's MatMul wants [in, out], and
+the exporter would fold the transposition into a second copy, so that a tied embedding and output head were two
+tensors on disk.
 """
 
 from __future__ import annotations
@@ -32,7 +33,11 @@ def _rank(value: ir.Value | None) -> int | None:
 
 
 def keep_weight_layout(model: ir.Model) -> int:
-    """MatMul(x, Transpose(weight)) becomes FusedMatMul(x, weight, transB=1); returns how many did. Run before any folding."""
+    """MatMul(x, Transpose(weight)) becomes FusedMatMul(x, weight, transB=1). Run before any folding.
+
+    Returns:
+        How many did.
+    """
     count = 0
     for node in list(model.graph):
         transpose = node.inputs[1].producer() if node.op_type == "MatMul" and node.inputs[1] is not None else None
@@ -62,7 +67,11 @@ def _replace(graph: ir.Graph, place: ir.Node, old: ir.Node, new: ir.Node, output
 
 
 def join_residual_norms(model: ir.Model) -> int:
-    """RMSNormalization(a + b) becomes SkipSimplifiedLayerNormalization(a, b), which gives the sum as well; returns how many did."""
+    """RMSNormalization(a + b) becomes SkipSimplifiedLayerNormalization(a, b), which gives the sum as well.
+
+    Returns:
+        How many did.
+    """
     count = 0
     for norm in list(model.graph):
         if norm.op_type != "RMSNormalization" or norm.attributes.get_int("axis", -1) not in (-1, 2):
@@ -75,7 +84,14 @@ def join_residual_norms(model: ir.Model) -> int:
         if a is None or b is None or _rank(a) != 3 or str(a.shape) != str(b.shape) or total.dtype != scale.dtype:
             continue
         epsilon = norm.attributes.get_float("epsilon", 1e-5)
-        joined = ir.node("SkipSimplifiedLayerNormalization", [a, b, scale], {"epsilon": epsilon}, domain="com.microsoft", num_outputs=4, name=norm.name)
+        joined = ir.node(
+            "SkipSimplifiedLayerNormalization",
+            [a, b, scale],
+            {"epsilon": epsilon},
+            domain="com.microsoft",
+            num_outputs=4,
+            name=norm.name,
+        )
         _replace(model.graph, add, norm, joined, 0)
         summed, name = joined.outputs[3], total.name
         summed.shape, summed.dtype = total.shape, total.dtype

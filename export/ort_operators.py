@@ -16,8 +16,12 @@ def _mask_like(mask: Any, query: Any) -> Any:
     return mask if mask is None or mask.dtype == 9 else opset23.CastLike(mask, query)
 
 
-def _cached_attention(query: Any, key: Any, value: Any, past_key: Any, past_value: Any, mask: Any, scale: float, softcap: float) -> Any:
-    output, present_key, present_value, _ = opset23.Attention(query, key, value, _mask_like(mask, query), past_key, past_value, scale=scale, softcap=softcap)
+def _cached_attention(
+    query: Any, key: Any, value: Any, past_key: Any, past_value: Any, mask: Any, scale: float, softcap: float
+) -> Any:
+    output, present_key, present_value, _ = opset23.Attention(
+        query, key, value, _mask_like(mask, query), past_key, past_value, scale=scale, softcap=softcap
+    )
     return output, present_key, present_value
 
 

@@ -1,7 +1,7 @@
-"""One file for the weights of all graphs of an artifact, each tensor once, written in a stream and read by memory mapping.
+"""One file for the weights of all graphs of an artifact, each tensor once, streamed to disk and memory-mapped back.
 
-A tensor that several graphs (or several names of one graph) hold is recognised by its memory, and tensors of equal content
-by a digest; graphs then point to the same bytes.
+A tensor that several graphs (or several names of one graph) hold is recognised by its memory, and tensors of equal
+content by a digest; graphs then point to the same bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 FILE = "model.onnx_data"
 _INLINE = 1024  # bytes: shape inference needs small constants inside the graph
-_PAGE = 4096
+_PAGE, _WORD = 4096, 64  # large tensors start on a page, for memory mapping
 
 
 def _identity(tensor: ir.TensorProtocol) -> tuple[Any, ...] | None:
@@ -53,7 +53,7 @@ class _File:
         content = _bytes(tensor)
         digest = hashlib.sha256(content).digest()
         if digest not in self.by_content:
-            self.stream.write(b"\0" * (-self.stream.tell() % _PAGE))
+            self.stream.write(b"\0" * (-self.stream.tell() % (_PAGE if len(content) >= 16 * _PAGE else _WORD)))
             self.by_content[digest] = self.stream.tell(), len(content)
             self.stream.write(content)
         found = self.by_content[digest]
@@ -75,7 +75,9 @@ def save(models: Mapping[str, ir.Model], folder: Path) -> list[Path]:
                 if tensor is None or tensor.nbytes < _INLINE:
                     continue
                 offset, length = file.place(tensor)
-                value.const_value = ir.ExternalTensor(FILE, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=folder)
+                value.const_value = ir.ExternalTensor(
+                    FILE, offset, length, tensor.dtype, shape=ir.Shape(tensor.shape), name=name, base_dir=folder
+                )
     files = [folder / FILE]
     for name, model in models.items():
         files.append(folder / f"{name}.onnx")

@@ -1,11 +1,12 @@
-"""Targets `pt2` and `torch`: every component as a PT2 archive without weights, and one safetensors file for all weights.
+"""Targets `pt2` and `torch`: every component as a PT2 archive without weights, and one safetensors file for all.
 
-`torch.export.save` writes a tensor once an archive, so a tied embedding would be stored with `embed` and with `decoder`, and
-large models twice. Here each weight of a program is turned into an input of it first: what remains is a graph of some
-hundred kilobytes, which `torch.export.load` reads, and the tensors lie in `model.safetensors`, each once.
+`torch.export.save` writes a tensor once an archive, so a tied embedding would be stored with `embed` and with
+`decoder`, and large models twice. Here each weight of a program is turned into an input of it first: what remains is
+a graph of some hundred kilobytes, which `torch.export.load` reads, and the tensors lie in `model.safetensors`, each
+once.
 
-A PT2 archive can carry pickled payloads, and its sizes are expressions that torch evaluates: `manifest.read` has compared
-the file with its digest before it is opened, and an archive with a pickled payload is refused.
+A PT2 archive can carry pickled payloads, and its sizes are expressions that torch evaluates: `manifest.read` has
+compared the file with its digest before it is opened, and an archive with a pickled payload is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.export.passes import move_to_device_pass
 from torch.utils import _pytree as pytree
 
 from tvc.errors import ArtifactError
-from tvc.export.base import Options, ordered, register
+from tvc.export.base import DEFAULTS, Options, ordered, register
 from tvc.program import Program
 
 WEIGHTS = "model.safetensors"
@@ -34,11 +35,19 @@ _CONSTANTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
 def _key(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr() or id(tensor), tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, str(tensor.device)
+    return (
+        tensor.data_ptr() or id(tensor),
+        tuple(tensor.shape),
+        tuple(tensor.stride()),
+        tensor.dtype,
+        str(tensor.device),
+    )
 
 
-def without_weights(exported: torch.export.ExportedProgram) -> tuple[torch.export.ExportedProgram, dict[str, torch.Tensor]]:
-    """The program with its used weights as its first inputs, and those weights in order; the original is not changed."""
+def without_weights(
+    exported: torch.export.ExportedProgram,
+) -> tuple[torch.export.ExportedProgram, dict[str, torch.Tensor]]:
+    """A copy of the program with its used weights as its first inputs, and those weights in order."""
     graph = copy.deepcopy(exported.graph)
     for node in graph.nodes:
         # Of the notes on a node the values and the history stay; stack traces name files of the machine that compiled.
@@ -61,7 +70,9 @@ def without_weights(exported: torch.export.ExportedProgram) -> tuple[torch.expor
     entry = exported.module_call_graph[0]
     arguments = pytree.tree_flatten(((0,) * count, {}))[1]
     inputs = [copy.copy(spec.arg) for spec in kept if spec.kind == InputKind.USER_INPUT]
-    called = dataclasses.replace(entry, signature=dataclasses.replace(entry.signature, inputs=inputs, in_spec=arguments, forward_arg_names=None))
+    called = dataclasses.replace(
+        entry, signature=dataclasses.replace(entry.signature, inputs=inputs, in_spec=arguments, forward_arg_names=None)
+    )
     stripped = torch.export.ExportedProgram(
         root=torch.fx.GraphModule(torch.nn.Module(), graph),
         graph=graph,
@@ -91,7 +102,11 @@ def _unsafe(path: Path) -> str | None:
 class ProgramRunner:
     """Runs the graphs with the weights that all of them share."""
 
-    def __init__(self, graphs: Mapping[str, tuple[torch.nn.Module, list[torch.Tensor]]], names: Mapping[str, Mapping[str, list[str]]]):
+    def __init__(
+        self,
+        graphs: Mapping[str, tuple[torch.nn.Module, list[torch.Tensor]]],
+        names: Mapping[str, Mapping[str, list[str]]],
+    ):
         self.graphs, self.names = graphs, names
 
     def __call__(self, component: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -107,7 +122,7 @@ class Pt2:
     def __init__(self, name: str):
         self.name = name
 
-    def write(self, program: Program, folder: Path, options: Options = Options()) -> list[Path]:  # noqa: B008
+    def write(self, program: Program, folder: Path, options: Options = DEFAULTS) -> list[Path]:
         stored: dict[tuple[Any, ...], str] = {}
         tensors: dict[str, torch.Tensor] = {}
         index: dict[str, list[str]] = {}
@@ -127,7 +142,13 @@ class Pt2:
         (folder / INDEX).write_text(json.dumps(index) + "\n")
         return [*files, folder / WEIGHTS, folder / INDEX]
 
-    def open(self, folder: Path, manifest: Mapping[str, Any], device: torch.device | str | None = None, options: Options = Options()) -> ProgramRunner:  # noqa: B008
+    def open(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        device: torch.device | str | None = None,
+        options: Options = DEFAULTS,
+    ) -> ProgramRunner:
         folder, place = Path(folder), torch.device(device or "cpu")
         tensors = safetensors.torch.load_file(folder / WEIGHTS, device=str(place))
         index = json.loads((folder / INDEX).read_text())
@@ -146,17 +167,9 @@ def _own(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _load(path: Path) -> torch.export.ExportedProgram:
-    if (entry := _unsafe(path)) is not None:
-        raise ArtifactError(
-            "the program archive carries a payload that this compiler never writes",
-            where=str(path),
-            got=entry,
-            want="a graph without weights, constants or compiled code",
-            fix="do not open this artifact; compile the model again",
-            slug="unsafe-artifact",
-        )
     try:
-        return torch.export.load(path)
+        entry = _unsafe(path)
+        exported = torch.export.load(path) if entry is None else None
     except (RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ArtifactError(
             "torch cannot read the program archive",
@@ -165,6 +178,16 @@ def _load(path: Path) -> torch.export.ExportedProgram:
             want=f"an archive that torch {torch.__version__} reads",
             fix="compile the artifact again with the installed torch",
         ) from error
+    if exported is None:
+        raise ArtifactError(
+            "the program archive carries a payload that this compiler never writes",
+            where=str(path),
+            got=entry,
+            want="a graph without weights, constants or compiled code",
+            fix="do not open this artifact; compile the model again",
+            slug="unsafe-artifact",
+        )
+    return exported
 
 
 register(Pt2("pt2"))

@@ -1,9 +1,10 @@
 """Target `torchscript` (legacy): every component as a submodule of one TorchScript file, `model.ts`.
 
-TorchScript is deprecated in PyTorch and gets no further development; this target exists for runtimes that read nothing else
-(libtorch of older versions, Triton Inference Server's libtorch backend). Each graph is rebuilt as a plain module in the words
-that `torch.jit.script` knows: sizes by `Tensor.size`, operators by overload packet, no assertions, sizes read out of tensors
-by `int`. The components lie in one file because TorchScript then stores a tensor that several of them hold once.
+TorchScript is deprecated in PyTorch and gets no further development; this target exists for runtimes that read
+nothing else (libtorch of older versions, Triton Inference Server's libtorch backend). Each graph is rebuilt as a
+plain module in the words that `torch.jit.script` knows: sizes by `Tensor.size`, operators by overload packet, no
+assertions, sizes read out of tensors by `int`. The components lie in one file because TorchScript then stores a
+tensor that several of them hold once.
 
 `torch.jit.load` reads pickled data; it is called only after `manifest.read` has compared the file with its digest.
 """
@@ -22,14 +23,20 @@ from torch import fx
 from torch.export.graph_signature import InputKind
 
 from tvc.errors import ArtifactError, ExportError
-from tvc.export.base import Options, ordered, register
+from tvc.export.base import DEFAULTS, Options, ordered, register
 from tvc.program import Component, Program
 
 FILE = "model.ts"
 A = torch.ops.aten
-_DROPPED = {"_assert_scalar", "_assert_async", "_assert_tensor_metadata", "sym_constrain_range", "sym_constrain_range_for_size", "_check"}
+_DROPPED = {
+    "_assert_scalar",
+    "_assert_async",
+    "_assert_tensor_metadata",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+    "_check",
+}
 _CONSTANTS = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
-
 
 
 # Functions of sizes that scripting knows under another name.
@@ -82,7 +89,11 @@ def _copy(plain: fx.Graph, node: fx.Node, known: Mapping[fx.Node, Any], device: 
     if node.target == A._to_copy.default:
         place = [device] if node.kwargs.get("device") is not None else []
         kind = [node.kwargs["dtype"]] if node.kwargs.get("dtype") is not None else []
-        return plain.call_method("to", (old(node.args[0]), *place, *kind)) if place or kind else plain.call_function(A.clone, old(node.args))
+        return (
+            plain.call_method("to", (old(node.args[0]), *place, *kind))
+            if place or kind
+            else plain.call_function(A.clone, old(node.args))
+        )
     kwargs = {name: old(value) for name, value in node.kwargs.items() if name not in ("layout", "pin_memory")}
     if kwargs.get("device") is not None:
         kwargs["device"] = device  # the file is not bound to the device that traced it
@@ -139,7 +150,7 @@ class TorchScript:
 
     name = "torchscript"
 
-    def write(self, program: Program, folder: Path, options: Options = Options()) -> list[Path]:  # noqa: B008
+    def write(self, program: Program, folder: Path, options: Options = DEFAULTS) -> list[Path]:
         whole = torch.nn.Module()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -157,7 +168,13 @@ class TorchScript:
             torch.jit.save(torch.jit.script(whole.eval()), str(folder / FILE))
         return [folder / FILE]
 
-    def open(self, folder: Path, manifest: Mapping[str, Any], device: torch.device | str | None = None, options: Options = Options()) -> ScriptRunner:  # noqa: B008
+    def open(
+        self,
+        folder: Path,
+        manifest: Mapping[str, Any],
+        device: torch.device | str | None = None,
+        options: Options = DEFAULTS,
+    ) -> ScriptRunner:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

@@ -1,7 +1,7 @@
 """A small program with one cut, made by hand in plain PyTorch, that stands in for what the passes produce.
 
-The decoder has the inputs and outputs that every compiled decoder has; the cut keeps the visual tokens that the last text
-token attends to most. `eager` runs a component of a program; it is what every target is compared with.
+The decoder has the inputs and outputs that every compiled decoder has; the cut keeps the visual tokens that the last
+text token attends to most. `eager` runs a component of a program; it is what every target is compared with.
 """
 
 from __future__ import annotations
@@ -44,8 +44,17 @@ class Shape:
 
 def language_model(shape: Shape) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": shape.width, "intermediate_size": shape.inner, "num_hidden_layers": shape.layers, "vocab_size": shape.vocabulary}
-    heads = {"num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "tie_word_embeddings": shape.tied}
+    sizes = {
+        "hidden_size": shape.width,
+        "intermediate_size": shape.inner,
+        "num_hidden_layers": shape.layers,
+        "vocab_size": shape.vocabulary,
+    }
+    heads = {
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.kv_heads,
+        "tie_word_embeddings": shape.tied,
+    }
     return LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
 
 
@@ -56,15 +65,19 @@ def attention_mask(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
 
 
 class Decoder(torch.nn.Module):
-    """Prefill, decode steps and later turns in one graph; stages of layers between cuts have caches of their own length."""
+    """Prefill, decode steps and later turns in one graph; each stage has caches of its own length."""
 
     def __init__(self, shape: Shape, model: LlamaForCausalLM):
         super().__init__()
         self.shape, self.lm = shape, model
 
-    def keep(self, query: torch.Tensor, key: torch.Tensor, past: torch.Tensor, text: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    def keep(
+        self, query: torch.Tensor, key: torch.Tensor, past: torch.Tensor, text: torch.Tensor, visual: torch.Tensor
+    ) -> torch.Tensor:
         """[B, T + K] slots that stay, ascending, pads (-1) first."""
-        row = torch.softmax(query[:, :, -1:] @ key.repeat_interleave(self.shape.heads // self.shape.kv_heads, 1).transpose(2, 3), -1).mean((1, 2))
+        row = torch.softmax(
+            query[:, :, -1:] @ key.repeat_interleave(self.shape.heads // self.shape.kv_heads, 1).transpose(2, 3), -1
+        ).mean((1, 2))
         column = (visual + past.shape[1]).clamp(min=0)
         score = torch.where(visual >= 0, row.gather(1, column), -1.0)
         count = visual.shape[1] * self.shape.permille // 1000
@@ -93,14 +106,21 @@ class Decoder(torch.nn.Module):
             mask = attention_mask(query, keys)
             cos, sin = base.rotary_emb(hidden, position_ids)
             for layer in base.layers[start:stop]:
-                hidden = layer(hidden, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True, position_embeddings=(cos, sin))
+                hidden = layer(
+                    hidden,
+                    attention_mask=mask,
+                    position_ids=position_ids,
+                    past_key_values=cache,
+                    use_cache=True,
+                    position_embeddings=(cos, sin),
+                )
             all_keys.append(keys)
         logits = self.lm.lm_head(base.norm(hidden[:, -1:]))
         return logits, *all_keys, *(t for layer in cache.layers for t in (layer.keys, layer.values))
 
 
 class Vision(torch.nn.Module):
-    """Patches, two attention blocks without a cache, a projector: pixel_values [N, 3, 32, 32] to features [N, 16, D]."""
+    """Patches, two blocks without a cache, a projector: pixel_values [N, 3, 32, 32] to features [N, 16, D]."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -127,7 +147,9 @@ class Embed(torch.nn.Module):
         return (self.embed_tokens(input_ids),)
 
 
-def component(name: str, module: torch.nn.Module, inputs: dict[str, tuple[torch.Tensor, dict[int, Any]]], outputs: tuple[str, ...]) -> Component:
+def component(
+    name: str, module: torch.nn.Module, inputs: dict[str, tuple[torch.Tensor, dict[int, Any]]], outputs: tuple[str, ...]
+) -> Component:
     sample, dynamic = tuple(v[0] for v in inputs.values()), tuple(v[1] for v in inputs.values())
     spec = (dynamic,) if isinstance(module, Decoder) else dynamic
     with torch.no_grad():
@@ -135,7 +157,9 @@ def component(name: str, module: torch.nn.Module, inputs: dict[str, tuple[torch.
     return Component(name, exported, tuple(inputs), outputs, sample, dynamic)
 
 
-def decoder_inputs(shape: Shape, batch: int, chunk: int, visual: int, past: list[int]) -> dict[str, tuple[torch.Tensor, dict[int, Any]]]:
+def decoder_inputs(
+    shape: Shape, batch: int, chunk: int, visual: int, past: list[int]
+) -> dict[str, tuple[torch.Tensor, dict[int, Any]]]:
     torch.manual_seed(2)
     both = {0: AUTO, 1: AUTO}
     start, positions = past[0], torch.arange(chunk).repeat(batch, 1) + past[0]
@@ -157,19 +181,35 @@ def decoder_inputs(shape: Shape, batch: int, chunk: int, visual: int, past: list
     return made
 
 
-def program(shape: Shape = Shape()) -> Program:  # noqa: B008
+def program(shape: Shape = Shape()) -> Program:
     """The three components of the stand-in, their weights shared as a loaded model shares them."""
     model = language_model(shape)
     stages = len(shape.bounds) - 1
-    outputs = ("logits", *(f"key_positions.{s}" for s in range(stages)), *(f"{kind}.{i}" for i in range(shape.layers) for kind in ("key", "value")))
+    outputs = (
+        "logits",
+        *(f"key_positions.{s}" for s in range(stages)),
+        *(f"{kind}.{i}" for i in range(shape.layers) for kind in ("key", "value")),
+    )
     parts = [
-        component("vision", Vision(shape.width), {"pixel_values": (torch.randn(2, 3, 32, 32), {0: AUTO})}, ("features",)),
-        component("embed", Embed(model), {"input_ids": (torch.ones(2, 7, dtype=torch.long), {0: AUTO, 1: AUTO})}, ("inputs_embeds",)),
+        component(
+            "vision", Vision(shape.width), {"pixel_values": (torch.randn(2, 3, 32, 32), {0: AUTO})}, ("features",)
+        ),
+        component(
+            "embed",
+            Embed(model),
+            {"input_ids": (torch.ones(2, 7, dtype=torch.long), {0: AUTO, 1: AUTO})},
+            ("inputs_embeds",),
+        ),
         component("decoder", Decoder(shape, model), decoder_inputs(shape, 2, 20, 8, [12, 9][:stages]), outputs),
     ]
     layer = Layer(0, shape.heads, shape.kv_heads, shape.head)
-    layout = Layout("stand-in", shape.width, shape.vocabulary, (layer,) * shape.layers, (), 0, 1, 1, 16, (8,), 0, 0, 0, 4, ())
-    tables = [Stage(s, range(a, b), f"language.{a}" if s else None) for s, (a, b) in enumerate(zip(shape.bounds, shape.bounds[1:], strict=False))]
+    layout = Layout(
+        "stand-in", shape.width, shape.vocabulary, (layer,) * shape.layers, (), 0, 1, 1, 16, (8,), 0, 0, 0, 4, ()
+    )
+    tables = [
+        Stage(s, range(a, b), f"language.{a}" if s else None)
+        for s, (a, b) in enumerate(zip(shape.bounds, shape.bounds[1:], strict=False))
+    ]
     return Program(layout, {part.name: part for part in parts}, tables)
 
 
@@ -187,7 +227,10 @@ def eager(made: Program) -> Any:
 
 def prefill(shape: Shape, batch: int, padded: bool, chunk: int = 24, visual: int = 10) -> dict[str, torch.Tensor]:
     """A first chunk over empty caches; when padded, sample b starts with 2*b pads and holds fewer visual tokens."""
-    inputs = {name: value for name, (value, _) in decoder_inputs(shape, batch, chunk, visual, [0] * (len(shape.bounds) - 1)).items()}
+    inputs = {
+        name: value
+        for name, (value, _) in decoder_inputs(shape, batch, chunk, visual, [0] * (len(shape.bounds) - 1)).items()
+    }
     for b in range(1, batch if padded else 1):
         pads = 2 * b
         inputs["query_positions"][b] = torch.cat([torch.full((pads,), -1), torch.arange(chunk - pads)])
@@ -199,17 +242,26 @@ def prefill(shape: Shape, batch: int, padded: bool, chunk: int = 24, visual: int
     return inputs
 
 
-def step(shape: Shape, embeds: torch.Tensor, position: torch.Tensor, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def step(
+    shape: Shape, embeds: torch.Tensor, position: torch.Tensor, outputs: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
     """The next chunk: `embeds` [B, S, D] at `position` [B, S], no visual token, over the caches that `outputs` hold."""
     batch, length = position.shape
     none = torch.zeros(batch, 0, dtype=torch.long)
     made = {"inputs_embeds": embeds, "position_ids": position.clamp(min=0), "query_positions": position}
-    made |= {"text_index": torch.where(position >= 0, torch.arange(length), -1), "visual_index": none, "visual_segment": none, "visual_counts": none}
+    made |= {
+        "text_index": torch.where(position >= 0, torch.arange(length), -1),
+        "visual_index": none,
+        "visual_segment": none,
+        "visual_counts": none,
+    }
     made |= {f"past_key_positions.{s}": outputs[f"key_positions.{s}"] for s in range(len(shape.bounds) - 1)}
     return made | {f"past_{kind}.{i}": outputs[f"{kind}.{i}"] for i in range(shape.layers) for kind in ("key", "value")}
 
 
-def conversation(run: Any, shape: Shape, batch: int, padded: bool, steps: int = 3, visual: int = 10) -> list[dict[str, torch.Tensor]]:
+def conversation(
+    run: Any, shape: Shape, batch: int, padded: bool, steps: int = 3, visual: int = 10
+) -> list[dict[str, torch.Tensor]]:
     """Prefill, `steps` decode steps and one turn of five tokens, of which the first is padding in odd samples."""
     outputs = run("decoder", prefill(shape, batch, padded, visual=visual))
     history = [outputs]
@@ -228,7 +280,9 @@ def conversation(run: Any, shape: Shape, batch: int, padded: bool, steps: int = 
     return history
 
 
-def differences(shape: Shape, got: list[dict[str, torch.Tensor]], want: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+def differences(
+    shape: Shape, got: list[dict[str, torch.Tensor]], want: list[dict[str, torch.Tensor]]
+) -> dict[str, float]:
     """Largest difference of each output over the calls of a conversation; cached entries of pad slots don't count."""
     worst: dict[str, float] = {}
     for a, b in zip(got, want, strict=True):

@@ -15,7 +15,15 @@ import pytest
 from tvc.errors import ArgumentError, ArtifactError
 from tvc.export import manifest
 
-DESCRIPTION = {"format": manifest.FORMAT, "target": "ort", "stages": [], "components": {}, "model": {}, "policy": {}, "versions": {}}
+DESCRIPTION = {
+    "format": manifest.FORMAT,
+    "target": "ort",
+    "stages": [],
+    "components": {},
+    "model": {},
+    "policy": {},
+    "versions": {},
+}
 
 
 def make(place: Path) -> Path:
@@ -93,7 +101,12 @@ def test_a_link_that_leaves_the_directory_is_refused_and_one_that_stays_is_not(t
 
 @pytest.mark.parametrize(
     ("text", "slug"),
-    [('{"format": 1, "tar', "truncated-file"), ("[]", "unknown-format"), ('{"format": 99}', "unknown-format"), ('{"format": 1, "target": 3}', "bad-artifact")],
+    [
+        ('{"format": 1, "tar', "truncated-file"),
+        ("[]", "unknown-format"),
+        ('{"format": 99}', "unknown-format"),
+        ('{"format": 1, "target": 3}', "bad-artifact"),
+    ],
 )
 def test_a_broken_manifest_is_refused(tmp_path, text, slug):
     place = make(tmp_path / "out")
@@ -107,9 +120,13 @@ def test_a_directory_without_a_manifest_is_no_artifact(tmp_path):
 
 
 def test_a_failed_compile_leaves_nothing(tmp_path):
-    with pytest.raises(ZeroDivisionError), manifest.writing(tmp_path / "out") as (folder, _):
-        (folder / "half").write_text("x")
-        raise ZeroDivisionError
+    def fail() -> None:
+        with manifest.writing(tmp_path / "out") as (folder, _):
+            (folder / "half").write_text("x")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 
