@@ -114,5 +114,11 @@ def _fake_packed(
     return query.new_empty(query.shape[0], query.shape[1], query.shape[2], value.shape[3])
 
 
-attention_op = op(_shapes, fake=_fake_attention)(attention)
-packed_attention_op = op(_packed_cases, fake=_fake_packed)(packed_attention)
+def _packed_lowering(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scale: float
+) -> torch.Tensor:
+    return _attention(query, key, value, packed_mask(boundaries, query.shape[2]), scale, 0.0)
+
+
+attention_op = op(_shapes, fake=_fake_attention, lowering=_attention)(attention)
+packed_attention_op = op(_packed_cases, fake=_fake_packed, lowering=_packed_lowering)(packed_attention)

@@ -46,6 +46,8 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     nothing = torch.zeros(3, 0, dtype=torch.int64)
     yield "none-chosen", (*plain, nothing, score, "stride", 2, 4, "target_mean")
     yield "none-chosen-kept", (*plain, nothing, score, "kept", 0, 0, "mean")
+    no_token = (feature[:, :0], metric[:, :0], size[:, :0], segment[:, :0], torch.zeros_like(counts))
+    yield "no-visual-token", (*no_token, nothing, score[:, :0], "stride", 2, 4, "mean")
     every = torch.where(segment < 0, -1, torch.arange(9))
     yield "all-chosen", (*plain, every, score, "stride", 2, 4, "mean")
     yield "equal-metric", (feature, torch.ones(3, 9, 4), *plain[2:], chosen, score, "stride", 2, 4, "mean")
@@ -71,9 +73,8 @@ def _nearest(metric: torch.Tensor, segment: torch.Tensor, index: torch.Tensor) -
     metric = metric.float()
     ones = torch.ones(metric.shape[2], 1, device=metric.device)
     metric = metric / ((metric * metric) @ ones).sqrt().clamp(min=1e-12)
-    spot = index.clamp(min=0)
-    target = metric.gather(1, spot[:, :, None].expand(-1, -1, metric.shape[2]))
-    same = (segment[:, :, None] == segment.gather(1, spot)[:, None, :]) & (index >= 0)[:, None, :]
+    target = _rows(metric, index)
+    same = (segment[:, :, None] == per_token(segment, index)[:, None, :]) & (index >= 0)[:, None, :]
     near = torch.where(same, metric @ target.transpose(1, 2), float("-inf"))
     # Below every cosine, above every forbidden target. The row added on top keeps V = 0 right in ONNX Runtime, which
     # leaves the reduced axis of an empty tensor in place.
@@ -116,11 +117,10 @@ def merge_nearest(
     gained = to @ weight  # [B, C + 1, 1] size of the members
 
     result = pack(stays, total)
-    spot = result.clamp(min=0)
     # The number of each target among the targets, C for other tokens: where to look up what it gained.
-    number = torch.where(target, target.cumsum(1) - 1 + (width - target.sum(1, keepdim=True)), width).gather(1, spot)
-    own = _rows(wide, spot)
-    own_size = _rows(weight, spot)
+    number = torch.where(target, target.cumsum(1) - 1 + (width - target.sum(1, keepdim=True)), width)
+    number = per_token(number, result)
+    own, own_size = _rows(wide, result), _rows(weight, result)
     added, joined, gained = _rows(added, number), _rows(joined, number), _rows(gained, number)
     if reduce == "mean":
         merged = (own + added) / (1.0 + joined)
@@ -136,7 +136,9 @@ def merge_nearest(
 
 
 def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[B, K, D]: the rows of `values [B, C, D]` at `index [B, K]`."""
+    """[B, K, D]: the rows of `values [B, C, D]` at `index [B, K]`; zeros for pads (-1), also where C = 0."""
+    values = torch.nn.functional.pad(values, (0, 0, 1, 0))
+    index = index + 1
     return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
 
 

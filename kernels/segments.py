@@ -41,7 +41,7 @@ def budgets(counts: torch.Tensor, permille: int, count: int) -> torch.Tensor:
 
 
 def per_token(values: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
-    """[B, V]: the entry of `values [B, N]` that belongs to each token's segment; what pads get means nothing."""
+    """[B, V]: the entry of `values [B, N]` at each token's segment; what pads get means nothing."""
     # One more column, so that pads have something to read where N = 0.
     return torch.cat([values, values.new_zeros(values.shape[0], 1)], dim=1).gather(1, segment.clamp(min=0))
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.generation import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tvc.errors import ArgumentError
+from tvc.policy import ResolvedPolicy
+from tvc.report.plan import Plan
 from tvc.runtime.engine import Engine
 
 
+@dataclasses.dataclass
 class ReducedOutput(CausalLMOutputWithPast):
     """`logits` [B, 1, vocabulary] of the last token, `past_key_values` (a `StagedCache`) and `kept`.
 
@@ -52,8 +61,6 @@ def generating(engine: Engine, generation_config: GenerationConfig | None, devic
 
 @functools.cache
 def _signature(family: type) -> tuple[str, ...]:
-    import inspect
-
     return tuple(inspect.signature(family.forward).parameters)
 
 
@@ -74,3 +81,61 @@ def refuse_modes(kwargs: dict[str, Any]) -> None:
                 fix=f"leave {name} out",
                 slug="no-such-mode",
             )
+
+
+class CompiledModel:
+    """A model with its policy compiled in.
+
+    Called and asked to `generate` like the Hugging Face model it was made from: `compiled(**processor_outputs)` gives a
+    `ReducedOutput`, `compiled.generate(**processor_outputs, max_new_tokens=32)` token ids.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        target: str,
+        policy: ResolvedPolicy,
+        plan: Plan,
+        config: PreTrainedConfig,
+        generation_config: GenerationConfig | None,
+        processor: Any,
+        device: torch.device,
+        keep: Any = None,
+    ):
+        self.engine, self.target, self.policy, self.plan = engine, target, policy, plan
+        self.config, self.processor, self.device = config, processor, device
+        self.verification: dict[str, Any] | None = None
+        self.saver: Callable[[Path, bool], None] | None = None
+        self._keep = keep  # whatever has to live as long as the model (a temporary folder)
+        self._model = generating(engine, generation_config, device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.engine.interface.shape.dtype
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        return self._model.generation_config
+
+    def __call__(self, **inputs: Any) -> ReducedOutput:
+        """One call: `logits` [B, 1, vocabulary] of each sample's last token, the cache and what was kept."""
+        return self._model(**inputs)
+
+    def generate(self, **inputs: Any) -> Any:
+        """Token ids (or what `return_dict_in_generate` asks for), by the `generate` of the model's own class."""
+        refuse_modes(inputs)
+        return self._model.generate(**inputs)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes the artifact directory; nothing is left behind when it is interrupted."""
+        if self.saver is None:
+            raise ArgumentError(
+                "this model was loaded from an artifact already",
+                where="save_pretrained",
+                got=os.fspath(folder),
+                want="a freshly compiled model",
+                fix="copy the artifact directory instead",
+                slug="already-saved",
+            )
+        self.saver(Path(folder), overwrite)

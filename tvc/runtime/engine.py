@@ -35,6 +35,26 @@ class Interface:
     def stages(self) -> int:
         return max(self.stage_of_layer) + 1
 
+    def to_json(self) -> dict[str, Any]:
+        shape = dataclasses.asdict(self.shape) | {"dtype": str(self.shape.dtype).removeprefix("torch.")}
+        del shape["device"]
+        return {**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}, "shape": shape}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], device: torch.device) -> Interface:
+        shape = data["shape"]
+        caches = tuple((int(g), int(k), int(v)) for g, k, v in shape["caches"])
+        dtype = getattr(torch, shape["dtype"])
+        return cls(
+            inputs={name: tuple(names) for name, names in data["inputs"].items()},
+            outputs={name: tuple(names) for name, names in data["outputs"].items()},
+            sites=dict(data["sites"]),
+            stage_of_layer=tuple(data["stage_of_layer"]),
+            shape=DecoderShape(int(shape["width"]), int(shape["axes"]), caches, dtype, device),
+            visual_token_ids=tuple(data["visual_token_ids"]),
+            taps=dict(data["taps"]),
+        )
+
 
 @dataclasses.dataclass
 class Answer:
@@ -114,7 +134,7 @@ class Engine:
     def _chunk(
         self, inputs: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor, past: StagedCache | None, seen: int
     ) -> Chunk:
-        call = self.host.reach_decoder(**inputs, past_key_values=past, use_cache=True)
+        call = self.host.reach_decoder(**{**inputs, "past_key_values": past, "use_cache": True})
         has_pixels = any(inputs.get(name) is not None for name in PIXEL_NAMES)
         visual = torch.zeros_like(ids, dtype=torch.bool)
         if has_pixels:

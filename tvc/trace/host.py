@@ -326,10 +326,26 @@ class Host:
             for field in dataclasses.fields(_Stubs):
                 setattr(self._stubs, field.name, getattr(before, field.name))
 
+    def constants(self) -> dict[str, torch.nn.Parameter]:
+        """The family's own parameters (newline embeddings), by path: those of no heavy module."""
+        owners = {path_of(self.model, module): module for module in (self.owner, self.model)}
+        return {
+            f"{path}.{name}".lstrip("."): parameter
+            for path, module in owners.items()
+            for name, parameter in module.named_parameters(recurse=False)
+        }
+
+    def adopt_constants(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Takes the constants' values, and with them their device and type."""
+        for path in self.constants():
+            owner, _, name = path.rpartition(".")
+            value = torch.nn.Parameter(values[path].detach().clone(), requires_grad=False)
+            setattr(self.model.get_submodule(owner), name, value)
+
     @contextlib.contextmanager
     def without_constants(self) -> Iterator[None]:
         """The family's own constants (newline embeddings) are zero for the duration of the block."""
-        own = [p for module in (self.owner, self.model) for p in module.parameters(recurse=False) if not p.is_meta]
+        own = list(self.constants().values())
         before = [parameter.detach().clone() for parameter in own]
         with torch.no_grad():
             for parameter in own:

@@ -42,8 +42,12 @@ def survey(
     processor: Any = None,
     inputs: Mapping[str, Any] | None = None,
     image_size: tuple[int, int] | None = None,
+    double: bool = True,
 ) -> Survey:
-    """Reads a model on the meta device; `meta` becomes the host and is changed in place."""
+    """Reads a model on the meta device; `meta` becomes the host and is changed in place.
+
+    `inputs` are doubled along their first axis unless `double` is False, for inputs that come from an earlier survey.
+    """
     tokens = visual_token_ids(meta)
     if not tokens:
         raise ModelError(
@@ -57,7 +61,7 @@ def survey(
     size = image_size or default_size(meta)
     fields = cost_fields(meta)
     caches = _cache_shapes(meta, fields["hidden_size"])
-    sample: dict[str, torch.Tensor] = doubled(inputs) if inputs is not None else pixel_inputs(meta, processor, size)
+    sample: dict[str, torch.Tensor] = (doubled(inputs) if double else dict(inputs)) if inputs is not None else pixel_inputs(meta, processor, size)
     for parameter_owner in (getattr(meta, "base_model", meta), meta):
         _materialise(parameter_owner)
     entering: list[torch.Size] = []

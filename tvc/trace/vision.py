@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -119,7 +119,9 @@ def tracing(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
-def capture_vision(model: torch.nn.Module, host: Host, sample: Mapping[str, Any]) -> Component:
+def capture_vision(
+    model: torch.nn.Module, host: Host, sample: Mapping[str, Any], sites: Sequence[str] = ()
+) -> Component:
     """The vision component of `model`; `sample` must hold at least two images, so that their number stays symbolic."""
     inputs = entry_inputs(host, sample)
     module = VisionPath(model, host, sample, inputs)

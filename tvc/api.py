@@ -1,0 +1,195 @@
+"""The public functions: inspect, plan, compile, load, verify."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from tvc import artifact, compiler
+from tvc.errors import ArgumentError
+from tvc.export.base import target as find_target
+from tvc.model import CompiledModel
+from tvc.policy import Policy, ResolvedPolicy, load_policy, resolve
+from tvc.program import Program
+from tvc.report.plan import Plan
+from tvc.report.schedule import make_plan, plan_policy
+from tvc.runtime.engine import Engine
+from tvc.trace.load import Source, load as load_source
+from tvc.trace.survey import Survey, survey
+
+ModelLike = str | os.PathLike[str] | torch.nn.Module
+PolicyLike = str | os.PathLike[str] | Mapping[str, Any] | Policy
+Progress = Callable[[str], None]
+
+
+def _silent(_line: str) -> None:
+    return None
+
+
+def inspect(
+    model: ModelLike, *, inputs: Mapping[str, Any] | None = None, processor: Any = None, progress: Progress = _silent
+) -> Program:
+    """Traces a model: its components as graphs, its sites (legal or why not) and its token counts.
+
+    Args:
+        model: hub id, directory or module.
+        inputs: processor outputs to trace with; default: two pictures made for the purpose.
+
+    Raises:
+        ModelError: it is no vision-language model. TraceError: `torch.export` cannot trace it.
+    """
+    source = load_source(model, processor=processor)
+    return compiler.trace(source.model, _survey(source, inputs), progress=progress)  # type: ignore[arg-type]
+
+
+def plan(
+    model: ModelLike,
+    policy: PolicyLike,
+    text_tokens: int = 64,
+    *,
+    average_tokens: float | None = None,
+    image_size: tuple[int, int] | None = None,
+    new_tokens: int = 64,
+    processor: Any = None,
+) -> Plan:
+    """Tokens per layer, FLOPs and cache bytes of `policy` on `model`, from its configuration alone.
+
+    Args:
+        text_tokens: text tokens of the prompt.
+        average_tokens: scale the budgets so that the decoder's layers hold this many visual tokens on average.
+        image_size: (height, width) of the image, for models whose token count depends on it.
+    """
+    source = load_source(model, weights=False, processor=processor)
+    layout = survey(source.meta, source.processor, image_size=image_size).layout
+    loaded = load_policy(policy)
+    return plan_policy(loaded, layout, text_tokens=text_tokens, new_tokens=new_tokens, average_tokens=average_tokens)
+
+
+def compile(
+    model: ModelLike,
+    policy: PolicyLike,
+    target: str = "torch",
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    verify: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    processor: Any = None,
+    progress: Progress = _silent,
+) -> CompiledModel:
+    """The model with the policy's reductions in its graphs, ready to be called, to generate and to be saved.
+
+    Args:
+        model: hub id, directory or module in evaluation mode; it is not changed.
+        policy: preset name, path, YAML text, mapping or `Policy`.
+        target: `torch`, `pt2`, `torchscript` or `ort`.
+        inputs: processor outputs to trace and verify with; default: pictures made for the purpose.
+        verify: compare with the untouched model before handing over.
+
+    Raises:
+        PolicyError, SiteError: the policy is wrong, or this model cannot do it.
+        VerificationError: the compiled model is not what the policy defines.
+    """
+    find_target(target)
+    loaded = load_policy(policy)
+    started = time.perf_counter()
+    timings: dict[str, float] = {}
+
+    def step(name: str) -> None:
+        nonlocal started
+        now = time.perf_counter()
+        timings[name] = 0.0
+        names = list(timings)
+        if len(names) > 1:
+            timings[names[-2]] = now - started
+        started = now
+        progress(name)
+
+    step("load")
+    source = load_source(model, device=device, dtype=dtype, processor=processor)
+    step("survey")
+    surveyed = _survey(source, inputs)
+    resolved = resolve(loaded, surveyed.layout)
+    program = compiler.reduce(compiler.trace(source.model, surveyed, resolved, step), resolved, step)  # type: ignore[arg-type]
+    compiled = finish(source, surveyed, resolved, program, target, step, given_sample=inputs is not None, timings=timings)
+    if verify:
+        from tvc.verify import check
+
+        step("verify")
+        compiled.verification = check(compiled, source.model, inputs).to_json()
+    step("done")
+    return compiled
+
+
+def finish(
+    source: Source,
+    surveyed: Survey,
+    resolved: ResolvedPolicy,
+    program: Program,
+    target: str,
+    progress: Progress = _silent,
+    *,
+    given_sample: bool = False,
+    timings: dict[str, float] | None = None,
+) -> CompiledModel:
+    """The reduced program lowered and opened for one target."""
+    lowered = compiler.lower(program, target, progress)
+    shape = program.components["decoder"].meta["shape"]
+    own = dict(source.model.named_parameters())  # type: ignore[union-attr]
+    surveyed.host.adopt_constants({name: own[name] for name in surveyed.host.constants()})
+    runner, folder = (compiler.GraphRunner(lowered), None)
+    if target != "torch":
+        progress(f"write {target}")
+        runner, folder = artifact.open_temporarily(lowered, target, shape.device)
+    compiled = CompiledModel(
+        Engine(surveyed.host, compiler.interface_of(lowered, resolved, surveyed), runner),
+        target=target,
+        policy=resolved,
+        plan=make_plan(resolved, surveyed.layout),
+        config=source.model.config,  # type: ignore[union-attr]
+        generation_config=getattr(source.model, "generation_config", None),
+        processor=source.processor,
+        device=shape.device,
+        keep=folder,
+    )
+    compiled.saver = lambda place, overwrite: artifact.save(
+        place,
+        lowered,
+        compiled,
+        source,
+        surveyed,
+        given_sample=given_sample,
+        overwrite=overwrite,
+        timings=timings or {},
+    )
+    return compiled
+
+
+def load(folder: str | os.PathLike[str], device: torch.device | str | None = None, *, threads: int = 0) -> CompiledModel:
+    """Opens an artifact directory; the runtime is the one it was compiled for.
+
+    Args:
+        folder: what `save_pretrained` or `tvc compile` wrote.
+        threads: threads of one operator in ONNX Runtime; 0 leaves the choice to it.
+
+    Raises:
+        ArtifactError: it is no artifact, incomplete, changed or unsafe.
+    """
+    return artifact.open_artifact(folder, device=device, threads=threads)
+
+
+def _survey(source: Source, inputs: Mapping[str, Any] | None) -> Survey:
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise ArgumentError(
+            "the sample inputs are not named",
+            where="inputs",
+            got=type(inputs).__name__,
+            want="a mapping of names to tensors",
+            fix="pass what the processor returns",
+            slug="bad-inputs",
+        )
+    return survey(source.meta, source.processor, inputs)

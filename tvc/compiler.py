@@ -1,0 +1,101 @@
+"""The pipeline: model -> traced program -> reduced program -> program of one target, as lists a person can read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from tvc.passes.base import Pass
+from tvc.passes.insert_reductions import InsertReductions
+from tvc.passes.lower_ops import LowerOps
+from tvc.passes.rebind_cuts import RebindCuts
+from tvc.passes.retrace import Retrace
+from tvc.policy import ResolvedPolicy
+from tvc.program import Program
+from tvc.runtime.engine import Interface
+from tvc.trace.decoder import capture_decoder, capture_embedding
+from tvc.trace.survey import Survey
+from tvc.trace.vision import capture_vision
+
+Progress = Callable[[str], None]
+
+# Ops that a target runs itself; all others leave the graph.
+KEPT_OPS: Mapping[str, frozenset[str]] = {"ort": frozenset({"attention"})}
+
+
+def trace(model: torch.nn.Module, survey: Survey, policy: ResolvedPolicy | None = None, progress: Progress = print) -> Program:
+    """Every component of `model`, before any reduction (a cut inside the vision encoder is marked while tracing)."""
+    parameter = next(model.parameters())
+    shape = survey.shape(parameter.dtype, parameter.device)
+    sites = [step.at for step in policy.steps if step.at.startswith("vision.")] if policy is not None else []
+    progress("trace vision")
+    vision = capture_vision(model, survey.host, survey.sample, sites)
+    progress("trace decoder")
+    decoder = capture_decoder(model, survey.boundary, shape)
+    components = {"vision": vision, "embed": capture_embedding(model), "decoder": decoder}
+    return Program(survey.layout, components, facts=frozenset({"traced"}))
+
+
+def reduce(program: Program, policy: ResolvedPolicy, progress: Progress = print) -> Program:
+    """The program with the policy's reductions in it; ops are still whole."""
+    passes: list[Pass] = [InsertReductions(policy), RebindCuts(), Retrace()]
+    return run(program, passes, progress)
+
+
+def lower(program: Program, target: str, progress: Progress = print) -> Program:
+    """The program in the operators that `target` takes."""
+    return run(program, [LowerOps(KEPT_OPS.get(target, frozenset()))], progress)
+
+
+def run(program: Program, passes: list[Pass], progress: Progress) -> Program:
+    for step in passes:
+        progress(step.name)
+        program = step(program)
+    return program
+
+
+def interface_of(program: Program, policy: ResolvedPolicy, survey: Survey) -> Interface:
+    """What the runtime needs to know of the program's graphs."""
+    parts = program.components
+    sites: dict[str, str] = {}
+    for step in policy.steps:
+        component = step.at.split(".")[0]
+        if component != "language":
+            sites[step.at] = component
+    for stage in program.stages:
+        if stage.site is not None:
+            sites[stage.site] = f"key_positions.{stage.index}"
+    stage_of_layer = tuple(stage.index for stage in program.stages for _ in stage.layers)
+    taps = {**parts["decoder"].meta.get("tap_widths", {})}
+    if "projector" in parts:
+        taps |= parts["projector"].meta.get("tap_widths", {})
+    return Interface(
+        inputs={name: part.inputs for name, part in parts.items()},
+        outputs={name: part.outputs for name, part in parts.items()},
+        sites=sites,
+        stage_of_layer=stage_of_layer,
+        shape=parts["decoder"].meta["shape"],
+        visual_token_ids=survey.visual_token_ids,
+        taps=taps,
+    )
+
+
+@dataclasses.dataclass
+class GraphRunner:
+    """Runs the exported programs in this process."""
+
+    program: Program
+
+    def __post_init__(self) -> None:
+        self._modules: dict[str, Any] = {}
+
+    def __call__(self, component: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        part = self.program.components[component]
+        if component not in self._modules:
+            self._modules[component] = part.exported.module(check_guards=False)
+        with torch.no_grad():
+            values = self._modules[component](*(inputs[name] for name in part.inputs))
+        return dict(zip(part.outputs, values, strict=True))
