@@ -276,6 +276,8 @@ def merge_nearest(
     reduce: str,
 ) -> Any:
     indices, features, sizes = [], [], []
+    # Without a token the lists cannot tell the width; the case without one has 6.
+    width = max((len(row) for rows in feature for row in rows), default=6)
     for b, scopes in enumerate(segment):
         kept = [v for v in chosen[b] if v >= 0]
         into: dict[int, Row] = {}
@@ -296,10 +298,13 @@ def merge_nearest(
         rows, row_sizes = [], []
         for v in index:
             members = into.get(v, [])
-            own, own_size = feature[b][v], size[b][v]
+            if v < 0:
+                rows.append([0.0] * width)
+                row_sizes.append(0.0)
+                continue
             parts, part_sizes = [feature[b][m] for m in members], [size[b][m] for m in members]
-            rows.append([0.0] * len(own) if v < 0 else _merged(own, own_size, parts, part_sizes, reduce))
-            row_sizes.append(0.0 if v < 0 else own_size + sum(part_sizes))
+            rows.append(_merged(feature[b][v], size[b][v], parts, part_sizes, reduce))
+            row_sizes.append(size[b][v] + sum(part_sizes))
         features.append(rows)
         sizes.append(row_sizes)
     return indices, features, sizes

@@ -27,6 +27,7 @@ SIZES = {
     "batch-of-1": make([[9]], [1], past=2, seed=2),
     "one-visual-token": make([[1]], [2], past=1, seed=3),
     "decode-step": make([[], [], []], [1, 1, 1], past=7, seed=4),
+    "images-that-left-earlier": make([[0, 0], [0]], [2, 1], past=4, seed=6),
     "text-only": make([[]], [4], seed=5),
 }
 
