@@ -15,16 +15,21 @@ import torch
 import torch.fx as fx
 
 from tvc.chunks import PAST_POSITIONS, TAP
-from tvc.errors import TraceError
+from tvc.errors import SiteError, TraceError
 from tvc.graphs import annotate, find_blocks, first_node, identifier, open_draft, placeholders
 from tvc.passes.base import Pass
 from tvc.passes.cuts import RESULTS, ChunkState, Cut, cut_function, start_sizes
-from tvc.passes.taps import DecoderTaps, crosses
+from tvc.passes.insert_projector import add_projector
+from tvc.passes.insert_vision import VisionInsertion
+from tvc.passes.taps import DecoderTaps, crosses, crossing, tap_name
 from tvc.program import Change, Component, Program, Stage
 
 
+COMPONENTS = ("vision", "projector", "language")
+
+
 class InsertReductions(Pass):
-    """Adds the decoder's steps of a resolved policy."""
+    """Adds the steps of a resolved policy to the components they belong to."""
 
     gives = frozenset({"reductions-inserted"})
 
@@ -32,11 +37,45 @@ class InsertReductions(Pass):
         self.policy = policy
 
     def run(self, program: Program) -> list[Change]:
-        steps = [step for step in self.policy.steps if step.at.startswith("language.")]
+        steps = {name: [s for s in self.policy.steps if s.at.split(".")[0] == name] for name in COMPONENTS}
+        changes: list[Change] = []
+        asked = [step for name in ("projector", "language") for step in steps[name]]
+        if "vision" in program.components:
+            changes += self._vision(program, steps["vision"], asked)
+        if steps["projector"]:
+            changes += add_projector(program, steps["projector"][0])
         component = program.components["decoder"]
         component.draft = open_draft(component)
         component.meta = {**component.meta, "cuts": [], "tap_widths": {}}
-        return _DecoderInsertion(component, program, self.policy.positions == "renumber").insert(steps)
+        return changes + _DecoderInsertion(component, program, self._renumber(component)).insert(steps["language"])
+
+    def _vision(self, program: Program, steps: list[Any], asked: list[Any]) -> list[Change]:
+        wanted = [(step, *tap) for step in asked for tap in crossing(step)]
+        component = program.components["vision"]
+        if steps or wanted:
+            component.draft = open_draft(component)
+            insertion = VisionInsertion(component, program.layout)
+            insertion.cut(steps)
+            for step, name, primitive, tap in wanted:
+                note = f"InsertReductions: {step.where}"
+                if tap.kind == "attention":
+                    insertion.add_score(name, primitive, note)
+                else:
+                    insertion.add_keys(name, tap.layer, note)
+            return insertion.changes
+        return []
+
+    def _renumber(self, component: Component) -> bool:
+        if self.policy.positions == "renumber" and component.meta["shape"].axes:
+            raise SiteError(
+                "positions cannot be numbered afresh on a model whose tokens have several position axes",
+                where="positions",
+                got="renumber",
+                want="keep",
+                fix="write positions: keep",
+                slug="no-renumber",
+            )
+        return bool(self.policy.positions == "renumber")
 
 
 class _DecoderInsertion:
@@ -162,7 +201,7 @@ class _DecoderInsertion:
         for index, term in enumerate(terms):
             wanted = term.primitive.taps()
             if any(crosses(tap) for tap in wanted.values()):
-                scores.append(resolver.entered(self._tap_input(f"{TAP}{step.at}.score.{index}", 0)))
+                scores.append(resolver.entered(self._tap_input(tap_name(step, "score", str(index)), 0)))
             else:
                 scores.append({name: resolver.resolve(tap, step.at, first) for name, tap in wanted.items()})
         groups = {"select": step.select, "rest": step.rest, "when": step.exit.gate if step.exit is not None else None}
@@ -174,7 +213,7 @@ class _DecoderInsertion:
             for name, tap in primitive.taps().items():
                 if crosses(tap):
                     width = self.program.components["vision"].meta["key_widths"][tap.layer]
-                    taps[group][name] = resolver.entered(self._tap_input(f"{TAP}{step.at}.{group}.{name}", width))
+                    taps[group][name] = resolver.entered(self._tap_input(tap_name(step, group, name), width))
                 else:
                     taps[group][name] = resolver.resolve(tap, step.at, first)
         return scores, taps

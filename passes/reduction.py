@@ -82,12 +82,18 @@ def _bundles(taps: dict[str, Any]) -> dict[str, Any]:
 
 def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """values [B, V] at index [B, K]; pads give 0."""
-    return values.gather(1, index.clamp(min=0)) * (index >= 0)
+    return _or_pad(values, index, 0.0)
 
 
 def follow(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """values [B, V] int64 at index [B, K]; pads stay -1."""
-    return torch.where(index < 0, -1, values.gather(1, index.clamp(min=0)))
+    return _or_pad(values, index, -1)
+
+
+def _or_pad(values: torch.Tensor, index: torch.Tensor, pad: float) -> torch.Tensor:
+    """A column of pads is appended to read from: V may be 0 where K is not (an exit fired before a counted budget)."""
+    padded = torch.nn.functional.pad(values, (0, 1), value=pad)
+    return padded.gather(1, torch.where(index < 0, values.shape[1], index))
 
 
 def take_rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tvc.chunks import PAST_KEY, sample_inputs, varying_axes
+from tvc.chunks import sample_inputs, varying_axes
 from tvc.errors import PassError
 from tvc.graphs import drop_unused_attributes
 from tvc.passes.base import Pass
@@ -63,12 +63,14 @@ def export_draft(component: Component) -> None:
 
 
 def _check_dynamic(component: Component) -> None:
-    """Every axis that may vary must have stayed symbolic."""
+    """Outside the vision path (whose image size may be fixed) every axis that may vary must have stayed symbolic."""
+    if component.name == "vision":
+        return
     specs = [n for n in component.exported.graph.nodes if n.op == "placeholder"]
     values = [n.meta["val"] for n in specs[len(specs) - len(component.inputs) :]]
     for name, value, axes in zip(component.inputs, values, component.dynamic, strict=True):
         fixed = [axis for axis in axes if not isinstance(value.shape[axis], torch.SymInt)]
-        if fixed and any(user for user in ()) or (fixed and name.startswith(PAST_KEY)):
+        if fixed:
             raise PassError(
                 "a size that varies from call to call became a constant of the graph",
                 where=f"{component.name}, input {name}, axis {fixed[0]}",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.fx as fx
 
+from tvc.chunks import TAP
 from tvc.errors import SiteError
 from tvc.graphs import Block, annotate, backward_closure, clone
 from tvc.kernels.op import Tap
@@ -17,6 +19,25 @@ from tvc.passes.reduction import follow, take_rows
 def crosses(tap: Tap) -> bool:
     """Whether the tap is a value of the vision path."""
     return (tap.layer or "").startswith("vision.")
+
+
+def tap_name(step: Any, group: str, name: str) -> str:
+    """The name under which a value of the vision path travels to the component of `step`."""
+    return f"{TAP}{step.at}.{group}.{name}"
+
+
+def crossing(step: Any) -> Iterator[tuple[str, Any, Tap]]:
+    """(name, primitive, tap) of every value that `step`, outside the vision path, asks of it."""
+    terms = step.exit.score if step.exit is not None else step.score
+    for index, term in enumerate(terms):
+        for tap in term.primitive.taps().values():
+            if crosses(tap):
+                yield tap_name(step, "score", str(index)), term.primitive, tap
+    groups = {"select": step.select, "rest": step.rest, "when": step.exit.gate if step.exit is not None else None}
+    for group, primitive in groups.items():
+        for name, tap in (primitive.taps() if primitive is not None else {}).items():
+            if crosses(tap):
+                yield tap_name(step, group, name), primitive, tap
 
 
 def visual_rows(residual: torch.Tensor, visual_index: torch.Tensor) -> torch.Tensor:

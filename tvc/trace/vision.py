@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+import tvc.kernels.cut_marker  # noqa: F401  registers torch.ops.tvc.cut_marker
 from tvc.errors import TraceError
 from tvc.program import Component
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
 from tvc.trace.exporters import prepare_vision_inputs, tracing_patches
 from tvc.trace.host import Host, exit_leaves
+from tvc.trace.layout import blocks
 
 AUTO = torch.export.Dim.AUTO
 OUTPUT = "visual_features"
@@ -119,6 +121,30 @@ def tracing(model: torch.nn.Module) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _marked(model: torch.nn.Module, sites: Sequence[str]) -> Iterator[None]:
+    """While traced, the inputs of the blocks named by `sites` pass through a cut marker."""
+    layers = blocks(model)[1]
+
+    def mark(number: int) -> Callable[..., Any]:
+        def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            if args:
+                return (torch.ops.tvc.cut_marker(args[0], number), *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": torch.ops.tvc.cut_marker(kwargs["hidden_states"], number)}
+
+        return hook
+
+    handles = [
+        layers[int(site.removeprefix("vision."))].register_forward_pre_hook(mark(number), with_kwargs=True)
+        for number, site in enumerate(sites)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def capture_vision(
     model: torch.nn.Module, host: Host, sample: Mapping[str, Any], sites: Sequence[str] = ()
 ) -> Component:
@@ -127,7 +153,7 @@ def capture_vision(
     module = VisionPath(model, host, sample, inputs)
     arguments = tuple(inputs.tensors.values())
     dynamic = tuple({axis: AUTO for axis in range(value.dim())} for value in arguments)
-    with tracing(model):
+    with tracing(model), _marked(model, sites):
         exported = torch.export.export(module, arguments, dynamic_shapes=(dynamic,), strict=False)
     count = len(exported.graph_signature.user_outputs)
     outputs = (OUTPUT, *(f"{OUTPUT}.{i}" for i in range(1, count)))

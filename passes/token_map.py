@@ -1,0 +1,148 @@
+"""Which encoder tokens each visual token was made from, read off the graph behind the encoder.
+
+A tensor that holds its own token numbers is sent along the path from the last block to the features. Operators that
+only move data (views, permutations, slices, indexing) move the numbers the same way. Where channels are mixed (a
+linear layer, a norm) every output channel depends on all channels of its row: the numbers found there are spread over
+the new channels in blocks. At the end, one number per block names the encoder tokens of each visual token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from tvc.errors import SiteError
+from tvc.graphs import annotate
+
+A = torch.ops.aten
+_MOVES = {
+    A.view.default,
+    A.reshape.default,
+    A.permute.default,
+    A.transpose.int,
+    A.slice.Tensor,
+    A.select.int,
+    A.unsqueeze.default,
+    A.squeeze.dim,
+    A.squeeze.default,
+    A.flatten.using_ints,
+    A.unflatten.int,
+    A.index.Tensor,
+    A.index_select.default,
+    A.gather.default,
+    A.contiguous.default,
+    A.clone.default,
+    A.expand.default,
+}
+_CASTS = {A.to.dtype, A.to.device, A._to_copy.default, A.alias.default, A.detach.default}
+
+
+def number_tokens(hidden: torch.Tensor) -> torch.Tensor:
+    """Every channel of a token holds the token's number: [n, T, C] or [P, C] int64."""
+    axis = hidden.dim() - 2
+    numbers = torch.arange(hidden.shape[axis], device=hidden.device).unsqueeze(1)
+    return numbers.expand(hidden.shape).contiguous()
+
+
+def mix_channels(numbers: torch.Tensor, count: int, width: int) -> torch.Tensor:
+    """[..., C] holding `count` numbers in equal blocks -> [..., width] holding them in equal blocks."""
+    found = numbers[..., :: numbers.shape[-1] // count][..., :count]
+    place = (torch.arange(width, device=numbers.device) * count) // width
+    return found[..., place]
+
+
+def sample_groups(numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """[n, F, count]: the encoder tokens of each visual token."""
+    width = numbers.shape[-1]
+    place = (torch.arange(count, device=numbers.device) * width + width - 1) // count
+    groups = numbers[..., place]
+    return groups if groups.dim() == 3 else groups.unsqueeze(0)
+
+
+class TokenMap:
+    """Inserts the map's nodes in front of the output; `columns` is the node [n, F, g]."""
+
+    def __init__(self, graph: fx.Graph, source: fx.Node, features: fx.Node, note: str):
+        self.graph, self.source, self.features, self.note = graph, source, features, note
+        self.shadows: dict[fx.Node, fx.Node] = {}
+        self.blocks: dict[fx.Node, int] = {}  # channels per number in the shadow of a node
+
+    def columns(self) -> fx.Node:
+        path = self._path()
+        output = next(node for node in self.graph.nodes if node.op == "output")
+        with self.graph.inserting_before(output):
+            self.shadows[self.source] = self._call(number_tokens, self.source)
+            self.blocks[self.source] = int(self.source.meta["val"].shape[-1])
+            for node in path:
+                self._follow(node)
+            width = int(self.features.meta["val"].shape[-1])
+            count = self._count(self.features, width)
+            return self._call(sample_groups, self.shadows[self.features], count)
+
+    def _path(self) -> list[fx.Node]:
+        """The nodes between source and features, in order."""
+        downstream = {self.source}
+        for node in self.graph.nodes:
+            if any(n in downstream for n in node.all_input_nodes):
+                downstream.add(node)
+        upstream, stack = set(), [self.features]
+        while stack:
+            node = stack.pop()
+            if node in downstream and node not in upstream:
+                upstream.add(node)
+                stack += node.all_input_nodes
+        return [n for n in self.graph.nodes if n in upstream and n is not self.source]
+
+    def _call(self, function: Any, *arguments: Any) -> fx.Node:
+        node = self.graph.call_function(function, arguments)
+        annotate(node, self.note)
+        return node
+
+    def _count(self, node: fx.Node, width: int) -> int:
+        """How many numbers the last axis of the node's shadow holds."""
+        return max(1, width // self.blocks[node])
+
+    def _follow(self, node: fx.Node) -> None:
+        inputs = [n for n in node.all_input_nodes if n in self.shadows]
+        value = node.meta.get("val")
+        if not inputs or not isinstance(value, torch.Tensor):
+            return
+        data = next((n for n in inputs if _same_shape(n, node)), inputs[0])
+        if node.target in _MOVES and data is node.args[0]:
+            copy = self.graph.node_copy(node, lambda n: self.shadows[n] if n is data else n)
+            annotate(copy, self.note)
+            copy.meta.pop("val", None)
+            self.shadows[node], self.blocks[node] = copy, self.blocks[data]
+        elif _same_shape(data, node) or node.target in _CASTS:
+            self.shadows[node], self.blocks[node] = self.shadows[data], self.blocks[data]
+        elif _same_rows(data, node):
+            before, after = int(data.meta["val"].shape[-1]), int(value.shape[-1])
+            count = self._count(data, before)
+            if after < count:  # a statistic over channels: never the carrier of the features
+                return
+            self.shadows[node] = self._call(mix_channels, self.shadows[data], count, after)
+            self.blocks[node] = max(1, after // count)
+        else:
+            raise SiteError(
+                "the way from encoder tokens to visual tokens cannot be followed",
+                where=f'vision, node "{node.name}" ({node.target})',
+                got=f"{tuple(data.meta['val'].shape)} -> {tuple(value.shape)}",
+                want="operators that move tokens or mix channels",
+                fix="take the score from a decoder layer: layer: previous at language.2",
+                slug="tokens-not-traceable",
+            )
+
+
+def _same_shape(one: fx.Node, other: fx.Node) -> bool:
+    return _sizes(one) == _sizes(other)
+
+
+def _same_rows(one: fx.Node, other: fx.Node) -> bool:
+    return _sizes(one)[:-1] == _sizes(other)[:-1]
+
+
+def _sizes(node: fx.Node) -> list[str]:
+    value = node.meta.get("val")
+    return [str(size) for size in value.shape] if isinstance(value, torch.Tensor) else []
