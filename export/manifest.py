@@ -113,7 +113,7 @@ def writing(
         ArgumentError: `place` exists and is no artifact, or is one and `overwrite` is false.
     """
     place = Path(os.path.abspath(place))
-    _check_place(place, overwrite)
+    check_place(place, overwrite)
     place.parent.mkdir(parents=True, exist_ok=True)
     clean(place)
     folder = place.parent / f"{_partial(place)}{os.getpid()}-{secrets.token_hex(4)}"
@@ -140,7 +140,7 @@ def writing(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_place(place: Path, overwrite: bool) -> None:
+def check_place(place: Path, overwrite: bool) -> None:
     if not place.exists() or (place.is_dir() and not any(place.iterdir())):
         return
     artifact = (place / FILE).is_file()

@@ -25,6 +25,7 @@ from torch import fx
 A = torch.ops.aten
 _SAME = (A.clone.default, A.alias.default, A.detach.default, A.contiguous.default, A.lift_fresh_copy.default)
 _RESHAPES = (A.view.default, A.reshape.default, A._unsafe_view.default)
+_CASTS = (A._to_copy.default, A.to.dtype)
 _END = 2**31 - 1
 
 
@@ -106,9 +107,7 @@ def _whole(node: fx.Node) -> bool:
 def _source(node: Any) -> Any:
     """`node` behind copies, whole slices and casts to the dtype it has."""
     while (
-        _is(node, *_SAME)
-        or (_is(node, A.slice.Tensor) and _whole(node))
-        or (_is(node, A._to_copy.default) and _same_dtype(node))
+        _is(node, *_SAME) or (_is(node, A.slice.Tensor) and _whole(node)) or (_is(node, *_CASTS) and _same_dtype(node))
     ):
         node = node.args[0]
     return node
@@ -116,7 +115,11 @@ def _source(node: Any) -> Any:
 
 def _same_dtype(node: fx.Node) -> bool:
     before = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
-    return before is not None and set(node.kwargs) == {"dtype"} and before.dtype == node.kwargs["dtype"]
+    if before is None:
+        return False
+    if node.target == A.to.dtype:
+        return before.dtype == node.args[1]
+    return set(node.kwargs) == {"dtype"} and before.dtype == node.kwargs["dtype"]
 
 
 def _unrepeated(node: Any) -> Any:
@@ -236,7 +239,7 @@ def _halves(node: Any) -> bool:
         A.squeeze.dim,
     ):
         return _along_last(node) is False and _halves(node.args[0])
-    if node.target in (A.cos.default, A.sin.default, A._to_copy.default, A.neg.default):
+    if node.target in (A.cos.default, A.sin.default, A.neg.default, *_CASTS):
         return _halves(node.args[0])
     if node.target in (A.mul.Tensor, A.mul.Scalar, A.add.Tensor, A.where.self):
         tensors = [arg for arg in node.args if isinstance(arg, fx.Node)]
@@ -247,6 +250,8 @@ def _halves(node: Any) -> bool:
 def _along_last(node: fx.Node) -> bool:
     """Whether an indexing op touches the last axis of what it reads."""
     rank = len(_shape(node.args[0]))
+    if node.target == A.gather.default and not _repeated_along_last(node.args[2]):
+        return True
     if node.target == A.index.Tensor:
         return len(node.args[1]) == rank and node.args[1][-1] is not None
     if node.target == A.expand.default:
@@ -256,6 +261,12 @@ def _along_last(node: fx.Node) -> bool:
     if node.target == A.unsqueeze.default:
         return any(a in (-1, rank) for a in axes)
     return any(a in (-1, rank - 1) for a in axes)
+
+
+def _repeated_along_last(index: Any) -> bool:
+    """Whether an index is the same for every number of the last axis."""
+    index = _source(index)
+    return _is(index, A.expand.default) and _shape(_source(index.args[0]))[-1] == 1
 
 
 def _shifted(a: Any, b: Any) -> bool:
