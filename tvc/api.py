@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from tvc import artifact, compiler
-from tvc.errors import ArgumentError
+from tvc import artifact, compiler, placement
 from tvc.export.base import target as find_target
 from tvc.model import CompiledModel
 from tvc.policy import Policy, ResolvedPolicy, load_policy, resolve
 from tvc.program import Program
+from tvc.report.cost import one_image
 from tvc.report.plan import Plan
 from tvc.report.schedule import make_plan, plan_policy
 from tvc.runtime.engine import Engine
+from tvc.runtime.inputs import check_sample
 from tvc.trace.load import Source, load as load_source
 from tvc.trace.survey import Survey, survey
 
@@ -64,7 +65,7 @@ def plan(
         image_size: (height, width) of the image, for models whose token count depends on it.
     """
     source = load_source(model, weights=False, processor=processor)
-    layout = survey(source.meta, source.processor, image_size=image_size).layout
+    layout = one_image(survey(source.meta, source.processor, image_size=image_size).layout)
     loaded = load_policy(policy)
     return plan_policy(loaded, layout, text_tokens=text_tokens, new_tokens=new_tokens, average_tokens=average_tokens)
 
@@ -96,6 +97,9 @@ def compile(
     """
     find_target(target)
     loaded = load_policy(policy)
+    device, dtype = placement.device_of(device), placement.dtype_of(dtype)
+    if inputs is not None:
+        check_sample(inputs)
     started = time.perf_counter()
     timings: dict[str, float] = {}
 
@@ -149,7 +153,7 @@ def finish(
         Engine(surveyed.host, compiler.interface_of(lowered, resolved, surveyed), runner),
         target=target,
         policy=resolved,
-        plan=make_plan(resolved, surveyed.layout),
+        plan=make_plan(resolved, one_image(surveyed.layout)),
         config=source.model.config,  # type: ignore[union-attr]
         generation_config=getattr(source.model, "generation_config", None),
         processor=source.processor,
@@ -179,17 +183,10 @@ def load(folder: str | os.PathLike[str], device: torch.device | str | None = Non
     Raises:
         ArtifactError: it is no artifact, incomplete, changed or unsafe.
     """
-    return artifact.open_artifact(folder, device=device, threads=threads)
+    return artifact.open_artifact(folder, device=placement.device_of(device), threads=threads)
 
 
 def _survey(source: Source, inputs: Mapping[str, Any] | None) -> Survey:
-    if inputs is not None and not isinstance(inputs, Mapping):
-        raise ArgumentError(
-            "the sample inputs are not named",
-            where="inputs",
-            got=type(inputs).__name__,
-            want="a mapping of names to tensors",
-            fix="pass what the processor returns",
-            slug="bad-inputs",
-        )
+    if inputs is not None:
+        check_sample(inputs)
     return survey(source.meta, source.processor, inputs)

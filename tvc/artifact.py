@@ -19,6 +19,7 @@ from tvc.export.base import target as find_target
 from tvc.model import CompiledModel
 from tvc.policy import ResolvedPolicy, load_policy, resolve
 from tvc.program import Program
+from tvc.report.cost import one_image
 from tvc.report.report import write_report
 from tvc.report.schedule import make_plan
 from tvc.runtime.engine import Engine, Interface
@@ -130,7 +131,7 @@ def open_artifact(
         Engine(surveyed.host, interface, runner),
         target=content["target"],
         policy=policy,
-        plan=make_plan(policy, surveyed.layout),
+        plan=make_plan(policy, one_image(surveyed.layout)),
         config=config,
         generation_config=GenerationConfig.from_pretrained(folder),
         processor=processor,

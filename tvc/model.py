@@ -19,6 +19,7 @@ from tvc.errors import ArgumentError
 from tvc.policy import ResolvedPolicy
 from tvc.report.plan import Plan
 from tvc.runtime.engine import Engine
+from tvc.runtime.inputs import check_call
 
 
 @dataclasses.dataclass
@@ -71,12 +72,14 @@ def refuse_modes(kwargs: dict[str, Any]) -> None:
         "prompt_lookup_num_tokens": "prompt lookup takes tokens back out of the cache",
         "cache_implementation": "a compiled model keeps its own cache, one length per stage",
     }
+    configured = kwargs.get("generation_config")
     for name, reason in refused.items():
-        if kwargs.get(name) is not None:
+        value = kwargs.get(name, getattr(configured, name, None))
+        if value is not None:
             raise ArgumentError(
                 f"generate cannot take {name} here: {reason}",
                 where=f"generate({name}=...)",
-                got=kwargs[name],
+                got=type(value).__name__ if isinstance(value, torch.nn.Module) else value,
                 want="greedy search, sampling or beam search",
                 fix=f"leave {name} out",
                 slug="no-such-mode",
@@ -125,6 +128,7 @@ class CompiledModel:
     def generate(self, **inputs: Any) -> Any:
         """Token ids (or what `return_dict_in_generate` asks for), by the `generate` of the model's own class."""
         refuse_modes(inputs)
+        check_call(inputs, self.engine.interface.visual_token_ids, "generate")
         return self._model.generate(**inputs)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:

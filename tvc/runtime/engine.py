@@ -12,6 +12,7 @@ from tvc.chunks import PAST_KEY, PAST_POSITIONS, PAST_VALUE, TAP, DecoderShape
 from tvc.errors import InputError
 from tvc.runtime.cache import StagedCache
 from tvc.runtime.chunk import Chunk, chunk_inputs, left_packed, ragged, take
+from tvc.runtime.inputs import check_call, count_mismatch, placeholders
 from tvc.trace.exporters import prepare_vision_inputs
 from tvc.trace.host import PIXEL_NAMES, Host
 
@@ -84,20 +85,12 @@ class Engine:
     def call(self, inputs: dict[str, Any]) -> Answer:
         cache = inputs.get("past_key_values")
         past = cache if isinstance(cache, StagedCache) else None
+        check_call(inputs, self.interface.visual_token_ids)
         inputs = {k: v for k, v in inputs.items() if k != "past_key_values" and v is not None}
-        ids = inputs.get("input_ids")
-        if ids is None:
-            raise InputError(
-                "a compiled model needs token ids",
-                where="forward",
-                got=f"inputs {sorted(inputs)}",
-                want="input_ids [batch, sequence]",
-                fix="pass the processor's input_ids; inputs_embeds alone do not say where the image stands",
-                slug="no-input-ids",
-            )
+        ids = inputs["input_ids"]
         self._state = _VisionState()
         seen = past.seen if past is not None else 0
-        mask = _mask(inputs.get("attention_mask"), ids, seen)
+        mask = _mask(inputs.get("attention_mask"), ids)
         with torch.no_grad(), self.host.bound(vision=self._vision, embed=self._embed):
             chunk = self._chunk(inputs, ids, mask, past, seen)
             kept: dict[str, torch.Tensor] = {}
@@ -134,7 +127,14 @@ class Engine:
     def _chunk(
         self, inputs: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor, past: StagedCache | None, seen: int
     ) -> Chunk:
-        call = self.host.reach_decoder(**{**inputs, "past_key_values": past, "use_cache": True})
+        self.host.feature_lengths = []
+        try:
+            call = self.host.reach_decoder(**{**inputs, "past_key_values": past, "use_cache": True})
+        except ValueError as problem:
+            tokens, lengths = placeholders(ids, self.interface.visual_token_ids), self.host.feature_lengths
+            if not lengths or sum(lengths) == tokens:
+                raise
+            raise count_mismatch(tokens, lengths) from problem
         has_pixels = any(inputs.get(name) is not None for name in PIXEL_NAMES)
         visual = torch.zeros_like(ids, dtype=torch.bool)
         if has_pixels:
@@ -240,19 +240,10 @@ class Engine:
         return Answer(outputs["logits"], cache, kept)
 
 
-def _mask(mask: torch.Tensor | None, ids: torch.Tensor, seen: int) -> torch.Tensor:
+def _mask(mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
     """[B, S] bool: which slots of the new chunk are real."""
     if mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
-    if mask.dim() != 2 or mask.shape[1] not in (ids.shape[1], seen + ids.shape[1]):
-        raise InputError(
-            "the attention mask does not fit the tokens",
-            where="forward",
-            got=f"attention_mask {list(mask.shape)}",
-            want=f"[{ids.shape[0]}, {seen + ids.shape[1]}] (cached and new tokens) or [{ids.shape[0]}, {ids.shape[1]}]",
-            fix="pass the processor's attention_mask, extended by one column for each token since",
-            slug="mask-shape",
-        )
     return mask[:, -ids.shape[1] :].bool()
 
 

@@ -1,0 +1,176 @@
+"""Checks what a user hands to a model before the family's own code sees it: its errors would not say what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from tvc.errors import ArgumentError, InputError
+from tvc.runtime.cache import StagedCache
+from tvc.trace.host import PIXEL_NAMES
+
+_RESULT = "what processor(images=..., text=..., return_tensors='pt') returns"
+
+
+def check_call(inputs: Mapping[str, Any], visual_token_ids: Sequence[int], where: str = "forward") -> None:
+    """Refuses inputs of one call of the model, or of `generate`, that contradict each other.
+
+    Args:
+        inputs: by name; `past_key_values` among them makes this a later turn.
+        visual_token_ids: ids of the placeholders of images.
+        where: the function that was called, for the error.
+
+    Raises:
+        InputError: tokens, mask, pixels and cache do not belong together.
+    """
+    past = inputs.get("past_key_values")
+    _check_cache(past, where)
+    ids = inputs.get("input_ids")
+    _check_ids(ids, inputs, where)
+    seen = past.seen if isinstance(past, StagedCache) else 0
+    _check_mask(inputs.get("attention_mask"), ids, seen, where)
+    new = ids[:, seen:] if where == "generate" else ids
+    given = [name for name in PIXEL_NAMES if inputs.get(name) is not None]
+    count = placeholders(new, visual_token_ids)
+    if given and not count:
+        raise InputError(
+            "there are pixels, but the tokens have no place for them",
+            where=where,
+            got=f"{given[0]} {_shape(inputs[given[0]])}, and no placeholder token among the new input_ids",
+            want="one placeholder token for each visual token",
+            fix="let the processor make both: text with an image token or a chat template, and images",
+            slug="no-placeholders",
+        )
+    # A token that the model itself wrote may be a placeholder by chance; only a first turn must come with its pixels.
+    if count and not given and (seen == 0 or where == "generate"):
+        raise InputError(
+            "there are placeholders of an image, but no pixels",
+            where=where,
+            got=f"{count} placeholder tokens in input_ids, and no pixel_values",
+            want="the pixels of each image, or text alone",
+            fix=f"pass {_RESULT}, or leave the image token out of the text",
+            slug="no-pixels",
+        )
+
+
+def placeholders(ids: torch.Tensor, visual_token_ids: Sequence[int]) -> int:
+    """How many tokens of `ids` [B, S] stand for visual features."""
+    return sum(int((ids == token).sum()) for token in visual_token_ids)
+
+
+def count_mismatch(tokens: int, lengths: Sequence[int], where: str = "forward") -> InputError:
+    """The error for `tokens` placeholders where the images make `lengths` visual tokens."""
+    return InputError(
+        "the placeholders in the text do not fit the images",
+        where=where,
+        got=f"{tokens} placeholder tokens",
+        want=f"{sum(lengths)}, for images of {' + '.join(map(str, lengths))} visual tokens",
+        fix="let the processor put the placeholders in, and do not truncate the text",
+        slug="placeholder-count",
+    )
+
+
+def check_sample(inputs: Any) -> None:
+    """Refuses sample inputs that nothing can be traced with.
+
+    Raises:
+        ArgumentError: they are no mapping, hold no tokens or no image, or are of different batches.
+    """
+    if not isinstance(inputs, Mapping):
+        raise ArgumentError(
+            "the sample inputs are not named",
+            where="inputs",
+            got=type(inputs).__name__,
+            want="a mapping of names to tensors",
+            fix=f"pass {_RESULT}",
+            slug="bad-inputs",
+        )
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
+        raise ArgumentError(
+            "the sample inputs hold no token ids",
+            where="inputs",
+            got=f"input_ids {_shape(ids)} among {sorted(inputs)}",
+            want="input_ids as a tensor [batch, sequence]",
+            fix=f"pass {_RESULT}",
+            slug="bad-inputs",
+        )
+    if not any(isinstance(inputs.get(name), torch.Tensor) for name in PIXEL_NAMES):
+        raise ArgumentError(
+            "the sample inputs hold no image",
+            where="inputs",
+            got=f"{sorted(inputs)}",
+            want="pixel_values among them, as a tensor",
+            fix="pass what the processor returns for a prompt with an image",
+            slug="no-image",
+        )
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.shape != ids.shape:
+        raise ArgumentError(
+            "the sample's attention mask does not fit its tokens",
+            where="inputs",
+            got=f"attention_mask {_shape(mask)}",
+            want=f"{_shape(ids)}, as input_ids",
+            fix=f"pass {_RESULT}",
+            slug="bad-inputs",
+        )
+
+
+def _check_cache(past: Any, where: str) -> None:
+    if past is None or isinstance(past, StagedCache):
+        return
+    length = past.get_seq_length() if hasattr(past, "get_seq_length") else -1
+    if length != 0:  # `generate` hands over an empty cache of its own at first
+        raise InputError(
+            "the cache is not one of a compiled model",
+            where=where,
+            got=f"past_key_values of type {type(past).__name__}",
+            want="the past_key_values of an earlier answer of this model",
+            fix="keep out.past_key_values, or run the whole prompt again without a cache",
+            slug="foreign-cache",
+        )
+
+
+def _check_ids(ids: Any, inputs: Mapping[str, Any], where: str) -> None:
+    if ids is None:
+        raise InputError(
+            "a compiled model needs token ids",
+            where=where,
+            got=f"inputs {sorted(name for name, value in inputs.items() if value is not None)}",
+            want="input_ids [batch, sequence]",
+            fix="pass the processor's input_ids; inputs_embeds alone do not say where the image stands",
+            slug="no-input-ids",
+        )
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point() or 0 in ids.shape:
+        raise InputError(
+            "the token ids are not a batch of whole numbers",
+            where=where,
+            got=f"input_ids {_shape(ids)}",
+            want="int64 [batch, sequence], neither of them 0",
+            fix="ask the processor for return_tensors='pt'",
+            slug="bad-input-ids",
+        )
+
+
+def _check_mask(mask: Any, ids: torch.Tensor, seen: int, where: str) -> None:
+    if mask is None:
+        return
+    batch, new = ids.shape
+    # `generate` is given the whole sequence; a call of the model only what is new.
+    widths = {new} if where == "generate" else {new, seen + new}
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.shape[0] != batch or mask.shape[1] not in widths:
+        both = f"[{batch}, {seen + new}] (cached and new tokens) or " if len(widths) > 1 else ""
+        raise InputError(
+            "the attention mask does not fit the tokens",
+            where=where,
+            got=f"attention_mask {_shape(mask)}",
+            want=f"{both}[{batch}, {new}]",
+            fix="pass the processor's attention_mask, extended by one column for each token since",
+            slug="mask-shape",
+        )
+
+
+def _shape(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
