@@ -91,10 +91,9 @@ def add_projector(program: Program, step: Any) -> list[Change]:
     sample = tuple(t.to(shape.device) for t in (features, segment, counts, *taps))
     dynamic = tuple({0: AUTO, 1: AUTO} for _ in sample)
     names = ("visual_features", "visual_segment", "visual_counts", *widths)
+    shapes = (*dynamic[:3], dynamic[3:]) if taps else dynamic
     with torch.no_grad():
-        exported = torch.export.export(
-            ProjectorCut(step, widths), sample, dynamic_shapes=(*dynamic[:3], dynamic[3:]), strict=False
-        )
+        exported = torch.export.export(ProjectorCut(step, widths), sample, dynamic_shapes=shapes, strict=False)
     component = Component("projector", exported, names, ("visual_features", "chosen"), sample, dynamic)
     component.meta["tap_widths"] = widths
     component.draft = open_draft(component)

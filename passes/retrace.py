@@ -6,7 +6,7 @@ import torch
 
 from tvc.chunks import sample_inputs, varying_axes
 from tvc.errors import PassError
-from tvc.graphs import drop_unused_attributes
+from tvc.graphs import drop_checks, drop_unused_attributes
 from tvc.passes.base import Pass
 from tvc.program import Change, Component, Program
 
@@ -58,6 +58,7 @@ def export_draft(component: Component) -> None:
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+    drop_checks(exported)
     component.exported, component.draft = exported, None
     _check_dynamic(component)
 

@@ -15,6 +15,7 @@ from tvc.model import CompiledModel
 from tvc.policy import Policy, ResolvedPolicy, load_policy, resolve
 from tvc.program import Program
 from tvc.report.cost import one_image
+from tvc.report.cost import one_image
 from tvc.report.plan import Plan
 from tvc.report.schedule import make_plan, plan_policy
 from tvc.runtime.engine import Engine

@@ -20,6 +20,7 @@ from tvc.model import CompiledModel
 from tvc.policy import ResolvedPolicy, load_policy, resolve
 from tvc.program import Program
 from tvc.report.cost import one_image
+from tvc.report.cost import one_image
 from tvc.report.report import write_report
 from tvc.report.schedule import make_plan
 from tvc.runtime.engine import Engine, Interface

@@ -64,6 +64,16 @@ def _attach(root: torch.nn.Module, exported: torch.export.ExportedProgram, spec:
     return name
 
 
+def drop_checks(exported: torch.export.ExportedProgram) -> None:
+    """Removes the assertions of a trace, which hold the sample to have been typical (no budget of 0 in a decode step)."""
+    graph = exported.graph_module.graph
+    for node in list(graph.nodes):
+        if node.target in _CHECKS and not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    exported.graph_module.recompile()
+
+
 def drop_unused_attributes(draft: fx.GraphModule) -> None:
     """Forgets weights that no node reads, so that no artifact stores them."""
     read = {node.target for node in draft.graph.nodes if node.op == "get_attr"}

@@ -53,6 +53,7 @@ class Layout:
     head_linear: int  # weights of the output head
     element_size: int  # bytes of one cached number
     sites: tuple[Site, ...]
+    used_vision_blocks: int | None = None  # encoder blocks that the features depend on; None: all of them
     image_size: tuple[int, int] = (0, 0)  # (height, width) of the sample image
 
     def site(self, name: str) -> Site | None:

@@ -81,7 +81,7 @@ def _priced(policy: Any, layout: Layout, track: _Track, text_tokens: int, new_to
         text_tokens,
         track.vision,
         new_tokens,
-        vision_blocks=blocks,
+        vision_blocks=layout.used_vision_blocks if blocks is None else blocks,
         policy=policy.name,
         sites=track.sites,
         exact=track.exact,

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import tvc.kernels.attention_mask  # noqa: F401  registers torch.ops.tvc.attention_mask
 from tvc.chunks import CHUNK_INPUTS, PAST_KEY, PAST_POSITIONS, PAST_VALUE, DecoderShape, sample_inputs, varying_axes
+from tvc.graphs import drop_checks
 from tvc.program import Component
 from tvc.trace.attention import decoder_masks
 from tvc.trace.host import Boundary
@@ -93,6 +94,7 @@ def capture_decoder(model: torch.nn.Module, boundary: Boundary, shape: DecoderSh
         exported = torch.export.export(
             module, sample, dynamic_shapes=(*dynamic[:fixed], dynamic[fixed:]), strict=False
         )
+    drop_checks(exported)
     outputs = ("logits", "key_positions.0", *(name for i in range(layers) for name in (f"key.{i}", f"value.{i}")))
     return Component("decoder", exported, names, outputs, sample, dynamic, meta={"shape": shape})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -74,8 +74,9 @@ def survey(
     identity, lengths = _probe_packing(host, sample)
     if inputs is None:
         sample = with_text(meta, sample, _per_sample(lengths, 2))
-    embed = _zero_embedding(fields["hidden_size"])
-    with torch.no_grad(), host.bound(vision=lambda _p: [torch.zeros(f) for f in host.boundary.features], embed=embed):
+    dtype = next(meta.get_decoder().parameters()).dtype  # type: ignore[operator]
+    embed = _zero_embedding(fields["hidden_size"], dtype)
+    with torch.no_grad(), host.bound(vision=lambda _p: [torch.zeros(f, dtype=dtype) for f in host.boundary.features], embed=embed):
         call = host.reach_decoder(**{**sample, "use_cache": True})
     axes = call.position_ids.shape[0] if call.position_ids is not None and call.position_ids.dim() == 3 else 0
     layout = _layout(meta, fields, entering[0], host.boundary.features[0], identity, lengths, size)
@@ -120,8 +121,8 @@ def _cache_shapes(meta: torch.nn.Module, width: int) -> tuple[tuple[int, int, in
     return tuple(shapes)
 
 
-def _zero_embedding(width: int) -> Any:
-    return lambda ids: torch.zeros(*ids.shape, width)
+def _zero_embedding(width: int, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda ids: torch.zeros(*ids.shape, width, dtype=dtype)
 
 
 def _probe_packing(host: Host, sample: Mapping[str, Any]) -> tuple[bool, list[int]]:
@@ -181,6 +182,7 @@ def _layout(
         tile_tokens=tile_tokens,
         visual_tokens=tuple(_per_sample(lengths, 2)),
         sites=(*vision, Site("projector", True), *language),
+        used_vision_blocks=used,
         image_size=size,
         **fields,
     )

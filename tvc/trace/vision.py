@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 import tvc.kernels.cut_marker  # noqa: F401  registers torch.ops.tvc.cut_marker
 from tvc.errors import TraceError
+from tvc.graphs import drop_checks
 from tvc.program import Component
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
@@ -155,6 +156,7 @@ def capture_vision(
     dynamic = tuple({axis: AUTO for axis in range(value.dim())} for value in arguments)
     with tracing(model), _marked(model, sites):
         exported = torch.export.export(module, arguments, dynamic_shapes=(dynamic,), strict=False)
+    drop_checks(exported)
     count = len(exported.graph_signature.user_outputs)
     outputs = (OUTPUT, *(f"{OUTPUT}.{i}" for i in range(1, count)))
     return Component("vision", exported, tuple(inputs.tensors), outputs, arguments, dynamic)

@@ -1,0 +1,143 @@
+"""The vision encoder of an untouched model: which of its tokens make which visual token, and what it says of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tvc.errors import TraceError
+from tvc.trace.host import feature_owner, keywords
+from tvc.trace.layout import used_vision_blocks
+from tvc.verification.observe import Observer, Seen, observed
+
+_BASE = 8  # one digit of a visual token's number is read off a ratio of gradients, so it must be small
+
+
+class _Leaf(Observer):
+    """Cuts the encoder open in front of its last used block, whose attention is then silent: tokens stay apart."""
+
+    silent = True
+
+    def __init__(self, block: int):
+        self.block = block
+        self.leaf: torch.Tensor | None = None
+
+    def entering(self, component: str, index: int, block: torch.nn.Module, arguments: dict[str, Any]) -> None:
+        if component == "vision" and index == self.block:
+            self.leaf = arguments["hidden_states"].detach().requires_grad_()
+            arguments["hidden_states"] = self.leaf
+
+
+def token_map(model: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """[tokens] int64: the visual token (over all samples, in order) that each encoder token ends in, -1 for none.
+
+    With attention silent every encoder token moves one visual token only. The features are weighted by the digits of
+    the visual tokens' numbers and derived by the encoder tokens: the ratio to the unweighted derivative is the digit.
+
+    Raises:
+        TraceError: an encoder token ends in several visual tokens.
+    """
+    observer = _Leaf(used_vision_blocks(model) - 1)
+    with torch.enable_grad(), observed(model, observer):
+        features = flat_features(model, inputs)
+        leaf = observer.leaf
+        if leaf is None or not features.requires_grad:
+            raise _unmapped("the features do not depend on the encoder's blocks")
+        generator = torch.Generator().manual_seed(0)
+        direction = torch.randn(features.shape[1], generator=generator).to(features)
+        told = features @ direction
+        numbers = torch.arange(len(told), device=told.device)
+
+        def gradient(weights: torch.Tensor) -> torch.Tensor:
+            made = torch.autograd.grad((told * weights.to(told)).sum(), leaf, retain_graph=True)[0]
+            return made.reshape(-1, leaf.shape[-1]).double()
+
+        plain = gradient(torch.ones_like(numbers))
+        length = (plain * plain).sum(1)
+        result, factor = torch.zeros(len(plain), dtype=torch.int64, device=plain.device), 1
+        while factor <= max(1, len(told) - 1):
+            digit = gradient(numbers // factor % _BASE)
+            ratio = (digit * plain).sum(1) / length.clamp(min=1e-30)
+            if bool(((ratio - ratio.round()).abs() > 0.1)[length > 0].any()):
+                raise _unmapped("an encoder token ends in several visual tokens")
+            result += ratio.round().long() * factor
+            factor *= _BASE
+    return torch.where(length > 0, result, -1)
+
+
+def _unmapped(why: str) -> TraceError:
+    return TraceError(
+        "encoder tokens cannot be matched with visual tokens",
+        where="verification",
+        got=why,
+        want="every encoder token in one visual token at most",
+        fix="take the score from a decoder layer, or compile with verify=False",
+        slug="tokens-not-matched",
+    )
+
+
+def flat_features(model: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """[visual tokens of all samples, D] what the model's own `get_image_features` gives."""
+    owner: Any = feature_owner(model)
+    parts = feature_parts(owner.get_image_features(**keywords(owner.get_image_features, inputs)))
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
+def feature_parts(output: Any) -> list[torch.Tensor]:
+    """[tokens, D] of each image (or tile), from what `get_image_features` returned."""
+    pooled = getattr(output, "pooler_output", output)
+    if isinstance(pooled, torch.Tensor):
+        return list(pooled) if pooled.dim() == 3 else [pooled]
+    return list(pooled)
+
+
+@dataclasses.dataclass
+class EncoderTaps:
+    """Turns what attention calls of one encoder block saw into one number (or key) a visual token."""
+
+    owner: torch.Tensor  # [tokens] from `token_map`
+
+    def _pooled(self, values: torch.Tensor) -> torch.Tensor:
+        """[visual tokens, ...] means of `values` [tokens, ...] over the encoder tokens of each visual token."""
+        real = self.owner >= 0
+        number = int(self.owner.max()) + 1
+        flat = values.reshape(len(values), -1).float()
+        total = flat.new_zeros(number, flat.shape[1]).index_add(0, self.owner[real], flat[real])
+        members = flat.new_zeros(number).index_add(0, self.owner[real], flat.new_ones(int(real.sum())))
+        return total / members.clamp(min=1)[:, None]
+
+    def keys(self, calls: list[Seen]) -> torch.Tensor:
+        """[visual tokens, d] keys averaged over heads."""
+        return self._pooled(torch.cat([c.key.float().mean(1).flatten(0, 1) for c in calls]))
+
+    def attention(self, calls: list[Seen], of: str, heads: str) -> torch.Tensor:
+        """[visual tokens] the attention that a block's tokens pay: `cls` (the first), `visual` or `all` of them."""
+        received, start = [], 0
+        whole = sum(c.query.shape[0] * c.query.shape[2] for c in calls) if len(calls) > 1 else 0
+        for call in calls:
+            batch, count, length, _ = call.query.shape
+            key = call.key.float().repeat_interleave(count // call.key.shape[1], 1)
+            weights = call.query.float() @ key.transpose(2, 3) * call.scale
+            if call.mask is not None:
+                weights = weights.masked_fill(~_boolean(call.mask), float("-inf"))
+            weights = weights.softmax(-1)
+            rows = torch.ones(batch, length, device=weights.device)
+            if of == "cls":
+                rows = (torch.arange(length, device=weights.device) == 0).float().expand(batch, -1)
+            elif of == "visual":
+                rows = (self.owner[start : start + batch * length] >= 0).float().reshape(batch, length)
+            elif call.mask is not None:  # tokens that were dropped pay nothing
+                rows = rows * _boolean(call.mask).expand(batch, 1, length, length)[:, 0, 0].float()
+            by_head = (weights * rows[:, None, :, None]).sum(2)
+            by_head = by_head / (whole or rows.sum(1)[:, None, None].clamp(min=1))  # packed images share one mean
+            pooled = {"mean": by_head.mean(1), "sum": by_head.sum(1), "max": by_head.amax(1)}[heads]
+            received.append(pooled.flatten())
+            start += batch * length
+        return self._pooled(torch.cat(received)[:, None])[:, 0]
+
+
+def _boolean(mask: torch.Tensor) -> torch.Tensor:
+    return mask if mask.dtype == torch.bool else mask >= 0

@@ -1,0 +1,142 @@
+"""Sees and changes what flows into the blocks of an untouched model, for the length of one call.
+
+The model's attention is replaced by a function that looks at query, key and value and then calls the same attention
+that the model would have used. Everything else are hooks, which are gone afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from tvc.trace.attention import attention_as
+from tvc.trace.layout import blocks
+
+NAME = "tvc_observed"
+
+
+@dataclasses.dataclass
+class Seen:
+    """One call of an attention."""
+
+    query: torch.Tensor  # [B, H, Q, d]
+    key: torch.Tensor  # [B, G, N, d]
+    value: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float
+
+
+class Observer:
+    """What to do at each block and each attention; the defaults change nothing. `component` is language or vision."""
+
+    silent = False  # attention gives zeros, so that blocks act on every token by itself
+
+    def entering(self, component: str, index: int, block: torch.nn.Module, arguments: dict[str, Any]) -> None:
+        """Before block `index` runs on `arguments`, which may be changed."""
+
+    def attention(self, component: str, index: int, seen: Seen) -> torch.Tensor | None:
+        """The mask to attend with."""
+        return seen.mask
+
+
+@dataclasses.dataclass
+class _Ambient:
+    observer: Observer | None = None
+    place: tuple[str, int] | None = None
+
+
+_AMBIENT = _Ambient()
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    observer, place = _AMBIENT.observer, _AMBIENT.place
+    if observer is not None and place is not None:
+        scale = kwargs.get("scaling")
+        scale = float(scale) if scale is not None else query.shape[-1] ** -0.5
+        attention_mask = observer.attention(*place, Seen(query, key, value, attention_mask, scale))
+        if observer.silent:
+            batch, heads, length, _ = query.shape
+            return query.new_zeros(batch, length, heads, value.shape[-1]), None
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")):  # only the family's own code has these
+        own = sys.modules[type(module).__module__].eager_attention_forward
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            lowest = torch.finfo(query.dtype).min
+            attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
+        made: tuple[torch.Tensor, torch.Tensor | None] = own(module, query, key, value, attention_mask, **kwargs)
+        return made
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
+
+
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """The model's own mask, always as a tensor."""
+    return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, _mask)
+
+
+def named_arguments(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a block by name."""
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+@contextlib.contextmanager
+def observed(model: torch.nn.Module, observer: Observer) -> Iterator[None]:
+    """Calls of `model` inside the block report to `observer`."""
+    handles = []
+
+    def before(component: str, index: int) -> Callable[..., Any]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+            arguments = named_arguments(module, args, kwargs)
+            _AMBIENT.place = (component, index)
+            observer.entering(component, index, module, arguments)
+            return (), arguments
+
+        return hook
+
+    def after(*_args: Any) -> None:
+        _AMBIENT.place = None
+
+    for component, stack in zip(("language", "vision"), blocks(model), strict=True):
+        for index, block in enumerate(stack):
+            handles.append(block.register_forward_pre_hook(before(component, index), with_kwargs=True))
+            handles.append(block.register_forward_hook(after))
+    _AMBIENT.observer = observer
+    try:
+        with attention_as(model, NAME):
+            yield
+    finally:
+        _AMBIENT.observer, _AMBIENT.place = None, None
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """The instance attribute `name` of `owner` is `value` for the length of the block."""
+    had, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, before)
+        else:
+            delattr(owner, name)

@@ -1,0 +1,379 @@
+"""The definition of a compiled model: the untouched one, in which a dropped token is masked from its layer on.
+
+One call of the untouched model over the prompt and everything that was generated gives every step's logits. Hooks in
+front of its blocks narrow the model's own mask to the tokens that are still there, put merged values in the place of
+their targets and carry out every policy step by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tvc.kernels.op import Attention, Tap
+from tvc.trace.host import feature_owner, keywords
+from tvc.trace.layout import blocks
+from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
+from tvc.verification.observe import Observer, Seen, observed, replaced
+from tvc.verification.steps import Outcome, Sample, carry_out
+
+
+@dataclasses.dataclass
+class Expected:
+    """What the compiled model has to give."""
+
+    logits: torch.Tensor  # [B, steps, vocabulary]
+    keys: list[torch.Tensor] = dataclasses.field(default_factory=list)  # per layer [B, G, S, d]
+    values: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    held: list[torch.Tensor] = dataclasses.field(default_factory=list)  # per layer [B, S] bool: columns in its cache
+    outcomes: list[tuple[int, str, list[Outcome]]] = dataclasses.field(default_factory=list)  # step, site, per sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Inputs of one call, padded on the left, and what was generated behind them."""
+
+    inputs: Mapping[str, torch.Tensor]
+    tokens: torch.Tensor  # [B, steps - 1] int64
+    kept: Mapping[str, torch.Tensor]  # the compiled model's
+    axes: int  # rotary position axes; 0: plain positions
+    visual_token_ids: tuple[int, ...]
+
+    @property
+    def prompt(self) -> int:
+        return int(self.inputs["input_ids"].shape[1])
+
+
+def expect(model: Any, policy: Any, case: Case, slack: float) -> Expected:
+    """Runs the untouched `model` on `case`; `policy` is resolved, `slack` see `carry_out`."""
+    oracle = _Oracle(model, policy, case, slack)
+    with torch.no_grad():
+        return oracle.run()
+
+
+class _Oracle(Observer):
+    def __init__(self, model: Any, policy: Any, case: Case, slack: float):
+        self.model, self.policy, self.case, self.slack = model, policy, case, slack
+        self.depth = len(blocks(model)[0])
+        self.steps: dict[str, list[tuple[int, Any]]] = {}
+        for number, step in enumerate(policy.steps):
+            self.steps.setdefault(step.at, []).append((number, step))
+        primitives = [p for step in policy.steps for p in step.primitives()]
+        taps = [tap for p in primitives for tap in p.taps().values()]
+        self.tapped = {tap.layer for tap in taps if tap.layer}
+        self.sees_encoder = any(name.startswith("vision.") for name in (*self.tapped, *self.steps))
+        self.seen: dict[str, list[Seen]] = {}
+        self.inputs_of: dict[str, torch.Tensor] = {}  # hidden states that enter a tapped decoder layer
+        self.expected = Expected(torch.empty(0))
+        self.lengths: list[int] = []
+        self.samples: list[Sample] = []
+        self.tiles: list[Sample] = []
+        self.probing = False
+        self.rotary: tuple[Any, tuple[Any, ...], dict[str, Any], Any] | None = None
+
+    # The call ---------------------------------------------------------------------------------------------------------
+
+    def run(self) -> Expected:
+        inputs = self._inputs()
+        if self.sees_encoder:
+            with _kept_state(self.model):
+                self.map = token_map(self.model, self.case.inputs)
+        owner: Any = feature_owner(self.model)
+        original = owner.get_image_features
+
+        def get_image_features(*args: Any, **kwargs: Any) -> Any:
+            output = original(*args, **kwargs)
+            self.lengths = [len(part) for part in feature_parts(output)]
+            return output
+
+        decoder = self.model.get_decoder()
+        rotary = getattr(decoder, "rotary_emb", None)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_kept_state(self.model))
+            stack.enter_context(replaced(owner, "get_image_features", get_image_features))
+            stack.enter_context(observed(self.model, self))
+            if rotary is not None:
+                handle = rotary.register_forward_hook(self._rotated, with_kwargs=True)
+                stack.callback(handle.remove)
+            steps = self.case.tokens.shape[1] + 1
+            if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
+                inputs["logits_to_keep"] = steps
+            self.expected.logits = self.model(**inputs, use_cache=False).logits[:, -steps:]
+        return self.expected
+
+    def _inputs(self) -> dict[str, Any]:
+        """The case's inputs with the generated tokens behind them."""
+        inputs, tokens = dict(self.case.inputs), self.case.tokens
+        ids = inputs["input_ids"]
+        self.mask = torch.cat([inputs["attention_mask"].bool(), torch.ones_like(tokens, dtype=torch.bool)], 1)
+        for name, value in inputs.items():
+            if value.shape == ids.shape and name != "attention_mask":
+                more = tokens if name == "input_ids" else torch.zeros_like(tokens, dtype=value.dtype)
+                inputs[name] = torch.cat([value, more], 1)
+        inputs["attention_mask"] = self.mask.long()
+        if not self.case.axes:  # what `generate` passes: places without the padding in front
+            inputs["position_ids"] = (self.mask.long().cumsum(1) - 1).clamp(min=0)
+        self.alive = self.mask.clone()
+        return inputs
+
+    def _rotated(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not self.probing:
+            self.rotary = (module, args, kwargs, output)
+
+    # Blocks -----------------------------------------------------------------------------------------------------------
+
+    def entering(self, component: str, index: int, block: torch.nn.Module, arguments: dict[str, Any]) -> None:
+        hidden = arguments["hidden_states"]
+        if component == "vision":
+            if index == 0 and hidden.dim() == 3:
+                self._enter_encoder(hidden)
+            arguments["hidden_states"] = self._steps_at(f"vision.{index}", hidden, block, arguments)
+            return
+        own = arguments["attention_mask"]
+        if index == 0:
+            self._enter_decoder()
+            hidden = self._steps_at("projector", hidden, block, arguments)
+        if f"language.{index}" in self.tapped:
+            self.inputs_of[f"language.{index}"] = hidden
+        hidden = self._steps_at(f"language.{index}", hidden, block, arguments)
+        arguments["hidden_states"] = hidden
+        arguments["attention_mask"] = self._narrowed(own)
+        if self.policy.positions == "renumber" and self._cut_before(index):
+            arguments["position_embeddings"] = self._renumbered()
+            arguments["position_ids"] = (self.alive.long().cumsum(1) - 1).clamp(min=0)
+        self.expected.held.append(self.alive.clone())
+
+    def attention(self, component: str, index: int, seen: Seen) -> torch.Tensor | None:
+        name = f"{component}.{index}"
+        if component == "vision" and self.tiles and name != "vision.0":
+            seen.mask = self._tile_mask(seen)
+        if name in self.tapped:
+            calls = self.seen.setdefault(name, [])
+            if component == "language":
+                calls.clear()  # a probe of this block came before
+            calls.append(dataclasses.replace(seen))
+        if component == "language" and not self.probing:
+            self.expected.keys.append(seen.key)
+            self.expected.values.append(seen.value)
+        return seen.mask
+
+    def _narrowed(self, own: torch.Tensor | None) -> torch.Tensor:
+        """The model's own mask without the keys that were dropped."""
+        if own is None:
+            size = self.alive.shape[1]
+            own = torch.ones(size, size, dtype=torch.bool, device=self.alive.device).tril()[None, None]
+        if own.dtype != torch.bool:
+            own = own >= 0
+        return own & self.alive[:, None, None, :]
+
+    def _cut_before(self, index: int) -> bool:
+        sites = [at for at in self.steps if at.startswith("language.")]
+        return any(int(site.removeprefix("language.")) <= index for site in sites)
+
+    def _renumbered(self) -> Any:
+        """Position embeddings of the running numbers of the tokens that are left."""
+        assert_known = self.rotary
+        module, args, kwargs, _ = assert_known  # type: ignore[misc]
+        positions = (self.alive.long().cumsum(1) - 1).clamp(min=0)
+        if "position_ids" in kwargs:
+            kwargs = {**kwargs, "position_ids": positions}
+        else:
+            args = (args[0], positions, *args[2:])
+        self.probing = True
+        made = module(*args, **kwargs)
+        self.probing = False
+        return made
+
+    # Steps ------------------------------------------------------------------------------------------------------------
+
+    def _enter_encoder(self, hidden: torch.Tensor) -> None:
+        if not any(site.startswith("vision.") for site in self.steps):
+            return
+        owner = self.map.reshape(hidden.shape[:2])
+        for row in range(len(hidden)):
+            columns = (owner[row] >= 0).nonzero().flatten()
+            rest = (owner[row] < 0).nonzero().flatten()
+            self.tiles.append(Sample.fresh(row, rest, columns, torch.zeros_like(columns)))
+        self.tile_alive = torch.ones_like(owner, dtype=torch.bool)
+
+    def _tile_mask(self, seen: Seen) -> torch.Tensor:
+        alive = self.tile_alive[:, None, None, :].to(seen.query.device)
+        if seen.mask is None:
+            return alive.expand(-1, 1, seen.query.shape[2], -1)
+        return (seen.mask if seen.mask.dtype == torch.bool else seen.mask >= 0) & alive
+
+    def _enter_decoder(self) -> None:
+        ids = self.case.inputs["input_ids"]
+        visual = torch.zeros_like(ids, dtype=torch.bool)
+        for token in self.case.visual_token_ids:
+            visual |= ids == token
+        mask = self.case.inputs["attention_mask"].bool()
+        visual &= mask
+        lengths = self.lengths
+        if sum(lengths) != int(visual.sum()):
+            lengths = visual.sum(1).tolist()
+        image = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(ids.device)
+        start = 0
+        for row in range(len(ids)):
+            slots = visual[row].nonzero().flatten()
+            segment = image[start : start + len(slots)]
+            segment = segment - segment[0] if len(segment) else segment
+            self.samples.append(Sample.fresh(row, (mask[row] & ~visual[row]).nonzero().flatten(), slots, segment))
+            start += len(slots)
+        self._drop_of_encoder()
+
+    def _drop_of_encoder(self) -> None:
+        """Visual tokens whose encoder token was dropped never reach the decoder."""
+        if not self.tiles:
+            return
+        left = {int(self.map.reshape(self.tile_alive.shape)[t.row, c]) for t in self.tiles for c in t.slots.tolist()}
+        start = 0
+        for number, sample in enumerate(self.samples):
+            stays = [i for i in range(len(sample.slots)) if start + i in left]
+            start += len(sample.slots)
+            index = torch.tensor(stays, dtype=torch.int64, device=sample.slots.device)
+            self.samples[number] = sample.taking(index).entering()
+        self._mark_alive(self.samples, self.alive)
+
+    def _mark_alive(self, samples: list[Sample], alive: torch.Tensor) -> None:
+        for sample in samples:
+            stays = torch.zeros_like(alive[sample.row])
+            stays[sample.text] = True
+            stays[sample.slots] = True
+            if samples is self.samples:
+                stays[self.case.prompt :] = True
+            alive[sample.row] &= stays
+
+    def _steps_at(
+        self, site: str, hidden: torch.Tensor, block: torch.nn.Module, arguments: dict[str, Any]
+    ) -> torch.Tensor:
+        """The hidden states behind all steps at `site`."""
+        steps = self.steps.get(site, [])
+        inside = site.startswith("vision.")
+        samples, alive = (self.tiles, self.tile_alive) if inside and steps else (self.samples, self.alive)
+        for place, (number, step) in enumerate(steps):
+            if self._asks_own_layer(step, site):
+                self._probe(block, arguments, hidden, inside)
+            last = place == len(steps) - 1
+            outcomes = []
+            for index, sample in enumerate(samples):
+                theirs = self._theirs(site, sample) if last else None
+
+                def tap_value(tap: Tap, primitive: Any, sample: Sample, hidden: torch.Tensor = hidden) -> Any:
+                    return self._tap(tap, primitive, sample, hidden, inside)
+
+                outcome = carry_out(step, sample, hidden[sample.row], tap_value, theirs, self.slack)
+                outcomes.append(outcome)
+                if outcome.feature is not None:
+                    hidden = hidden.clone()
+                    hidden[sample.row, outcome.sample.slots] = outcome.feature.to(hidden.dtype)
+                samples[index] = outcome.sample if site != "projector" else outcome.sample.entering()
+            self._mark_alive(samples, alive)
+            self.expected.outcomes.append((number, site, outcomes))
+        return hidden
+
+    def _theirs(self, site: str, sample: Sample) -> torch.Tensor | None:
+        """Columns of the visual tokens that the compiled model kept."""
+        if site not in self.case.kept:
+            return None
+        kept = self.case.kept[site]
+        if site.startswith("vision."):
+            owner = self.map.reshape(self.tile_alive.shape)[sample.row]
+            numbers = self._global(kept)
+            return torch.tensor(
+                [c for c in sample.slots.tolist() if int(owner[c]) in numbers], dtype=torch.int64, device=owner.device
+            )
+        row = kept[sample.row]
+        row = row[row >= 0]
+        return sample.slots[torch.isin(sample.number, row)] if site == "projector" else row
+
+    def _global(self, kept: torch.Tensor) -> set[int]:
+        """Numbers over all samples from numbers within each sample [B, T]."""
+        ids = self.case.inputs["input_ids"]
+        visual = sum(((ids == t).long() for t in self.case.visual_token_ids), torch.zeros_like(ids))
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), visual.sum(1).cumsum(0).cpu()])
+        return {int(starts[b]) + int(i) for b, row in enumerate(kept.tolist()) for i in row if i >= 0}
+
+    def _asks_own_layer(self, step: Any, site: str) -> bool:
+        kinds = ("attention", "key")
+        return any(t.layer == site and t.kind in kinds for p in step.primitives() for t in p.taps().values())
+
+    def _probe(self, block: torch.nn.Module, arguments: dict[str, Any], hidden: torch.Tensor, inside: bool) -> None:
+        """Runs the block once on all tokens, for its own query and key."""
+        given = {**arguments, "hidden_states": hidden}
+        if not inside:
+            given["attention_mask"] = self._narrowed(arguments["attention_mask"])
+        self.probing = True
+        block.forward(**given)
+        self.probing = False
+
+    # Taps -------------------------------------------------------------------------------------------------------------
+
+    def _tap(self, tap: Tap, primitive: Any, sample: Sample, hidden: torch.Tensor, inside: bool) -> Any:
+        layer = tap.layer or ""
+        if tap.kind == "ordinal":
+            return sample.origin[None]
+        if not inside and layer.startswith("vision."):
+            return self._encoder_tap(tap, primitive, sample)
+        if tap.kind in ("feature", "text") and layer in self.inputs_of:
+            hidden = self.inputs_of[layer]
+        if tap.kind == "feature":
+            return hidden[sample.row, sample.slots][None]
+        if tap.kind == "text":
+            rows = hidden[sample.row, sample.text][None]
+            return rows, torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
+        seen = self.seen[layer][-1]
+        if tap.kind == "key":
+            return seen.key[sample.row].float().mean(0)[sample.slots][None]
+        row = slice(sample.row, sample.row + 1)
+        mask = seen.mask
+        if mask is not None and mask.shape[0] > 1:
+            mask = mask[row]
+        rows = self._rows(tap.of[0], sample, inside, mask)[None]
+        return Attention(seen.query[row], seen.key[row], mask, rows, sample.slots[None, :, None], seen.scale)
+
+    def _rows(self, of: str, sample: Sample, inside: bool, mask: torch.Tensor | None) -> torch.Tensor:
+        if of == "cls":
+            return torch.zeros(1, dtype=torch.int64, device=sample.slots.device)
+        if of == "last":
+            return torch.full((1,), self.case.prompt - 1, device=sample.slots.device)
+        if of == "text":
+            return sample.text
+        if of == "visual":
+            return sample.slots
+        # All that the layer of the tap held: whatever its last row could attend to.
+        last = mask[0, 0, -1 if inside else self.case.prompt - 1] if mask is not None else None
+        if last is None:
+            return torch.cat([sample.text, sample.slots]).sort().values
+        return last.nonzero().flatten()
+
+    def _encoder_tap(self, tap: Tap, primitive: Any, sample: Sample) -> torch.Tensor:
+        taps, calls = EncoderTaps(self.map), self.seen[str(tap.layer)]
+        if tap.kind == "attention":
+            values = taps.attention(calls, tap.of[0], primitive.heads)
+        else:
+            values = taps.keys(calls)
+        start = 0
+        ids = self.case.inputs["input_ids"]
+        for token in self.case.visual_token_ids:
+            start += int((ids[: sample.row] == token).sum())
+        return values[start + sample.number][None]
+
+
+@contextlib.contextmanager
+def _kept_state(model: torch.nn.Module) -> Any:
+    """Some families remember position offsets of the last prompt; they find them as they were."""
+    holders = [(m, m.rope_deltas) for m in model.modules() if hasattr(m, "rope_deltas")]
+    try:
+        yield
+    finally:
+        for module, value in holders:
+            module.rope_deltas = value
+
+
+__all__ = ["Case", "Expected", "expect", "keywords"]

@@ -1,0 +1,190 @@
+"""Carries out a policy step by hand: on one sample, on the untouched model's own hidden states, without padding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tvc.kernels.combine_scores import combine
+from tvc.kernels.op import Scope, Tap
+
+TapValue = Callable[[Tap, Any, "Sample"], Any]
+
+
+@dataclasses.dataclass
+class Sample:
+    """The tokens of one sample (or of one tile of the vision encoder) that are still there.
+
+    `slots` are the visual tokens' columns in the sequence; the other tensors run along with them.
+    """
+
+    row: int
+    text: torch.Tensor  # [T] int64 columns that a step never touches
+    slots: torch.Tensor  # [V] int64
+    segment: torch.Tensor  # [V] int64 image of the sample
+    images: int
+    size: torch.Tensor  # [V] float32 originals per token
+    origin: torch.Tensor  # [V] int64 number among the tokens that entered the component
+    number: torch.Tensor  # [V] int64 number among all visual tokens of the sample
+
+    @classmethod
+    def fresh(cls, row: int, text: torch.Tensor, slots: torch.Tensor, segment: torch.Tensor) -> Sample:
+        numbers = torch.arange(len(slots), device=slots.device)
+        images = int(segment.max()) + 1 if len(segment) else 0
+        size = torch.ones(len(slots), device=slots.device)
+        return cls(row, text, slots, segment, images, size, numbers, numbers)
+
+    def taking(self, index: torch.Tensor) -> Sample:
+        return dataclasses.replace(
+            self,
+            slots=self.slots[index],
+            segment=self.segment[index],
+            size=self.size[index],
+            origin=self.origin[index],
+            number=self.number[index],
+        )
+
+    def entering(self) -> Sample:
+        """The same tokens, numbered afresh: they enter another component."""
+        return dataclasses.replace(self, origin=torch.arange(len(self.slots), device=self.slots.device))
+
+    def scope(self, name: str) -> Scope:
+        counts = torch.bincount(self.segment, minlength=self.images)[None]
+        if name == "image":
+            return Scope(self.segment[None], counts, self.images)
+        return Scope(torch.zeros_like(self.segment)[None], counts.sum(1, keepdim=True), 1)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a step left: the sample behind it, and values of its visual tokens where it merges."""
+
+    sample: Sample
+    feature: torch.Tensor | None  # [V', D]
+    planned: int  # visual tokens that the plan counts behind the step
+    exact: bool  # the plan's count is what stays, not just a bound
+    different: int = 0  # tokens that the compiled model decided otherwise
+    gap: float = 0.0  # how far their scores lie from the cut
+    scale: float = 0.0  # the largest score
+
+
+def carry_out(
+    step: Any, sample: Sample, hidden: torch.Tensor, tap_value: TapValue, theirs: torch.Tensor | None, slack: float
+) -> Outcome:
+    """The step on one sample.
+
+    Args:
+        step: the resolved policy step.
+        sample: the tokens that enter.
+        hidden: [S, D] the hidden states of the sample's sequence.
+        tap_value: gives the value of a tap, for a batch of this one sample.
+        theirs: columns of the visual tokens that the compiled model kept; None where it does not say.
+        slack: relative difference of scores that rounding explains. Within it the compiled model's choice is followed.
+    """
+    if not len(sample.slots):
+        return Outcome(sample, None, 0, True)
+    by_hand = _ByHand(step, sample, hidden, tap_value)
+    score = by_hand.score()
+    index, feature, size = by_hand.decide(score)
+    planned, exact = _planned(step, sample)
+    made = dataclasses.replace(sample.taking(index), size=size)
+    outcome = Outcome(made, feature, planned, exact)
+    if theirs is None:
+        return outcome
+    mine = torch.isin(sample.slots, made.slots)
+    wanted = torch.isin(sample.slots, theirs)
+    if bool((mine == wanted).all()):
+        return outcome
+    outcome.different = int((mine != wanted).sum())
+    outcome.gap = float("inf")
+    if score is not None:
+        outcome.scale = float(score.abs().max())
+        outcome.gap = _gap(score[0], mine, wanted, by_hand.decide, sample, slack)
+        if outcome.gap <= slack * outcome.scale:  # rounding decided: go on with what the compiled model chose
+            nudge = 4 * slack * outcome.scale
+            nudged = score + nudge * (wanted & ~mine).float() - nudge * (mine & ~wanted).float()
+            index, feature, size = by_hand.decide(nudged)
+            made = dataclasses.replace(sample.taking(index), size=size)
+            outcome.sample, outcome.feature = made, feature
+    if not torch.equal(outcome.sample.slots, sample.slots[wanted]):  # reported; what follows is compared all the same
+        outcome.sample, outcome.feature = sample.taking(wanted.nonzero().flatten()), None
+    return outcome
+
+
+def _gap(
+    score: torch.Tensor, mine: torch.Tensor, wanted: torch.Tensor, decide: Callable[..., Any], sample: Sample, slack: float
+) -> float:
+    """How far the scores of the tokens that were decided differently lie from the cut of their image."""
+    shift = slack * float(score.abs().max())
+    for moved in (score + shift, score - shift):  # thresholds and gates: everything moves at once
+        index = decide(moved[None])[0]
+        if torch.equal(index, wanted.nonzero().flatten()):
+            return 0.0
+    worst = 0.0
+    for image in sample.segment[mine != wanted].unique():
+        here = sample.segment == image
+        kept = score[here & mine]
+        cut = kept.min() if len(kept) else score[here].max()
+        worst = max(worst, float((score[here & (mine != wanted)] - cut).abs().max()))
+    return worst
+
+
+class _ByHand:
+    """One step's primitives on one sample."""
+
+    def __init__(self, step: Any, sample: Sample, hidden: torch.Tensor, tap_value: TapValue):
+        self.step, self.sample, self.tap_value = step, sample, tap_value
+        self.feature = hidden[sample.slots][None]
+        self.scope = sample.scope(step.scope)
+
+    def _taps(self, primitive: Any) -> dict[str, Any]:
+        return {name: self.tap_value(tap, primitive, self.sample) for name, tap in primitive.taps().items()}
+
+    def score(self) -> torch.Tensor | None:
+        """[1, V] float32."""
+        step = self.step
+        terms = step.exit.score if step.exit is not None else step.score
+        if not terms:
+            return None
+        parts = [(self._one(term.primitive), term.weight, term.normalize) for term in terms]
+        return combine(parts, self.sample.segment[None])
+
+    def _one(self, primitive: Any) -> torch.Tensor:
+        taps = self._taps(primitive)
+        given = taps.get("attention")
+        if isinstance(given, torch.Tensor):  # an attention of the vision encoder arrives as the score itself
+            return given
+        value: torch.Tensor = primitive.apply(**taps)
+        return value
+
+    def decide(self, score: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """(numbers of the visual tokens that stay, their merged values [K, D], their sizes [K])."""
+        step, size = self.step, self.sample.size
+        if step.exit is not None:
+            leaves = bool(step.exit.gate.apply(score, self.scope, **self._taps(step.exit.gate)).all())
+            index = torch.arange(0 if leaves else len(size), device=size.device)
+            return index, None, size[index]
+        chosen = step.select.apply(score, self.scope, **self._taps(step.select))
+        merged = None
+        if step.rest is not None:
+            arguments = (self.feature, size[None], chosen, score, self.scope)
+            merged = step.rest.apply(*arguments, **self._taps(step.rest))
+        if merged is None:
+            index = chosen[0][chosen[0] >= 0]
+            return index, None, size[index]
+        real = merged[0][0] >= 0
+        return merged[0][0][real], merged[1][0][real], merged[2][0][real]
+
+
+def _planned(step: Any, sample: Sample) -> tuple[int, bool]:
+    """How many visual tokens the plan counts behind the step, and whether that is exact or the most there can be."""
+    counts = sample.scope(step.scope).counts[0].tolist()
+    if step.exit is not None:
+        always = step.exit.gate.key == "always"
+        return (0 if always else sum(counts)), always
+    chosen = step.select.kept(counts)
+    left = step.rest.kept(counts, chosen) if step.rest is not None else chosen
+    return sum(left), step.select.key != "threshold"
