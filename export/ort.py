@@ -117,6 +117,19 @@ def _refused(name: str, error: Exception) -> ExportError:
     )
 
 
+def _to_runtime(tensor: torch.Tensor) -> onnxruntime.OrtValue:
+    """The tensor's memory as a value of the runtime, which knows booleans by their bytes only."""
+    if tensor.dtype == torch.bool:
+        return onnxruntime.OrtValue(native.OrtValue.from_dlpack(tensor.view(torch.uint8).__dlpack__(), True))
+    return onnxruntime.OrtValue.from_dlpack(tensor)
+
+
+def _to_torch(value: onnxruntime.OrtValue) -> torch.Tensor:
+    """The value's memory as a tensor."""
+    tensor = torch.from_dlpack(value)
+    return tensor.view(torch.bool) if value.data_type() == "tensor(bool)" else tensor
+
+
 class OrtRunner:
     """Runs components in sessions that are opened when first needed; outputs are the memory of the runtime."""
 
@@ -148,7 +161,7 @@ class OrtRunner:
                     where=str(path),
                     got=str(error).splitlines()[0],
                     want=f"a graph that onnxruntime {onnxruntime.__version__} runs",
-                    fix="compile the artifact again with the installed onnxruntime",
+                    fix="compile the artifact again with the installed onnxruntime; for a CPU, in float32 or float16",
                 ) from error
         return self._sessions[component]
 
@@ -164,16 +177,14 @@ class OrtRunner:
         for name, tensor in zip(names["inputs"], tensors, strict=True):
             if name in taken:
                 plain = tensor.detach().to(self.device).contiguous()
-                binding.bind_ortvalue_input(name, onnxruntime.OrtValue.from_dlpack(plain))
+                binding.bind_ortvalue_input(name, _to_runtime(plain))
         for name in names["outputs"]:
             binding.bind_output(name, self.device.type, self.device.index or 0)
         try:
             session.run_with_iobinding(binding)
         except _REFUSALS as error:
             raise self._failed(component, names["inputs"], tensors, error) from error
-        return {
-            name: torch.from_dlpack(value) for name, value in zip(names["outputs"], binding.get_outputs(), strict=True)
-        }
+        return {name: _to_torch(value) for name, value in zip(names["outputs"], binding.get_outputs(), strict=True)}
 
     def _failed(self, component: str, names: list[str], tensors: list[torch.Tensor], error: Exception) -> InputError:
         given = ", ".join(

@@ -181,6 +181,11 @@ def decoder_inputs(
     return made
 
 
+def program_layout(shape: Shape = Shape()) -> Layout:
+    layers = (Layer(0, shape.heads, shape.kv_heads, shape.head),) * shape.layers
+    return Layout("stand-in", shape.width, shape.vocabulary, layers, (), 0, 1, 1, 16, (8,), 0, 0, 0, 4, ())
+
+
 def program(shape: Shape = Shape()) -> Program:
     """The three components of the stand-in, their weights shared as a loaded model shares them."""
     model = language_model(shape)
@@ -202,10 +207,7 @@ def program(shape: Shape = Shape()) -> Program:
         ),
         component("decoder", Decoder(shape, model), decoder_inputs(shape, 2, 20, 8, [12, 9][:stages]), outputs),
     ]
-    layer = Layer(0, shape.heads, shape.kv_heads, shape.head)
-    layout = Layout(
-        "stand-in", shape.width, shape.vocabulary, (layer,) * shape.layers, (), 0, 1, 1, 16, (8,), 0, 0, 0, 4, ()
-    )
+    layout = program_layout(shape)
     tables = [
         Stage(s, range(a, b), f"language.{a}" if s else None)
         for s, (a, b) in enumerate(zip(shape.bounds, shape.bounds[1:], strict=False))

@@ -12,7 +12,7 @@ import torch
 
 from tvc.errors import ArgumentError, ArtifactError, ExportError, InputError
 from tvc.export import base, ort, ort_attention, ort_graph
-from tvc.program import Component
+from tvc.program import Component, Program
 
 OPTIONS = base.Options(threads=1)
 
@@ -131,8 +131,40 @@ def test_the_sections_of_a_three_dimensional_rotation_are_recognised(tmp_path):
     )
 
 
+class Kept(torch.nn.Module):
+    """The compiler's own attention op over a joined cache, grouped, soft-capped, with casts around the rotation."""
+
+    def forward(self, x, k, v, past_k, past_v, angle, mask) -> tuple[torch.Tensor, ...]:
+        angle = torch.cat([angle, angle], -1)
+        cos, sin = angle.cos().to(x.dtype)[:, None], angle.sin().to(x.dtype)[:, None]
+        x, k = (t * cos + torch.cat([-t[..., 8:], t[..., :8]], -1) * sin for t in (x, k))
+        keys, values = torch.cat([past_k, k], -2), torch.cat([past_v, v], -2)
+        return torch.ops.tvc.attention(x, keys, values, mask, 0.25, 5.0), keys, values, ~mask
+
+
+def test_the_attention_op_is_exported_whole(tmp_path):
+    import tvc.kernels.attention  # noqa: F401  registers it
+
+    def heads(count, length):
+        return torch.randn(2, count, length, 16), {2: stand_in.AUTO}
+
+    inputs = {"x": heads(4, 5), "k": heads(2, 5), "v": heads(2, 5), "past_k": heads(2, 7), "past_v": heads(2, 7)}
+    inputs["angle"] = torch.randn(2, 5, 8), {1: stand_in.AUTO}
+    inputs["mask"] = torch.rand(2, 1, 5, 12) > 0.3, {2: stand_in.AUTO, 3: stand_in.AUTO}
+    sample, dynamic = tuple(v[0] for v in inputs.values()), tuple(v[1] for v in inputs.values())
+    exported = torch.export.export(Kept(), sample, dynamic_shapes=dynamic)
+    part = Component("decoder", exported, tuple(inputs), ("y", "keys", "values", "hidden"), sample, dynamic)
+    whole = Program(stand_in.program_layout(), {"decoder": part})
+    base.target("ort").write(whole, tmp_path, OPTIONS)
+    assert part.meta["fusions"] == {"rotary": 2, "cached_attention": 1, "attention": 0, "linear": 0, "residual_norm": 0}
+    run = base.target("ort").open(tmp_path, {"components": base.interface(whole)}, None, OPTIONS)
+    got, want = run("decoder", dict(zip(inputs, sample, strict=True))), exported.module()(*sample)
+    for name, value in zip(part.outputs, want, strict=True):
+        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-6)
+
+
 class Capped(torch.nn.Module):
-    """What a custom operator of another library looks like to the exporter."""
+    """What an operator without a translation looks like to the exporter."""
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return (torch.special.bessel_j0(x),)
