@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tvc.api import compile, inspect, load, plan
     from tvc.errors import TvcError, VerificationError
     from tvc.policy import load_policy, presets
-    from tvc.verify import verify
+    from tvc.checking import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -40,7 +40,7 @@ _HOMES = {
     "VerificationError": "tvc.errors",
     "load_policy": "tvc.policy",
     "presets": "tvc.policy",
-    "verify": "tvc.verify",
+    "verify": "tvc.checking",
 }
 
 

@@ -122,7 +122,7 @@ def compile(
     program = compiler.reduce(compiler.trace(source.model, surveyed, resolved, step), resolved, step)  # type: ignore[arg-type]
     compiled = finish(source, surveyed, resolved, program, target, step, given_sample=inputs is not None, timings=timings)
     if verify:
-        from tvc.verify import check
+        from tvc.verification.check import check
 
         step("verify")
         compiled.verification = check(compiled, source.model, inputs).to_json()

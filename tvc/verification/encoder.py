@@ -11,7 +11,7 @@ import torch
 from tvc.errors import TraceError
 from tvc.trace.host import feature_owner, keywords
 from tvc.trace.layout import used_vision_blocks
-from tvc.verification.observe import Observer, Seen, observed
+from tvc.trace.observe import Observer, Seen, observed
 
 _BASE = 8  # one digit of a visual token's number is read off a ratio of gradients, so it must be small
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
+from tvc.errors import TraceError
 from tvc.kernels.op import Attention, Tap
-from tvc.trace.host import feature_owner, keywords
+from tvc.trace.host import feature_owner
 from tvc.trace.layout import blocks
+from tvc.trace.observe import Observer, Seen, observed, replaced
 from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
-from tvc.verification.observe import Observer, Seen, observed, replaced
 from tvc.verification.steps import Outcome, Sample, carry_out
 
 
@@ -74,7 +75,7 @@ class _Oracle(Observer):
         self.samples: list[Sample] = []
         self.tiles: list[Sample] = []
         self.probing = False
-        self.rotary: tuple[Any, tuple[Any, ...], dict[str, Any], Any] | None = None
+        self.rotary: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
 
     # The call ---------------------------------------------------------------------------------------------------------
 
@@ -123,7 +124,7 @@ class _Oracle(Observer):
 
     def _rotated(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not self.probing:
-            self.rotary = (module, args, kwargs, output)
+            self.rotary = (module, args, kwargs)
 
     # Blocks -----------------------------------------------------------------------------------------------------------
 
@@ -133,6 +134,7 @@ class _Oracle(Observer):
             if index == 0 and hidden.dim() == 3:
                 self._enter_encoder(hidden)
             arguments["hidden_states"] = self._steps_at(f"vision.{index}", hidden, block, arguments)
+            self.seen.pop(f"vision.{index}", None)  # a probe of this block
             return
         own = arguments["attention_mask"]
         if index == 0:
@@ -146,6 +148,7 @@ class _Oracle(Observer):
         if self.policy.positions == "renumber" and self._cut_before(index):
             arguments["position_embeddings"] = self._renumbered()
             arguments["position_ids"] = (self.alive.long().cumsum(1) - 1).clamp(min=0)
+        self.seen.pop(f"language.{index}", None)
         self.expected.held.append(self.alive.clone())
 
     def attention(self, component: str, index: int, seen: Seen) -> torch.Tensor | None:
@@ -153,10 +156,7 @@ class _Oracle(Observer):
         if component == "vision" and self.tiles and name != "vision.0":
             seen.mask = self._tile_mask(seen)
         if name in self.tapped:
-            calls = self.seen.setdefault(name, [])
-            if component == "language":
-                calls.clear()  # a probe of this block came before
-            calls.append(dataclasses.replace(seen))
+            self.seen.setdefault(name, []).append(dataclasses.replace(seen))
         if component == "language" and not self.probing:
             self.expected.keys.append(seen.key)
             self.expected.values.append(seen.value)
@@ -177,8 +177,16 @@ class _Oracle(Observer):
 
     def _renumbered(self) -> Any:
         """Position embeddings of the running numbers of the tokens that are left."""
-        assert_known = self.rotary
-        module, args, kwargs, _ = assert_known  # type: ignore[misc]
+        if self.rotary is None:
+            raise TraceError(
+                "the decoder has no rotary module whose positions could be numbered afresh",
+                where="verification",
+                got=type(self.model.get_decoder()).__name__,
+                want="a decoder with rotary_emb",
+                fix="write positions: keep, or compile with verify=False",
+                slug="no-rotary",
+            )
+        module, args, kwargs = self.rotary
         positions = (self.alive.long().cumsum(1) - 1).clamp(min=0)
         if "position_ids" in kwargs:
             kwargs = {**kwargs, "position_ids": positions}
@@ -346,11 +354,10 @@ class _Oracle(Observer):
             return sample.text
         if of == "visual":
             return sample.slots
-        # All that the layer of the tap held: whatever its last row could attend to.
-        last = mask[0, 0, -1 if inside else self.case.prompt - 1] if mask is not None else None
-        if last is None:
+        if mask is None:
             return torch.cat([sample.text, sample.slots]).sort().values
-        return last.nonzero().flatten()
+        attended = mask[0, 0].any(0)  # all that the tap's layer held: what any row may attend to
+        return (attended if inside else attended[: self.case.prompt]).nonzero().flatten()
 
     def _encoder_tap(self, tap: Tap, primitive: Any, sample: Sample) -> torch.Tensor:
         taps, calls = EncoderTaps(self.map), self.seen[str(tap.layer)]
@@ -374,6 +381,3 @@ def _kept_state(model: torch.nn.Module) -> Any:
     finally:
         for module, value in holders:
             module.rope_deltas = value
-
-
-__all__ = ["Case", "Expected", "expect", "keywords"]

@@ -94,7 +94,9 @@ class Report:
             for r in self.comparisons
         ]
         widths = [max(len(row[i]) for row in (columns, *rows)) for i in range(len(columns))]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (columns, *rows)]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (columns, *rows)
+        ]
         return "\n".join(lines)
 
     def raise_if_failed(self) -> None:

@@ -115,7 +115,12 @@ def carry_out(
 
 
 def _gap(
-    score: torch.Tensor, mine: torch.Tensor, wanted: torch.Tensor, decide: Callable[..., Any], sample: Sample, slack: float
+    score: torch.Tensor,
+    mine: torch.Tensor,
+    wanted: torch.Tensor,
+    decide: Callable[..., Any],
+    sample: Sample,
+    slack: float,
 ) -> float:
     """How far the scores of the tokens that were decided differently lie from the cut of their image."""
     shift = slack * float(score.abs().max())

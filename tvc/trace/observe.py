@@ -103,11 +103,12 @@ def observed(model: torch.nn.Module, observer: Observer) -> Iterator[None]:
     handles = []
 
     def before(component: str, index: int) -> Callable[..., Any]:
-        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             arguments = named_arguments(module, args, kwargs)
             _AMBIENT.place = (component, index)
             observer.entering(component, index, module, arguments)
-            return (), arguments
+            names = list(arguments)[: len(args)]  # what came by place stays in place: the model's own hooks look there
+            return tuple(arguments.pop(name) for name in names), arguments
 
         return hook
 

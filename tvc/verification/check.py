@@ -1,0 +1,279 @@
+"""Compares a compiled model with its definition, output by output."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from tvc.trace.layout import blocks
+from tvc.trace.observe import replaced
+from tvc.trace.sample import visual_token_ids
+from tvc.verification import samples
+from tvc.verification.oracle import Case, Expected, expect
+from tvc.verification.report import TOLERANCES, Comparison, Report, Tolerance
+
+STEPS = 8
+LARGE = 1_000_000_000  # parameters from which on one short comparison has to do
+LENGTHS = (0, 3, 7)  # tokens that the samples of the padded batch are longer than the given one
+
+
+def check(
+    compiled: Any,
+    model: Any,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    steps: int = STEPS,
+    tolerance: float | None = None,
+) -> Report:
+    """Compares `compiled` with the untouched `model`; both on one device and of one type.
+
+    Args:
+        compiled: a `CompiledModel`.
+        model: the module that it was made from.
+        inputs: what the processor returned; default: a picture and a prompt made for the purpose.
+        steps: tokens to generate; models beyond a billion parameters get two.
+        tolerance: relative difference that is allowed; default: by the model's type.
+
+    Raises:
+        VerificationError: they differ; it carries the report.
+    """
+    report = compare(compiled, model, inputs, steps=steps, tolerance=tolerance)
+    report.raise_if_failed()
+    return report
+
+
+def compare(
+    compiled: Any,
+    model: Any,
+    inputs: Mapping[str, Any] | None = None,
+    *,
+    steps: int = STEPS,
+    tolerance: float | None = None,
+) -> Report:
+    """What `check` finds, whether it passed or not."""
+    allowed = TOLERANCES[compiled.dtype]
+    if tolerance is not None:
+        allowed = Tolerance(tolerance, "asked for")
+    given = samples.placed(inputs, model) if inputs is not None else samples.default_inputs(model, compiled.processor)
+    given = samples.left_padded(given)
+    large = sum(p.numel() for p in model.parameters()) > LARGE
+    with torch.no_grad():
+        return _Comparing(compiled, model, allowed, min(steps, 2) if large else steps).all(given, large)
+
+
+@dataclasses.dataclass
+class _Comparing:
+    compiled: Any
+    model: Any
+    tolerance: Tolerance
+    steps: int
+
+    def all(self, given: samples.Inputs, large: bool) -> Report:
+        batch = len(given["input_ids"])
+        alone = samples.singles(self.model, given, samples.image_lengths(self.model, given))
+        rows: list[Comparison] = []
+        if batch > 1 or alone is None:
+            rows += self._case(f"batch {batch}", given)[0]
+        if alone is not None and (batch == 1 or not large):
+            rows += self._case("batch 1", alone[0])[0]
+        if alone is not None and not large:
+            rows += self._padded(alone[0])
+        return Report(tuple(rows))
+
+    def _padded(self, sample: samples.Inputs) -> list[Comparison]:
+        """Samples of three lengths in one batch, and each of them by itself."""
+        several = [samples.lengthened(sample, more) for more in LENGTHS]
+        batch = samples.joined(several, pad=_pad_token(self.model))
+        if batch is None:
+            return []
+        rows, together = self._case("padded batch 3", batch)
+        worst, largest, where = 0.0, together.logits[:, :1], ""
+        for number, one in enumerate(several):
+            apart = self.compiled(**one).logits
+            difference = _difference(together.logits[number, 0], apart[0, -1])
+            if not difference <= worst:
+                worst, where = difference, f"sample {number}"
+        rows.append(
+            Comparison("padded batch 3", "all", "batch of 3 = 3 of 1", worst, self.tolerance.allowed(largest), where)
+        )
+        return rows
+
+    def _case(self, name: str, inputs: samples.Inputs) -> tuple[list[Comparison], Run]:
+        run = generate(self.compiled, self.model, inputs, self.steps)
+        case = Case(
+            inputs,
+            run.tokens[:, :-1],
+            run.kept,
+            self.compiled.engine.interface.shape.axes,
+            visual_token_ids(self.model),
+        )
+        expected = expect(self.model, self.compiled.policy, case, self.tolerance.relative)
+        rows = [*self._selections(name, case, expected), *self._caches(name, run, expected)]
+        for step in range(run.logits.shape[1]):
+            rows.append(self._logits(name, step, run.logits[:, step], expected.logits[:, step]))
+        return rows, run
+
+    def _logits(self, name: str, step: int, got: torch.Tensor, want: torch.Tensor) -> Comparison:
+        site = self._site_before(self._depth())
+        allowed = self.tolerance.allowed(want)
+        return Comparison(
+            name, site, f"logits.{step}", _difference(got, want), allowed, _place(got, want, "sample token")
+        )
+
+    def _selections(self, name: str, case: Case, expected: Expected) -> Iterator[Comparison]:
+        for number, site, outcomes in expected.outcomes:
+            label = f"step {number}"
+            worst = max(outcomes, key=lambda o: o.gap, default=None)
+            if worst is not None:
+                where = f"{label}, {worst.different} tokens" if worst.different else label
+                slack = self.tolerance.relative * worst.scale
+                yield Comparison(name, site, "selection", worst.gap, slack, where)
+            late = [len(o.sample.slots) - o.planned for o in outcomes]
+            exact = all(o.exact for o in outcomes)
+            off = max((abs(d) if exact else max(d, 0) for d in late), default=0)
+            yield Comparison(name, site, "plan", float(off), 0.0, label)
+        for site, kept in case.kept.items():
+            if site.startswith("language."):
+                yield self._kept(name, site, kept, case, expected)
+
+    def _kept(self, name: str, site: str, kept: torch.Tensor, case: Case, expected: Expected) -> Comparison:
+        """Every text token and what the step left, ascending."""
+        samples_after = [o.sample for n, s, outcomes in expected.outcomes if s == site for o in outcomes]
+        wrong, where = 0, ""
+        for sample in samples_after[-len(kept) :]:
+            row = kept[sample.row]
+            row = row[row >= 0]
+            want = torch.cat([sample.text, sample.slots]).sort().values
+            if not torch.equal(row, want):
+                different = len(set(row.tolist()) ^ set(want.tolist())) or 1
+                wrong, where = max(wrong, different), f"sample {sample.row}"
+        return Comparison(name, site, "kept", float(wrong), 0.0, where)
+
+    def _caches(self, name: str, run: Run, expected: Expected) -> list[Comparison]:
+        """Places, keys and values of every layer; one row where all of them agree."""
+        rows = []
+        for layer in range(self._depth()):
+            site = self._site_before(layer + 1)
+            places, held = run.places(self.compiled, layer), expected.held[layer]
+            rows.append(self._places(name, site, layer, places, held, run.keys[layer].shape[2]))
+            if not rows[-1].passed:
+                continue
+            for output, got, want in (("key", run.keys, expected.keys), ("value", run.values, expected.values)):
+                index = places.clamp(min=0)[:, None, :, None]
+                aligned = want[layer].gather(2, index.expand(-1, want[layer].shape[1], -1, want[layer].shape[3]))
+                real = (places >= 0)[:, None, :, None]
+                one, other = torch.where(real, got[layer], 0.0), torch.where(real, aligned, 0.0)
+                where = _place(one, other, "sample head token channel")
+                allowed = self.tolerance.allowed(aligned)
+                rows.append(Comparison(name, site, f"{output}.{layer}", _difference(one, other), allowed, where))
+        if not all(row.passed for row in rows):
+            return [row for row in rows if not row.passed]
+        worst = max((r for r in rows if r.allowed), key=lambda r: r.worst / r.allowed)
+        return [dataclasses.replace(worst, where=f"worst of {self._depth()} layers' keys and values")]
+
+    def _places(
+        self, name: str, site: str, layer: int, places: torch.Tensor, held: torch.Tensor, length: int
+    ) -> Comparison:
+        output = f"cache.{layer}"
+        if length != places.shape[1]:
+            return Comparison(
+                name, site, output, float(abs(length - places.shape[1])), 0.0, "keys and places differ in length"
+            )
+        for row, (have, want) in enumerate(zip(places, held, strict=True)):
+            have, want = have[have >= 0], want.nonzero().flatten()
+            if not torch.equal(have, want):
+                different = len(set(have.tolist()) ^ set(want.tolist())) or 1
+                return Comparison(name, site, output, float(different), 0.0, f"places of sample {row}")
+        return Comparison(name, site, output, 0.0, 0.0)
+
+    def _depth(self) -> int:
+        return len(blocks(self.model)[0])
+
+    def _site_before(self, layer: int) -> str:
+        """The last cut in front of block `layer`."""
+        found = "start"
+        for step in self.compiled.policy.steps:
+            index = int(step.at.removeprefix("language.")) if step.at.startswith("language.") else -1
+            if index < layer:
+                found = step.at
+        return found
+
+
+@dataclasses.dataclass
+class Run:
+    """What the compiled model did in one generation."""
+
+    tokens: torch.Tensor  # [B, steps] generated
+    logits: torch.Tensor  # [B, steps, vocabulary]
+    kept: dict[str, torch.Tensor]
+    keys: list[torch.Tensor]  # per layer [B, G, P, d], after the last call
+    values: list[torch.Tensor]
+    key_positions: list[torch.Tensor]  # per stage [B, P]
+
+    def places(self, compiled: Any, layer: int) -> torch.Tensor:
+        return self.key_positions[compiled.engine.interface.stage_of_layer[layer]]
+
+
+def generate(compiled: Any, model: Any, inputs: samples.Inputs, steps: int) -> Run:
+    """Greedy search by the compiled model, whose calls are recorded. Image tokens and the end are never chosen."""
+    answers: list[Any] = []
+    call = compiled.engine.call
+
+    def recorded(given: dict[str, Any]) -> Any:
+        answers.append(call(given))
+        return answers[-1]
+
+    with replaced(compiled.engine, "call", recorded), _quiet():
+        ids = compiled.generate(
+            **inputs,
+            max_new_tokens=steps,
+            min_new_tokens=steps,
+            do_sample=False,
+            num_beams=1,
+            suppress_tokens=list(visual_token_ids(model)),
+        )
+    cache = answers[-1].cache
+    return Run(
+        tokens=ids[:, inputs["input_ids"].shape[1] :],
+        logits=torch.cat([answer.logits[:, -1:] for answer in answers], 1),
+        kept=answers[0].kept,
+        keys=[layer.keys for layer in cache.layers],
+        values=[layer.values for layer in cache.layers],
+        key_positions=cache.key_positions,
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """A generation configuration made for sampling is no news here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _pad_token(model: Any) -> int:
+    token = model.config.get_text_config().pad_token_id
+    return token if isinstance(token, int) else 0
+
+
+def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    if got.shape != want.shape:
+        return float("inf")
+    if not got.numel():
+        return 0.0
+    worst = float((got.float() - want.float()).abs().max())
+    return worst if worst == worst else float("inf")
+
+
+def _place(got: torch.Tensor, want: torch.Tensor, axes: str) -> str:
+    """Where the largest difference lies."""
+    if got.shape != want.shape or not got.numel():
+        return f"shape {list(got.shape)} instead of {list(want.shape)}" if got.shape != want.shape else ""
+    flat = int((got.float() - want.float()).abs().nan_to_num(float("inf")).argmax())
+    names = zip(axes.split(), torch.unravel_index(torch.tensor(flat), got.shape), strict=True)
+    return " ".join(f"{name} {int(number)}" for name, number in names)
