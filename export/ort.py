@@ -81,7 +81,7 @@ def convert(component: Component, program: Program, options: Options) -> tuple[i
     exported, counts = ort_attention.fuse(component.exported)
     try:
         with _quiet(), torch.no_grad():
-            made = torch.onnx.export(
+            made: Any = torch.onnx.export(
                 exported,
                 component.sample,
                 input_names=list(component.inputs),

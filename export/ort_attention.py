@@ -89,12 +89,12 @@ def _is(node: Any, *targets: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
-def _shape(node: fx.Node) -> tuple[Any, ...]:
+def _shape(node: Any) -> tuple[Any, ...]:
     value = node.meta.get("val")
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
-def _whole(node: fx.Node) -> bool:
+def _whole(node: Any) -> bool:
     """A slice that keeps everything."""
     start, stop, step = (
         (node.args[2] if len(node.args) > 2 else 0),
@@ -113,7 +113,7 @@ def _source(node: Any) -> Any:
     return node
 
 
-def _same_dtype(node: fx.Node) -> bool:
+def _same_dtype(node: Any) -> bool:
     before = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
     if before is None:
         return False
@@ -128,7 +128,7 @@ def _unrepeated(node: Any) -> Any:
     if not _is(inner, *_RESHAPES):
         return inner
     expand = _source(inner.args[0])
-    unsqueeze = _source(expand.args[0]) if _is(expand, A.expand.default) else None
+    unsqueeze: Any = _source(expand.args[0]) if _is(expand, A.expand.default) else None
     if not _is(unsqueeze, A.unsqueeze.default) or unsqueeze.args[1] not in (2, -3) or len(_shape(inner)) != 4:
         return inner
     states = _source(unsqueeze.args[0])
@@ -147,7 +147,8 @@ def _joined(node: Any) -> tuple[fx.Node, fx.Node] | None:
 def _without_empty(graph: fx.Graph) -> int:
     """Removes the empty tensor of shape [0] that a fresh cache is joined with: in ONNX it would copy the whole past."""
     count = 0
-    for node in list(graph.nodes):
+    nodes: list[Any] = list(graph.nodes)
+    for node in nodes:
         if not _is(node, A.cat.default):
             continue
         parts = [part for part in node.args[0] if _shape(part) != (0,)]
@@ -162,10 +163,10 @@ def _without_empty(graph: fx.Graph) -> int:
     return count
 
 
-def _attention_arguments(node: fx.Node) -> tuple[Any, Any, Any, Any, float, float] | None:
+def _attention_arguments(node: Any) -> tuple[Any, ...] | None:
     """(q, k, v, mask, scale, softcap) of an attention without dropout or causal flag; None for other nodes."""
     if node.op == "call_function" and str(node.target) == "tvc.attention.default":
-        return tuple(node.args)  # type: ignore[return-value]
+        return tuple(node.args)
     if not _is(node, A.scaled_dot_product_attention.default):
         return None
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -188,7 +189,8 @@ def _attention_arguments(node: fx.Node) -> tuple[Any, Any, Any, Any, float, floa
 def _fuse_attention(graph: fx.Graph) -> dict[str, int]:
     cached = shared = 0
     order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
+    nodes: list[Any] = list(graph.nodes)
+    for node in nodes:
         if (found := _attention_arguments(node)) is None:
             continue
         query, key, value, mask, scale, softcap = found
@@ -220,7 +222,7 @@ def _fuse_attention(graph: fx.Graph) -> dict[str, int]:
 def _halves(node: Any) -> bool:
     """Whether the last axis of `node` holds the same numbers twice, one half after the other."""
     node = _source(node)
-    if not isinstance(node, fx.Node) or node.op != "call_function":
+    if getattr(node, "op", None) != "call_function":
         return False
     if node.target == A.cat.default and (node.args[1:] or (0,))[0] in (-1, len(_shape(node)) - 1):
         parts = [_source(part) for part in node.args[0]]
@@ -247,7 +249,7 @@ def _halves(node: Any) -> bool:
     return False
 
 
-def _along_last(node: fx.Node) -> bool:
+def _along_last(node: Any) -> bool:
     """Whether an indexing op touches the last axis of what it reads."""
     rank = len(_shape(node.args[0]))
     if node.target == A.gather.default and not _repeated_along_last(node.args[2]):
@@ -307,7 +309,7 @@ def _rotated(node: Any) -> Any:
     ):
         return None
     negative, first = (_source(part) for part in node.args[0])
-    second = _source(negative.args[0]) if _is(negative, A.neg.default) else None
+    second: Any = _source(negative.args[0]) if _is(negative, A.neg.default) else None
     if (
         not _is(first, A.slice.Tensor)
         or not _is(second, A.slice.Tensor)
@@ -347,8 +349,10 @@ def _product(node: Any) -> tuple[Any, Any] | None:
 
 
 def _fuse_rotary(graph: fx.Graph) -> int:
-    count, half_tables = 0, {}
-    for node in list(graph.nodes):
+    count = 0
+    half_tables: dict[Any, fx.Node] = {}
+    nodes: list[Any] = list(graph.nodes)
+    for node in nodes:
         if (
             not _is(node, A.add.Tensor)
             or node.kwargs

@@ -33,8 +33,8 @@ def _bytes(tensor: ir.TensorProtocol) -> memoryview:
     raw = getattr(tensor, "raw", None)
     if isinstance(raw, torch.Tensor):
         plain = raw.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        return memoryview(plain.numpy())
-    return memoryview(np.ascontiguousarray(np.frombuffer(tensor.tobytes(), np.uint8)))
+        return memoryview(plain.numpy())  # type: ignore[arg-type]
+    return memoryview(np.ascontiguousarray(np.frombuffer(tensor.tobytes(), np.uint8)))  # type: ignore[arg-type]
 
 
 class _File:
