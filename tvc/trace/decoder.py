@@ -16,7 +16,7 @@ from tvc.graphs import drop_checks
 from tvc.program import Component
 from tvc.trace.attention import decoder_masks
 from tvc.trace.host import Boundary
-from tvc.trace.vision import AUTO, tracing
+from tvc.trace.vision import AUTO, export, tracing
 
 class DecoderPath(torch.nn.Module):
     """The model's own forward from embeddings to the last slot's logits, with caches as plain tensors."""
@@ -91,9 +91,7 @@ def capture_decoder(model: torch.nn.Module, boundary: Boundary, shape: DecoderSh
     module = DecoderPath(model, boundary, layers)
     fixed = len(CHUNK_INPUTS) + 1
     with tracing(model):
-        exported = torch.export.export(
-            module, sample, dynamic_shapes=(*dynamic[:fixed], dynamic[fixed:]), strict=False
-        )
+        exported = export("decoder", module, sample, (*dynamic[:fixed], dynamic[fixed:]))
     drop_checks(exported)
     outputs = ("logits", "key_positions.0", *(name for i in range(layers) for name in (f"key.{i}", f"value.{i}")))
     return Component("decoder", exported, names, outputs, sample, dynamic, meta={"shape": shape})
@@ -114,5 +112,5 @@ def capture_embedding(model: torch.nn.Module) -> Component:
     sample = (torch.zeros(2, 3, dtype=torch.long, device=next(embedding.parameters()).device),)
     dynamic = ({0: AUTO, 1: AUTO},)
     with tracing(model):
-        exported = torch.export.export(Embedding(embedding), sample, dynamic_shapes=dynamic, strict=False)
+        exported = export("embed", Embedding(embedding), sample, dynamic)
     return Component("embed", exported, ("input_ids",), ("inputs_embeds",), sample, dynamic)

@@ -13,7 +13,7 @@ from tvc.errors import ModelError
 from tvc.program import Layout, Site
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
-from tvc.trace.host import Boundary, Host, find_boundary
+from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
 from tvc.trace.layout import blocks, cost_fields, used_vision_blocks
 from tvc.trace.sample import default_size, doubled, pixel_inputs, visual_token_ids, with_text
 
@@ -77,10 +77,62 @@ def survey(
     dtype = next(meta.get_decoder().parameters()).dtype  # type: ignore[operator]
     embed = _zero_embedding(fields["hidden_size"], dtype)
     with torch.no_grad(), host.bound(vision=lambda _p: [torch.zeros(f, dtype=dtype) for f in host.boundary.features], embed=embed):
-        call = host.reach_decoder(**{**sample, "use_cache": True})
+        call = _reach(host, sample)
+    _check_causal(meta, call.extra.get("attention_mask"))
+    _check_arguments(meta, call.extra)
     axes = call.position_ids.shape[0] if call.position_ids is not None and call.position_ids.dim() == 3 else 0
     layout = _layout(meta, fields, entering[0], host.boundary.features[0], identity, lengths, size)
     return Survey(layout, host, sample, caches, axes, tokens)
+
+
+def _reach(host: Host, sample: Mapping[str, Any]) -> DecoderCall:
+    try:
+        with attention_as(host.model, TRACED_ATTENTION):
+            return host.reach_decoder(**{**sample, "use_cache": True})
+    except (ValueError, RuntimeError, IndexError) as problem:
+        raise ModelError(
+            "the model's own code refuses the sample inputs",
+            where=type(host.model).__name__,
+            got=f"{type(problem).__name__}: {problem}",
+            want="a consistent configuration, and inputs that fit it",
+            fix="check the configuration (widths of vision and text), or pass inputs made by the model's processor",
+            slug="sample-refused",
+        ) from problem
+
+
+def _check_causal(meta: torch.nn.Module, mask: Any) -> None:
+    """Masks are rebuilt from positions, which says nothing of tokens that look ahead."""
+    for given in mask.values() if isinstance(mask, dict) else [mask]:
+        if not isinstance(given, torch.Tensor) or given.dim() != 4:
+            continue
+        allowed = given if given.dtype == torch.bool else given == 0
+        if bool(allowed.triu(1 + given.shape[3] - given.shape[2]).any()):
+            raise ModelError(
+                "some tokens of this model attend to later ones",
+                where=type(meta).__name__,
+                got="a prefix or image block with attention in both directions",
+                want="causal attention in the decoder",
+                fix="models with bidirectional spans cannot be compiled yet",
+                slug="not-causal",
+            )
+
+
+# What a decoder may be given beside embeddings and positions without its layers computing anything else.
+_HARMLESS = ("attention_mask", "past_key_values", "cache_position", "input_ids")
+
+
+def _check_arguments(meta: torch.nn.Module, extra: Mapping[str, Any]) -> None:
+    for name, value in extra.items():
+        held = value if isinstance(value, (list, tuple)) else [value]
+        if name not in _HARMLESS and any(isinstance(item, torch.Tensor) for item in held):
+            raise ModelError(
+                "the decoder takes visual values beside its embeddings",
+                where=type(meta).__name__,
+                got=f"{name} reaches the decoder",
+                want="a decoder that runs on embeddings and positions alone",
+                fix="models that add visual features inside the decoder cannot be compiled yet",
+                slug="decoder-extra-input",
+            )
 
 
 def _per_sample(lengths: list[int], samples: int) -> list[int]:

@@ -115,6 +115,31 @@ def entry_inputs(host: Host, sample: Mapping[str, Any]) -> VisionInputs:
         return split_inputs(prepare_vision_inputs(host.entry_module, seen))
 
 
+# What torch.export raises for code that it cannot trace.
+REFUSALS = (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, LookupError)
+
+
+def export(
+    component: str, module: torch.nn.Module, arguments: tuple[torch.Tensor, ...], dynamic: Any
+) -> torch.export.ExportedProgram:
+    """`torch.export.export`, non-strict.
+
+    Raises:
+        TraceError: the module cannot be traced.
+    """
+    try:
+        return torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
+    except REFUSALS as problem:
+        lines = str(problem).strip().splitlines() or [""]
+        raise TraceError(
+            f"torch.export cannot trace the component {component}",
+            where=component,
+            got=f"{type(problem).__name__}: {lines[0][:300]}",
+            want="modelling code without branches on values",
+            fix="try a newer transformers release, or another attention implementation of the model",
+        ) from problem
+
+
 @contextlib.contextmanager
 def tracing(model: torch.nn.Module) -> Iterator[None]:
     """Everything that has to hold while a component of `model` is exported."""
@@ -153,9 +178,14 @@ def capture_vision(
     inputs = entry_inputs(host, sample)
     module = VisionPath(model, host, sample, inputs)
     arguments = tuple(inputs.tensors.values())
-    dynamic = tuple({axis: AUTO for axis in range(value.dim())} for value in arguments)
+    every = tuple({axis: AUTO for axis in range(value.dim())} for value in arguments)
+    # Some encoders compute with the image's size in ways that only work for numbers: for them it stays as it is.
+    first = tuple({0: AUTO} for _ in arguments)
     with tracing(model), _marked(model, sites):
-        exported = torch.export.export(module, arguments, dynamic_shapes=(dynamic,), strict=False)
+        try:
+            exported, dynamic = torch.export.export(module, arguments, dynamic_shapes=(every,), strict=False), every
+        except REFUSALS:
+            exported, dynamic = export("vision", module, arguments, (first,)), first
     drop_checks(exported)
     count = len(exported.graph_signature.user_outputs)
     outputs = (OUTPUT, *(f"{OUTPUT}.{i}" for i in range(1, count)))
