@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch.export.graph_signature import InputKind
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from tvc.program import Component
 
@@ -72,6 +73,9 @@ def drop_checks(exported: torch.export.ExportedProgram) -> None:
             graph.erase_node(node)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     exported.graph_module.recompile()
+    # A budget of an eighth made the trace believe in eight tokens at least; a decode step has none.
+    ranges = exported.range_constraints
+    ranges.update({size: ValueRanges(min(0, known.lower), known.upper) for size, known in ranges.items()})
 
 
 def drop_unused_attributes(draft: fx.GraphModule) -> None:
