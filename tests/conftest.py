@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -39,3 +42,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if len(kept) != len(items):
         items[0].config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
+
+
+@dataclasses.dataclass
+class Artifact:
+    """A tiny model, its processor and what was compiled from it; the directory is written when first asked for."""
+
+    model: Any
+    processor: Any
+    compiled: Any
+    place: pathlib.Path
+
+    @property
+    def folder(self) -> pathlib.Path:
+        if not self.place.exists():
+            self.compiled.save_pretrained(self.place)
+        return self.place
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifact]:
+    """`artifacts(family, policy, target="torch", dtype=None, settings=())`: compiled once a session.
+
+    Tests share what they get: nothing may be changed in place.
+    """
+    made: dict[tuple[Any, ...], Artifact] = {}
+
+    def get(
+        family: str, policy: str, target: str = "torch", dtype: str | None = None, settings: tuple[str, ...] = ()
+    ) -> Artifact:
+        import support
+
+        import tvc
+
+        key = (family, policy, target, dtype, settings)
+        if key not in made:
+            model, processor = support.build(family)
+            loaded = tvc.load_policy(policy, set=settings)
+            compiled = tvc.compile(model, loaded, target, verify=False, dtype=dtype, processor=processor)
+            made[key] = Artifact(model, processor, compiled, tmp_path_factory.mktemp("artifact") / "out")
+        return made[key]
+
+    return get

@@ -44,7 +44,14 @@ def generating(engine: Engine, generation_config: GenerationConfig | None, devic
         names = [name for name in _signature(family) if name != "self"]
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         answer = engine.call(inputs)
-        return ReducedOutput(logits=answer.logits, past_key_values=answer.cache, kept=answer.kept)
+        # Without a cache `generate` sends the whole sequence, pixels included, each time: a cache would double it.
+        cache = None if inputs.get("use_cache") is False else answer.cache
+        return ReducedOutput(logits=answer.logits, past_key_values=cache, kept=answer.kept)
+
+    def positions(self: Any, tokens: torch.Tensor, model_kwargs: dict[str, Any]) -> torch.Tensor:
+        made = family._prepare_position_ids_for_generation(self, tokens, model_kwargs)
+        mask = model_kwargs.get("attention_mask")
+        return made if mask is None else going_on(made, mask)
 
     members = {
         "forward": forward,
@@ -52,12 +59,23 @@ def generating(engine: Engine, generation_config: GenerationConfig | None, devic
         "dtype": property(lambda self: engine.interface.shape.dtype),
         # Pixels go to `forward`, whose answer says what was dropped, instead of being encoded beforehand.
         "_supports_mm_encoder_outputs": lambda self: False,
+        "_prepare_position_ids_for_generation": positions,
         "__module__": family.__module__,
     }
     host.__class__ = type(family.__name__, (family,), members)
     if generation_config is not None:
         host.generation_config = generation_config
     return host
+
+
+def going_on(positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Rotary positions [..., B, S] in which padding at a row's end repeats its last token's, for `mask` [B, S].
+
+    `generate` numbers new tokens from the last column on, which would be that of the padding.
+    """
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask.bool(), columns, -1).amax(1, keepdim=True).clamp(min=0)
+    return positions.gather(-1, torch.minimum(columns, last).expand(positions.shape))
 
 
 @functools.cache
