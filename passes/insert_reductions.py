@@ -94,7 +94,7 @@ class _DecoderInsertion:
         for number, step in enumerate(steps):
             layer = int(step.at.removeprefix("language."))
             first = first_node(self.graph, self.blocks[layer])
-            state = dataclasses.replace(state, residual=self._residual(first))
+            state = states[-1] = dataclasses.replace(state, residual=self._residual(first))
             if layer > 0:
                 stages[-1].layers = range(stages[-1].layers.start, layer)
                 stages.append(Stage(len(stages), range(layer, len(self.blocks)), step.at))

@@ -65,6 +65,12 @@ def all_rows(query: torch.Tensor) -> torch.Tensor:
     return torch.arange(query.shape[2], device=query.device).unsqueeze(0).expand(query.shape[0], -1).clone()
 
 
+def real_rows(query_positions: torch.Tensor) -> torch.Tensor:
+    """[B, S] int64: every slot that is no padding, -1 for the others."""
+    slots = torch.arange(query_positions.shape[1], device=query_positions.device)
+    return torch.where(query_positions >= 0, slots, -1)
+
+
 def columns_of(index: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """[B, V, 1] where the chunk's slots `index` stand among the keys, whose first ones are the cache's."""
     past = key.shape[2] - query.shape[2]
@@ -151,7 +157,7 @@ class DecoderTaps:
         if of == "visual":
             return index
         if of == "all":
-            return self.call(all_rows, query)
+            return self.call(real_rows, self.states[stage].query_positions)
         raise SiteError(
             f"the decoder has no {of} token",
             where=self.note,

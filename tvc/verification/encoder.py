@@ -99,14 +99,14 @@ class EncoderTaps:
     """Turns what attention calls of one encoder block saw into one number (or key) a visual token."""
 
     owner: torch.Tensor  # [tokens] from `token_map`
+    number: int  # visual tokens; those that no encoder token ends in (newlines) get 0
 
     def _pooled(self, values: torch.Tensor) -> torch.Tensor:
         """[visual tokens, ...] means of `values` [tokens, ...] over the encoder tokens of each visual token."""
         real = self.owner >= 0
-        number = int(self.owner.max()) + 1
         flat = values.reshape(len(values), -1).float()
-        total = flat.new_zeros(number, flat.shape[1]).index_add(0, self.owner[real], flat[real])
-        members = flat.new_zeros(number).index_add(0, self.owner[real], flat.new_ones(int(real.sum())))
+        total = flat.new_zeros(self.number, flat.shape[1]).index_add(0, self.owner[real], flat[real])
+        members = flat.new_zeros(self.number).index_add(0, self.owner[real], flat.new_ones(int(real.sum())))
         return total / members.clamp(min=1)[:, None]
 
     def keys(self, calls: list[Seen]) -> torch.Tensor:

@@ -302,10 +302,8 @@ class _Oracle(Observer):
 
     def _global(self, kept: torch.Tensor) -> set[int]:
         """Numbers over all samples from numbers within each sample [B, T]."""
-        ids = self.case.inputs["input_ids"]
-        visual = sum(((ids == t).long() for t in self.case.visual_token_ids), torch.zeros_like(ids))
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), visual.sum(1).cumsum(0).cpu()])
-        return {int(starts[b]) + int(i) for b, row in enumerate(kept.tolist()) for i in row if i >= 0}
+        counts = self._visual_counts()
+        return {sum(counts[:b]) + i for b, row in enumerate(kept.tolist()) for i in row if i >= 0}
 
     def _asks_own_layer(self, step: Any, site: str) -> bool:
         kinds = ("attention", "key")
@@ -360,16 +358,20 @@ class _Oracle(Observer):
         return (attended if inside else attended[: self.case.prompt]).nonzero().flatten()
 
     def _encoder_tap(self, tap: Tap, primitive: Any, sample: Sample) -> torch.Tensor:
-        taps, calls = EncoderTaps(self.map), self.seen[str(tap.layer)]
+        visual = self._visual_counts()
+        taps, calls = EncoderTaps(self.map, sum(visual)), self.seen[str(tap.layer)]
         if tap.kind == "attention":
             values = taps.attention(calls, tap.of[0], primitive.heads)
         else:
             values = taps.keys(calls)
-        start = 0
+        return values[sum(visual[: sample.row]) + sample.number][None]
+
+    def _visual_counts(self) -> list[int]:
+        """Visual tokens of each sample before any step."""
         ids = self.case.inputs["input_ids"]
-        for token in self.case.visual_token_ids:
-            start += int((ids[: sample.row] == token).sum())
-        return values[start + sample.number][None]
+        visual = sum(((ids == t).long() for t in self.case.visual_token_ids), torch.zeros_like(ids))
+        counts: list[int] = visual.sum(1).tolist()
+        return counts
 
 
 @contextlib.contextmanager

@@ -1,0 +1,50 @@
+"""Which encoder tokens make which visual token, against what a nudge of one encoder token changes."""
+
+from __future__ import annotations
+
+import pytest
+import support
+import torch
+
+from tvc.trace.layout import used_vision_blocks
+from tvc.trace.observe import Observer, observed
+from tvc.verification.encoder import flat_features, token_map
+
+
+class Nudge(Observer):
+    """Moves one encoder token in front of the last used block, whose tokens do not see each other."""
+
+    silent = True
+
+    def __init__(self, block: int, token: int | None):
+        self.block, self.token = block, token
+
+    def entering(self, component, index, block, arguments):
+        if component == "vision" and index == self.block and self.token is not None:
+            hidden = arguments["hidden_states"].clone(memory_format=torch.contiguous_format)
+            hidden.view(-1, hidden.shape[-1])[self.token] += torch.linspace(-1, 2, hidden.shape[-1])
+            arguments["hidden_states"] = hidden
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llava_onevision", "smolvlm", "internvl", "gemma3"])
+@torch.no_grad()
+def test_a_token_moves_the_visual_token_it_belongs_to(family):
+    model, inputs = support.build_model(family), support.inputs(family, 2)
+    owner, block = token_map(model, inputs), used_vision_blocks(model) - 1
+
+    def features(token):
+        with observed(model, Nudge(block, token)):
+            return flat_features(model, inputs)
+
+    still = features(None)
+    assert len(still) == int(support.visual_mask(family, inputs["input_ids"]).sum())
+    assert owner.max() < len(still)
+    for token in range(0, len(owner), 7):
+        moved = ((features(token) - still).abs().amax(1) > 1e-5).nonzero().flatten().tolist()
+        assert moved == [n for n in [int(owner[token])] if n >= 0], f"token {token}"
+
+
+def test_every_visual_token_of_a_merger_has_its_four():
+    owner = token_map(support.build_model("qwen2_5_vl"), support.inputs("qwen2_5_vl", 2))
+    assert owner.bincount().unique().tolist() == [4]
+    assert owner.tolist() != sorted(owner.tolist())  # the encoder works in windows
