@@ -72,7 +72,6 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Artifac
         family: str, policy: str, target: str = "torch", dtype: str | None = None, settings: tuple[str, ...] = ()
     ) -> Artifact:
         import support
-
         import tvc
 
         key = (family, policy, target, dtype, settings)

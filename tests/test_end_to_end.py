@@ -1,14 +1,14 @@
-"""Compiled models used as their Hugging Face originals are: `generate` in all its modes, later turns, batches, types."""
+"""Compiled models used as their originals are: `generate` in all its modes, later turns, batches, types."""
 
 from __future__ import annotations
 
 import time
 
 import pytest
-import support
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+import support
 import tvc
 from tvc.runtime.cache import StagedCache
 
@@ -245,9 +245,7 @@ def test_a_batch_of_three_is_three_batches_of_one(reduced, family):
     for row in range(3):
         start = int((1 - inputs["attention_mask"][row]).sum())
         alone = {
-            name: value[row : row + 1, start:]
-            if value.shape[1:] == inputs["input_ids"].shape[1:]
-            else value[row : row + 1]
+            name: value[row : row + 1, start * (value.shape == inputs["input_ids"].shape) :]
             for name, value in inputs.items()
         } | {"pixel_values": pixels[row]}
         out = made.compiled(**alone)

@@ -19,7 +19,8 @@ from tvc.errors import ArgumentError
 from tvc.policy import ResolvedPolicy
 from tvc.report.plan import Plan
 from tvc.runtime.engine import Engine
-from tvc.runtime.inputs import check_call
+from tvc.runtime.inputs import check_call, unplaced
+from tvc.trace.host import PIXEL_NAMES
 
 
 @dataclasses.dataclass
@@ -49,7 +50,12 @@ def generating(engine: Engine, generation_config: GenerationConfig | None, devic
         return ReducedOutput(logits=answer.logits, past_key_values=cache, kept=answer.kept)
 
     def positions(self: Any, tokens: torch.Tensor, model_kwargs: dict[str, Any]) -> torch.Tensor:
-        made = family._prepare_position_ids_for_generation(self, tokens, model_kwargs)
+        try:
+            made = family._prepare_position_ids_for_generation(self, tokens, model_kwargs)
+        except (RuntimeError, ValueError, LookupError, StopIteration) as problem:
+            if not any(model_kwargs.get(name) is not None for name in PIXEL_NAMES):
+                raise
+            raise unplaced(problem) from problem
         mask = model_kwargs.get("attention_mask")
         return made if mask is None else going_on(made, mask)
 

@@ -71,7 +71,7 @@ def compile_command(
         content = {
             "output": str(output),
             "target": target,
-            "policy": compiled.policy.document.data,
+            "policy": compiled.policy.policy.document.data,
             "plan": compiled.plan.to_json(),
             "verification": compiled.verification,
             "bytes": size,
@@ -110,12 +110,12 @@ def worst(verification: Mapping[str, Any] | None) -> str:
     """One line on the comparison with the untouched model."""
     if verification is None:
         return "not verified"
-    rows = [row for row in verification.get("comparisons", ()) if isinstance(row.get("difference"), (int, float))]
+    rows = [row for row in verification["comparisons"] if isinstance(row["worst"], float)]
     if not rows:
         return "verified"
-    row = max(rows, key=lambda candidate: candidate["difference"])
-    place = ", ".join(str(value) for key, value in row.items() if isinstance(value, str) and value)
-    return f"verified: {len(rows)} comparisons, worst difference {row['difference']:.2e} ({place})"
+    row = max(rows, key=lambda candidate: candidate["worst"])
+    place = ", ".join(text for text in (row["name"], row["site"], row["output"]) if text)
+    return f"verified: {len(rows)} comparisons, worst difference {row['worst']:.2e} ({place})"
 
 
 def _sample(model: str, image: pathlib.Path | None, prompt: str | None) -> tuple[dict[str, Any] | None, Any]:
@@ -156,7 +156,7 @@ def _show_plan(model: str, loaded: Any, inputs: dict[str, Any] | None, as_json: 
     resolved = resolve(loaded, layout)
     made = plan_policy(loaded, layout)
     if as_json:
-        typer.echo(json.dumps({"policy": resolved.document.data, "plan": made.to_json()}, indent=2))
+        typer.echo(json.dumps({"policy": resolved.policy.document.data, "plan": made.to_json()}, indent=2))
         return
     typer.echo(made.text())
     typer.echo("")

@@ -48,9 +48,12 @@ def inspect(
 
 
 def _component(name: str, part: Any) -> dict[str, Any]:
-    weights = {id(value): value.numel() * value.element_size() for value in part.exported.state_dict.values()}
+    held = {spec.arg.name: spec.target for spec in part.exported.graph_signature.input_specs if spec.target}
+    # A trace lists all weights of the module it was given, those of other components too; the graph reads its own.
+    read = [held[node.name] for node in part.exported.graph.nodes if node.name in held and node.users]
+    values = [part.exported.state_dict[name] for name in read if name in part.exported.state_dict]
+    size = sum({id(value): value.numel() * value.element_size() for value in values}.values())
     nodes = sum(node.op == "call_function" for node in part.graph.nodes)
-    size = sum(weights.values())
     return {"name": name, "nodes": nodes, "bytes": size, "inputs": list(part.inputs), "outputs": list(part.outputs)}
 
 

@@ -82,7 +82,7 @@ def _check(image: pathlib.Path | None, prompt: str | None, both: bool) -> None:
     if image is None or prompt is None:
         given = {"--image": image, "--prompt": prompt}
         missing = " and ".join(name for name, value in given.items() if value is None)
-        present = ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+        present = ", ".join(f'{name} "{value}"' for name, value in given.items() if value is not None)
         raise ArgumentError(
             f"{missing} is missing" if " and " not in missing else f"{missing} are missing",
             where="tvc run",

@@ -72,6 +72,18 @@ def count_mismatch(tokens: int, lengths: Sequence[int], where: str = "forward") 
     )
 
 
+def unplaced(problem: Exception) -> InputError:
+    """The error for images that a family fails to lay out over the tokens' positions."""
+    return InputError(
+        "the placeholders in the text do not fit the images",
+        where="generate",
+        got=f"{type(problem).__name__}: {problem}",
+        want="as many placeholder tokens as the images have visual tokens, and the grid of each image",
+        fix="let the processor put the placeholders in, do not truncate the text, and pass all that it returned",
+        slug="placeholder-count",
+    )
+
+
 def check_sample(inputs: Any) -> None:
     """Refuses sample inputs that nothing can be traced with.
 
@@ -147,7 +159,7 @@ def _check_ids(ids: Any, inputs: Mapping[str, Any], where: str) -> None:
         raise InputError(
             "the token ids are not a batch of whole numbers",
             where=where,
-            got=f"input_ids {_shape(ids)}",
+            got=f"input_ids {_shape(ids)}" + (f" {ids.dtype}" if isinstance(ids, torch.Tensor) else ""),
             want="int64 [batch, sequence], neither of them 0",
             fix="ask the processor for return_tensors='pt'",
             slug="bad-input-ids",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -54,7 +55,7 @@ def load(
             options["device_map"] = {"": str(device)} if str(device) != "cpu" else None
         try:
             real = AutoModelForImageTextToText.from_pretrained(name, **{k: v for k, v in options.items() if v}).eval()
-        except (OSError, ValueError, RuntimeError, KeyError) as problem:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as problem:
             raise ModelError(
                 "the model's weights cannot be loaded",
                 where=name,
