@@ -1,7 +1,9 @@
 """Measures dense, compiled and ideal side by side, torch and ONNX Runtime, prefill and decode; writes one JSON a run.
 
-    python benchmarks/run.py [--case decoder-12x768] [--target torch --target ort] [--repeats 20] [--output FILE]
+    python benchmarks/run.py [--case decoder-12x768] [--target torch --target ort] [--repeats 20] [--threads 1]
 
+Two scopes: `decoder`, the graph alone, where the ideal is every layer at its native length through the same code; and
+`model`, a whole call with vision, embedding and the family's own code, where dense is the untouched model in PyTorch.
 Each compiled model is verified against the untouched one before it is measured: no number without a passed check.
 """
 
@@ -12,17 +14,20 @@ import importlib.util
 import json
 import pathlib
 import sys
+import tempfile
 from types import ModuleType
 from typing import Any
 
 import torch
 
 import tvc
+from tvc.chunks import CHUNK_INPUTS
 from tvc.report.phases import PHASES, in_sequence, phases
 from tvc.report.timing import Variant, environment, measure, rows, text
 
 HERE = pathlib.Path(__file__).resolve().parent
-COLUMNS = ("case", "target", "phase", "variant", "median_ms", "p20_ms", "p80_ms", "speedup", "efficiency")
+COLUMNS = ("case", "target", "scope", "phase", "variant", "median_ms", "p20_ms", "p80_ms", "speedup", "efficiency")
+DECODE_TURNS = 3  # decode steps per prefill: they are short, and their medians need more of them
 
 
 def _beside(name: str) -> ModuleType:
@@ -36,7 +41,7 @@ def _beside(name: str) -> ModuleType:
     return module
 
 
-cases = _beside("cases")
+cases, decoder = _beside("cases"), _beside("decoder")
 
 
 def main() -> None:
@@ -46,45 +51,68 @@ def main() -> None:
     measured: list[dict[str, Any]] = []
     for name in options.case or ["decoder-12x768"]:
         for target in options.target or ["torch", "ort"]:
-            made = variants(cases.CASES[name], target)
-            for phase in PHASES:
-                timings = measure({label: both[phase] for label, both in made.items()}, options.repeats)
-                measured += rows(timings, case=name, target=target, phase=phase)
-            print(
-                text([row for row in measured if (row["case"], row["target"]) == (name, target)], COLUMNS), flush=True
-            )
+            with tempfile.TemporaryDirectory(prefix="tvc-bench-") as folder:
+                made = variants(cases.CASES[name], target, options.threads, pathlib.Path(folder))
+                fresh = _measured(made, options.repeats, case=name, target=target)
+            print(text(fresh, COLUMNS), flush=True)
+            measured += fresh
     output = options.output or HERE / "results" / f"{facts['date'][:10]}-{(facts['commit'] or 'none')[:8]}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"environment": facts, "rows": measured}, indent=1) + "\n", encoding="utf-8")
     print(output)
 
 
-def variants(case: Any, target: str) -> dict[str, dict[str, Variant]]:
-    """Label -> phase -> variant. In ONNX Runtime the untouched model is the one that keeps every token."""
+def _measured(made: dict[str, dict[str, dict[str, Variant]]], repeats: int, **facts: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for scope, labels in made.items():
+        for phase in PHASES:
+            turns = repeats * (DECODE_TURNS if phase == "decode" else 1)
+            timings = measure({label: both[phase] for label, both in labels.items()}, turns)
+            found += rows(timings, **facts, scope=scope, phase=phase)
+    return found
+
+
+def variants(case: Any, target: str, threads: int, folder: pathlib.Path) -> dict[str, dict[str, dict[str, Variant]]]:
+    """Scope -> label -> phase -> variant; files of the targets are written below `folder`."""
     model, inputs = cases.build_model(case), cases.build_inputs(case)
-    dense = (
-        phases(model, inputs, logits_to_keep=1)
-        if target == "torch"
-        else phases(tvc.compile(model, cases.KEEP_ALL, target=target, inputs=inputs), inputs)
-    )
-    compiled = phases(tvc.compile(model, case.policy, target=target, inputs=inputs), inputs)
-    parts = [native(part, target) for part in case.parts if part.layers]
-    ideal = {phase: in_sequence([part[phase] for part in parts]) for phase in PHASES}
-    return {"dense": dense, "compiled": compiled, "ideal": ideal}
+    compiled: Any = tvc.compile(model, case.policy, target=target, inputs=inputs)
+    if threads and target != "torch":
+        compiled.save_pretrained(folder / "compiled")
+        compiled = tvc.load(folder / "compiled", threads=threads)
+    calls = decoder.Recorder(compiled.engine.run)
+    compiled.engine.run = calls
+    whole = {"dense": phases(model, inputs, logits_to_keep=1), "compiled": phases(compiled, inputs)}
+    step = whole["compiled"]["decode"]
+    step.call(step.setup())
+    compiled.engine.run = calls.run
+    given = dict(zip(PHASES, calls.given, strict=True))
+    chunk = {name: value for name, value in given["prefill"].items() if name in CHUNK_INPUTS}
+    parts = [part for part in case.parts if part.layers]
+    graphs = {
+        "dense": [decoder.dense(model, inputs, target, folder / "dense", threads, chunk)],
+        "compiled": [decoder.Graph(calls.run, given)],
+        "ideal": [native(part, target, folder / f"ideal{part.layers}", threads, part == parts[-1]) for part in parts],
+    }
+    alone = {
+        label: {phase: in_sequence([one.variant(phase) for one in some]) for phase in PHASES}
+        for label, some in graphs.items()
+    }
+    return {"decoder": alone, "model": whole}
 
 
-def native(part: Any, target: str) -> dict[str, Variant]:
-    """Some of the layers at the length they run at, through the same code path."""
-    inputs = cases.build_inputs(part)
-    return phases(tvc.compile(cases.build_model(part), cases.KEEP_ALL, target=target, inputs=inputs), inputs)
+def native(part: Any, target: str, folder: pathlib.Path, threads: int, last: bool) -> Any:
+    """Some of the layers at the length they run at."""
+    model = cases.build_model(part) if last else decoder.headless(cases.build_model(part))
+    chunk = decoder.chunk(part.width, part.visual, part.text)
+    return decoder.dense(model, cases.build_inputs(part), target, folder, threads, chunk)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--case", action="append", choices=list(cases.CASES))
     parser.add_argument("--target", action="append")
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 leaves the default")
+    parser.add_argument("--threads", type=int, default=0, help="threads of one operator; 0 leaves the default")
     parser.add_argument("--output", type=pathlib.Path)
     return parser.parse_args()
 

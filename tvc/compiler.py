@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tvc.graphs import open_draft
 from tvc.passes.base import Pass
 from tvc.passes.insert_reductions import InsertReductions
 from tvc.passes.lower_ops import LowerOps
@@ -26,7 +27,9 @@ Progress = Callable[[str], None]
 KEPT_OPS: Mapping[str, frozenset[str]] = {"ort": frozenset({"attention"})}
 
 
-def trace(model: torch.nn.Module, survey: Survey, policy: ResolvedPolicy | None = None, progress: Progress = print) -> Program:
+def trace(
+    model: torch.nn.Module, survey: Survey, policy: ResolvedPolicy | None = None, progress: Progress = print
+) -> Program:
     """Every component of `model`, before any reduction (a cut inside the vision encoder is marked while tracing)."""
     parameter = next(model.parameters())
     shape = survey.shape(parameter.dtype, parameter.device)
@@ -95,7 +98,8 @@ class GraphRunner:
     def __call__(self, component: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         part = self.program.components[component]
         if component not in self._modules:
-            self._modules[component] = part.exported.module(check_guards=False)
+            # Not `exported.module()`: it proves every size anew with sympy at each call, milliseconds a decode step.
+            self._modules[component] = open_draft(part)
         with torch.no_grad():
             values = self._modules[component](*(inputs[name] for name in part.inputs))
         return dict(zip(part.outputs, values, strict=True))

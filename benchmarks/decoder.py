@@ -1,0 +1,125 @@
+"""The decoder of a case alone: one graph of one target, with the inputs of a prefill and of the step after it.
+
+Vision, embedding and the family's own code around the graph cost every variant the same and are left out. The ideal has
+no second output head: its first part ends in the hidden states that its second part would start from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tvc import compiler
+from tvc.chunks import PAST_KEY, PAST_POSITIONS, PAST_VALUE
+from tvc.export import manifest
+from tvc.export.base import Options
+from tvc.export.base import target as find_target
+from tvc.report.timing import Variant
+from tvc.trace.load import load
+from tvc.trace.survey import survey
+
+Tensors = Mapping[str, torch.Tensor]
+Runner = Callable[[str, Tensors], dict[str, torch.Tensor]]
+
+
+@dataclasses.dataclass
+class Graph:
+    """A decoder's runner and the inputs it is timed on."""
+
+    run: Runner
+    inputs: Mapping[str, Tensors]  # by phase: prefill, decode
+
+    def variant(self, phase: str) -> Variant:
+        given = self.inputs[phase]
+        return Variant(lambda _: self.run("decoder", given))
+
+
+@dataclasses.dataclass
+class Recorder:
+    """A runner that remembers what the decoder was given."""
+
+    run: Runner
+    given: list[Tensors] = dataclasses.field(default_factory=list)
+
+    def __call__(self, component: str, inputs: Tensors) -> dict[str, torch.Tensor]:
+        if component == "decoder":
+            self.given.append(dict(inputs))
+        return self.run(component, inputs)
+
+
+def dense(model: Any, inputs: Tensors, target: str, folder: Path, threads: int, chunk: Tensors) -> Graph:
+    """The decoder of `model` without any reduction, written into `folder` where the target needs files.
+
+    Args:
+        inputs: processor outputs to trace with.
+        threads: threads of one operator in ONNX Runtime; 0 leaves the choice to it.
+        chunk: what the prefill gives the decoder, cache apart, as `chunk` makes it.
+    """
+    source = load(model)
+    surveyed = survey(source.meta, None, inputs)
+    program = compiler.trace(model, surveyed, None, _silent)
+    program.components = {"decoder": program.components["decoder"]}
+    program.facts |= {"retraced"}  # nothing was inserted, so that the first trace stands
+    lowered = compiler.lower(program, target, _silent)
+    run: Runner = compiler.GraphRunner(lowered)
+    if target != "torch":
+        folder.mkdir()
+        find_target(target).write(lowered, folder, Options())
+        content = {"components": manifest.interface(lowered), "target": target}
+        run = find_target(target).open(folder, content, torch.device("cpu"), Options(threads=threads))
+    names = lowered.components["decoder"].inputs
+    prefill = {name: chunk[name] if name in chunk else _empty(name, surveyed.caches) for name in names}
+    return Graph(run, {"prefill": prefill, "decode": _step(names, prefill, run("decoder", prefill))})
+
+
+def chunk(width: int, visual: int, text: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """One prompt of random embeddings: half of the text, one image, the other half."""
+    length, before = visual + text, text // 2
+    slots = torch.arange(length)[None]
+    return {
+        "inputs_embeds": torch.randn(1, length, width, generator=torch.Generator().manual_seed(seed)),
+        "position_ids": slots,
+        "query_positions": slots,
+        "text_index": torch.cat((slots[:, :before], slots[:, before + visual :]), 1),
+        "visual_index": slots[:, before : before + visual].contiguous(),
+        "visual_segment": torch.zeros(1, visual, dtype=torch.int64),
+        "visual_counts": torch.tensor([[visual]]),
+    }
+
+
+def headless(model: Any) -> Any:
+    """The model without its last norm and its output head: what hands its hidden states to more layers."""
+    model.lm_head, model.model.language_model.norm = torch.nn.Identity(), torch.nn.Identity()
+    return model
+
+
+def _silent(_line: str) -> None:
+    return None
+
+
+def _empty(name: str, caches: tuple[tuple[int, int, int], ...]) -> torch.Tensor:
+    """An input that the prompt leaves empty: nothing is cached yet."""
+    if name.startswith(PAST_POSITIONS):
+        return torch.zeros(1, 0, dtype=torch.int64)
+    groups, *widths = caches[int(name.split(".")[1])]
+    return torch.zeros(1, groups, 0, widths[name.startswith(PAST_VALUE)])
+
+
+def _step(names: tuple[str, ...], prefill: Tensors, outputs: Tensors) -> Tensors:
+    """The inputs of the decode step that follows a prefill."""
+    place, none = prefill["query_positions"][:, -1:] + 1, torch.zeros(1, 0, dtype=torch.int64)
+    fresh = {
+        "inputs_embeds": prefill["inputs_embeds"][:, -1:].contiguous(),
+        "position_ids": place,
+        "query_positions": place,
+        "text_index": torch.zeros(1, 1, dtype=torch.int64),
+        "visual_index": none,
+        "visual_segment": none,
+        "visual_counts": none,
+    }
+    kinds = (PAST_POSITIONS, PAST_KEY, PAST_VALUE)
+    return {name: outputs[name.removeprefix("past_")] if name.startswith(kinds) else fresh[name] for name in names}
