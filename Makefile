@@ -55,7 +55,8 @@ test: lint $(READY)
 	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
 
 conformance: $(READY)
-	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m conformance
+	$(PYTHON) tests/conformance/matrix.py
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m conformance --deselect tests/conformance
 
 bench: $(READY)
 	$(PYTHON) benchmarks/run.py

@@ -1,0 +1,142 @@
+"""Families x presets x targets, each compiled and compared with the untouched model; resumable.
+
+    python tests/conformance/matrix.py [--families llava,...] [--presets fastv,...] [--targets torch,...] [--fresh]
+
+Every cell is verified over prefill and 8 decode steps, for one sample and for a padded batch of three. Cells are written
+to benchmarks/results/conformance.json as they are done, and cells found there are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import pathlib
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # tests/support.py
+
+import support  # noqa: E402
+
+from tvc import api, compiler  # noqa: E402
+from tvc.errors import TvcError  # noqa: E402
+from tvc.policy import load_policy, presets, resolve  # noqa: E402
+from tvc.report.timing import environment  # noqa: E402
+from tvc.trace.load import load  # noqa: E402
+from tvc.trace.survey import survey  # noqa: E402
+from tvc.verification.check import compare  # noqa: E402
+
+RESULTS = HERE.parent.parent / "benchmarks" / "results" / "conformance.json"
+TARGETS = ("torch", "ort", "pt2", "torchscript")
+STEPS = 8
+# Published budgets are for hundreds of visual tokens; the tiny models have tens.
+SETTINGS = {"visionzip": ["keep=25%", "contextual=2"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One family, preset and target, and what came of it."""
+
+    family: str
+    preset: str
+    target: str
+    outcome: str  # passed, failed or refused
+    worst: float
+    allowed: float
+    output: str  # the output with the worst difference, or the refusal
+    comparisons: int
+    seconds: float
+
+
+def verify_cells(family: str, preset: str, targets: tuple[str, ...] = TARGETS, steps: int = STEPS) -> list[Cell]:
+    """Traces and reduces once, then lowers, opens and verifies for every target."""
+    model, processor = support.build(family)
+    inputs = {batch: support.inputs(family, batch) for batch in (1, 3)}
+    started = time.perf_counter()
+    policy = load_policy(preset, SETTINGS.get(preset, ()))
+    try:
+        surveyed = survey(load(model, processor=processor).meta, processor)
+        resolved = resolve(policy, surveyed.layout)
+        program = compiler.reduce(compiler.trace(model, surveyed, resolved, _quiet), resolved, _quiet)
+    except TvcError as refusal:
+        spent = time.perf_counter() - started
+        return [Cell(family, preset, t, "refused", 0.0, 0.0, refusal.render(), 0, spent) for t in targets]
+    cells = []
+    for target in targets:
+        source = load(model, processor=processor)
+        compiled = api.finish(source, survey(source.meta, processor), resolved, program, target)
+        rows = [row for given in inputs.values() for row in compare(compiled, model, given, steps=steps).comparisons]
+        worst = max(rows, key=lambda row: row.worst / max(row.allowed, 1e-30))
+        spent, started = time.perf_counter() - started, time.perf_counter()
+        outcome = "passed" if all(row.passed for row in rows) else "failed"
+        label = f"{worst.name}, {worst.site}, {worst.output}"
+        cells.append(Cell(family, preset, target, outcome, worst.worst, worst.allowed, label, len(rows), spent))
+    return cells
+
+
+def _quiet(_line: str) -> None:
+    return None
+
+
+def _read() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"cells": []}
+
+
+def _write(cells: list[Cell]) -> None:
+    content = {"environment": environment(), "steps": STEPS, "cells": [dataclasses.asdict(cell) for cell in cells]}
+    partial = RESULTS.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(RESULTS)
+
+
+def table(cells: list[Cell]) -> str:
+    """Worst difference of each family and preset, one column a target."""
+    targets = list(dict.fromkeys(cell.target for cell in cells))
+    lines = [f"{'family':16} {'preset':12} " + " ".join(f"{target:>12}" for target in targets)]
+    for family, preset in dict.fromkeys((cell.family, cell.preset) for cell in cells):
+        found = {cell.target: cell for cell in cells if (cell.family, cell.preset) == (family, preset)}
+        shown = [f"{c.worst:12.1e}" if c.outcome == "passed" else f"{c.outcome:>12}" for c in found.values()]
+        lines.append(f"{family:16} {preset:12} " + " ".join(shown))
+    passed = sum(cell.outcome == "passed" for cell in cells)
+    worst = max((cell.worst for cell in cells if cell.outcome == "passed"), default=0.0)
+    compared = sum(cell.comparisons for cell in cells)
+    lines.append(f"{passed} of {len(cells)} cells passed, {compared} comparisons, worst difference {worst:.1e}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--families", default=",".join(support.FAMILIES))
+    parser.add_argument("--presets", default=",".join(presets()))
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    cells = [] if options.fresh else [Cell(**cell) for cell in _read()["cells"]]
+    wanted = tuple(options.targets.split(","))
+    for family in options.families.split(","):
+        for preset in options.presets.split(","):
+            done = {c.target for c in cells if (c.family, c.preset) == (family, preset) and c.outcome == "passed"}
+            left = tuple(target for target in wanted if target not in done)
+            if not left:
+                continue
+            cells = [c for c in cells if (c.family, c.preset) != (family, preset) or c.target in done]
+            for cell in verify_cells(family, preset, left):
+                cells.append(cell)
+                print(f"{family} {preset} {cell.target}: {cell.outcome} {cell.worst:.1e} ({cell.seconds:.0f} s) {cell.output if cell.outcome != 'passed' else ''}", flush=True)
+            _write(cells)
+    print(table(cells))
+    return 0 if all(cell.outcome == "passed" for cell in cells) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
