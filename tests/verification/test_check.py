@@ -6,21 +6,39 @@ import contextlib
 import json
 
 import pytest
-import support
 import torch
 from typer.testing import CliRunner
 
+import support
 import tvc
 from tvc.cli import build_app
 from tvc.verification.check import compare
 from tvc.verification.report import TOLERANCES, Comparison, Report
 
 AT_TWO = ("at=language.2", "keep=50%")
+# Everything that a step can do: even spacing, merging, a count settled at run time, both kinds of exit, new positions.
+MIXED = """
+version: 1
+name: mixed
+positions: renumber
+steps:
+  - at: language.1
+    select: {stride: {keep: 50%}}
+    rest: {merge: {targets: {stride: 3}, by: key_cosine, reduce: size_weighted}}
+  - at: language.3
+    score: {cosine: {to: text}}
+    select: {threshold: {relative: 0.6}}
+    rest: drop
+  - at: language.4
+    exit: {when: {score: {cosine: {to: text}}, reduce: mean, above: 0.3}}
+  - at: language.5
+    exit: {when: always}
+"""
 PASSING = (
     ("llava", "fastv", ()),
-    ("llava", "random", AT_TWO),
+    ("llava", MIXED, ()),
     ("qwen2_5_vl", "pyramiddrop", ()),
-    ("qwen2_5_vl", "uniform", AT_TWO),
+    ("qwen2_5_vl", "random", AT_TWO),
 )
 
 
@@ -141,7 +159,9 @@ def test_the_untouched_model_stays_untouched(fastv):
     with torch.no_grad():
         assert torch.equal(fastv.model(**inputs).logits, want)
     assert all(torch.equal(before[name], value) for name, value in fastv.model.state_dict().items())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in fastv.model.model.language_model.layers)
+    assert not any(
+        module._forward_pre_hooks or module._forward_hooks for module in fastv.model.model.language_model.layers
+    )
     assert fastv.model.config.text_config._attn_implementation == "sdpa"
 
 

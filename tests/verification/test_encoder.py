@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import support
 import torch
 
+import support
 from tvc.trace.layout import used_vision_blocks
 from tvc.trace.observe import Observer, observed
 from tvc.verification.encoder import flat_features, token_map

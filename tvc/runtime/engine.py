@@ -176,11 +176,13 @@ class Engine:
         self, chunk: Chunk, taps: dict[str, torch.Tensor], kept: dict[str, torch.Tensor]
     ) -> tuple[Chunk, dict[str, torch.Tensor]]:
         """Drops the placeholders of features that the vision path or the projector's cut dropped."""
+        numbers = None  # [B, V] of the visual tokens that are left, among all of the sample's
         if self._state.place is not None:
             present = _place_mask(self._state.place, chunk.visual)
+            numbers = ragged(_by_token(present, chunk.visual))
             for site, source in self.interface.sites.items():
                 if source == "vision":
-                    kept[site] = ragged(_by_token(present, chunk.visual))
+                    kept[site] = numbers
             chunk, taps = _without(chunk, taps, chunk.visual & ~present)
         if "projector" in self.interface.inputs and bool(chunk.visual.any()):
             slots = ragged(chunk.visual)
@@ -195,7 +197,7 @@ class Engine:
             }
             out = self.run("projector", {name: given[name] for name in self.interface.inputs["projector"]})
             chosen = out["chosen"]
-            kept["projector"] = chosen
+            kept["projector"] = chosen if numbers is None else take(numbers, chosen)
             staying = take(slots, chosen)
             index = torch.where(staying < 0, chunk.embeds.shape[1], staying)  # pads write to a row that is cut off
             room = torch.cat([chunk.embeds, chunk.embeds[:, :1]], 1)
@@ -300,7 +302,9 @@ def _by_token(values: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     return values.gather(1, slots.clamp(min=0)) & (slots >= 0)
 
 
-def _without(chunk: Chunk, taps: dict[str, torch.Tensor], dropped: torch.Tensor) -> tuple[Chunk, dict[str, torch.Tensor]]:
+def _without(
+    chunk: Chunk, taps: dict[str, torch.Tensor], dropped: torch.Tensor
+) -> tuple[Chunk, dict[str, torch.Tensor]]:
     staying = ragged(_by_token(chunk.visual & ~dropped, chunk.visual))
     shorter = dataclasses.replace(chunk, valid=chunk.valid & ~dropped, visual=chunk.visual & ~dropped)
     return shorter, {name: _rows(tap, staying) for name, tap in taps.items()}
