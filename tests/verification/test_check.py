@@ -66,7 +66,7 @@ def prefill(inputs):
     return inputs["past_key_positions.0"].shape[1] == 0
 
 
-@pytest.mark.parametrize(("family", "policy", "settings"), PASSING)
+@pytest.mark.parametrize(("family", "policy", "settings"), PASSING, ids=["fastv", "mixed", "pyramiddrop", "random"])
 def test_dropping_equals_masking(artifacts, family, policy, settings):
     made = artifacts(family, policy, settings=settings)
     report = compare(made.compiled, made.model, support.inputs(family, 2, seed=1))
