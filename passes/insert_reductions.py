@@ -24,7 +24,6 @@ from tvc.passes.insert_vision import VisionInsertion
 from tvc.passes.taps import DecoderTaps, crosses, crossing, tap_name
 from tvc.program import Change, Component, Program, Stage
 
-
 COMPONENTS = ("vision", "projector", "language")
 
 
@@ -61,7 +60,7 @@ class InsertReductions(Pass):
                 if tap.kind == "attention":
                     insertion.add_score(name, primitive, note)
                 else:
-                    insertion.add_keys(name, tap.layer, note)
+                    insertion.add_keys(name, tap.layer or "", note)
             return insertion.changes
         return []
 
@@ -90,7 +89,7 @@ class _DecoderInsertion:
     def insert(self, steps: list[Any]) -> list[Change]:
         state = self._start()
         states = [state]
-        stages = [Stage(0, range(0, len(self.blocks)), None)]
+        stages = [Stage(0, range(len(self.blocks)), None)]
         for number, step in enumerate(steps):
             layer = int(step.at.removeprefix("language."))
             first = first_node(self.graph, self.blocks[layer])
@@ -163,7 +162,13 @@ class _DecoderInsertion:
         return found
 
     def _insert_step(
-        self, step: Any, number: int, state: ChunkState, key_positions: fx.Node, first: fx.Node, states: list[ChunkState]
+        self,
+        step: Any,
+        number: int,
+        state: ChunkState,
+        key_positions: fx.Node,
+        first: fx.Node,
+        states: list[ChunkState],
     ) -> ChunkState:
         note = f"InsertReductions: {step.where}"
         resolver = DecoderTaps(self.graph, self.blocks, states, self.component.meta["cuts"], note, key_positions)
@@ -195,7 +200,9 @@ class _DecoderInsertion:
         self.changes.append(Change("decoder", node.name, f"reduction before block {step.at}", step.where))
         return ChunkState(key_positions=key_positions, **parts)
 
-    def _step_taps(self, step: Any, number: int, resolver: DecoderTaps, first: fx.Node) -> tuple[list[Any], dict[str, Any]]:
+    def _step_taps(
+        self, step: Any, number: int, resolver: DecoderTaps, first: fx.Node
+    ) -> tuple[list[Any], dict[str, Any]]:
         terms = step.exit.score if step.exit is not None else step.score
         scores: list[Any] = []
         for index, term in enumerate(terms):

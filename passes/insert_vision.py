@@ -28,7 +28,7 @@ def tile_state(hidden: torch.Tensor, prefix: int) -> tuple[torch.Tensor, torch.T
     return segment, torch.ones_like(segment).sum(1, keepdim=True), torch.ones_like(segment, dtype=torch.float32)
 
 
-def vision_cut(step: Any, prefix: int, name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+def vision_cut(step: Any, prefix: int, name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """The function that shortens the tokens of every tile; prefix tokens (CLS, registers) stay."""
 
     def cut(
@@ -176,7 +176,7 @@ class VisionInsertion:
         query, key, mask, scale = self._attention(layer, note)
         if layer == site:
             ahead = backward_closure([query, key], stop=[marker])
-            copies = clone([n for n in ahead if not n < marker], {marker: hidden}, note)
+            copies = clone([n for n in ahead if not n < marker], {marker: hidden}, note)  # type: ignore[dict-item]
             query, key = copies.get(query, query), copies.get(key, key)
         stage = sum(cut <= layer for cut, _ in self.chosen) if layer != site else len(self.chosen)
         start = hidden if stage == len(self.chosen) else self._hidden_of(stage)
@@ -282,7 +282,9 @@ def _without_prefix(hidden: torch.Tensor, prefix: int) -> torch.Tensor:
 
 def _check_static(step: Any) -> None:
     """Inside the encoder every tile keeps the same number of tokens."""
-    what = "an exit" if step.exit is not None else f"select: {step.select.key}" if step.select.key == "threshold" else ""
+    what = (
+        "an exit" if step.exit is not None else f"select: {step.select.key}" if step.select.key == "threshold" else ""
+    )
     if what:
         raise SiteError(
             f"{what} decides at run time, and the tiles of a batch would differ in length",

@@ -34,7 +34,10 @@ class LowerOps(Pass):
                 op = references.get(node.target)
                 if op is not None:
                     node.target = op.lowering
-            changes += [Change(component.name, n.name, f"lowered to the reference of {references[n.target].name}", "target") for n in found]
+            changes += [
+                Change(component.name, n.name, f"lowered to the reference of {references[n.target].name}", "target")
+                for n in found
+            ]
             export_draft(component)
             left = [n for n in component.exported.graph.nodes if n.target in references]
             if left:
@@ -47,4 +50,3 @@ class LowerOps(Pass):
                     slug="not-lowered",
                 )
         return changes
-

@@ -49,7 +49,9 @@ class _Rebinding:
         live = [
             node
             for node in self.graph.nodes
-            if order[node] < start and node not in inserted and any(order[u] >= start and u.op != "output" for u in node.users)
+            if order[node] < start
+            and node not in inserted
+            and any(order[u] >= start and u.op != "output" for u in node.users)
         ]
         with self.graph.inserting_before(self.cut.first):
             new_size = self._note(self.graph.call_function(A.sym_size.int, (self.after.kept, 1)))
@@ -88,8 +90,7 @@ class _Rebinding:
             return None
         closure = backward_closure([node], stop=known)
         if all(n.op != "placeholder" for n in closure):
-            copy = clone(closure, known, self.note)[node]
-            return copy
+            return clone(closure, known, self.note)[node]
         gathered = self._note(self.graph.call_function(gather_tokens, (node, self.after.kept, tuple(axes))))
         gathered.meta["val"] = value
         return gathered
@@ -109,7 +110,9 @@ class _Rebinding:
             self.graph.call_function(A.cat.default, ([self.after.key_positions, self.after.query_positions], 1))
         )
         mask = self._note(
-            self.graph.call_function(node.target, (self.after.query_positions, keys, node.args[2]))
+            self.graph.call_function(
+                torch.ops.tvc.attention_mask.default, (self.after.query_positions, keys, node.args[2])
+            )
         )
         mask.meta["val"] = node.meta["val"]
         return mask

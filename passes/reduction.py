@@ -59,7 +59,11 @@ def decide(
     score = None
     if terms:
         values = [
-            (given if isinstance(given, torch.Tensor) else term.primitive.apply(**_bundles(given)), term.weight, term.normalize)
+            (
+                given if isinstance(given, torch.Tensor) else term.primitive.apply(**_bundles(given)),
+                term.weight,
+                term.normalize,
+            )
             for term, given in zip(terms, scores, strict=True)
         ]
         score = combine(values, segment)

@@ -37,9 +37,7 @@ def _decoder_sample(component: Component, program: Program) -> None:
     component.sample = sample_inputs(
         component.inputs, shape, stage_of_layer, component.meta["tap_widths"], visual=component.meta.get("visual", 64)
     )
-    component.dynamic = tuple(
-        {axis: AUTO for axis in varying_axes(name, shape)} for name in component.inputs
-    )
+    component.dynamic = tuple(dict.fromkeys(varying_axes(name, shape), AUTO) for name in component.inputs)
 
 
 def export_draft(component: Component) -> None:

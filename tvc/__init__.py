@@ -1,9 +1,9 @@
 """tvc: compile a vision-language model with a declarative token-reduction policy.
 
-    import tvc
-    compiled = tvc.compile("llava-hf/llava-1.5-7b-hf", "fastv", target="ort")
-    ids = compiled.generate(**processor_outputs, max_new_tokens=32)
-    compiled.save_pretrained("out")
+import tvc
+compiled = tvc.compile("llava-hf/llava-1.5-7b-hf", "fastv", target="ort")
+ids = compiled.generate(**processor_outputs, max_new_tokens=32)
+compiled.save_pretrained("out")
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tvc.api import compile, inspect, load, plan
-    from tvc.errors import TvcError, VerificationError
-    from tvc.policy import load_policy, presets
+    from tvc.api import compile, inspect, load, plan  # noqa: A004  the public names
     from tvc.checking import verify
+    from tvc.errors import TvcError, VerificationError
+    from tvc.policy import load_policy, presets  # type: ignore[no-redef]
 
 __version__ = "0.1.0"
 __all__ = [

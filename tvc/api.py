@@ -15,12 +15,12 @@ from tvc.model import CompiledModel
 from tvc.policy import Policy, ResolvedPolicy, load_policy, resolve
 from tvc.program import Program
 from tvc.report.cost import one_image
-from tvc.report.cost import one_image
 from tvc.report.plan import Plan
 from tvc.report.schedule import make_plan, plan_policy
 from tvc.runtime.engine import Engine
 from tvc.runtime.inputs import check_sample
-from tvc.trace.load import Source, load as load_source
+from tvc.trace.load import Source
+from tvc.trace.load import load as load_source
 from tvc.trace.survey import Survey, survey
 
 ModelLike = str | os.PathLike[str] | torch.nn.Module
@@ -71,7 +71,7 @@ def plan(
     return plan_policy(loaded, layout, text_tokens=text_tokens, new_tokens=new_tokens, average_tokens=average_tokens)
 
 
-def compile(
+def compile(  # noqa: A001  the public name
     model: ModelLike,
     policy: PolicyLike,
     target: str = "torch",
@@ -120,7 +120,9 @@ def compile(
     surveyed = _survey(source, inputs)
     resolved = resolve(loaded, surveyed.layout)
     program = compiler.reduce(compiler.trace(source.model, surveyed, resolved, step), resolved, step)  # type: ignore[arg-type]
-    compiled = finish(source, surveyed, resolved, program, target, step, given_sample=inputs is not None, timings=timings)
+    compiled = finish(
+        source, surveyed, resolved, program, target, step, given_sample=inputs is not None, timings=timings
+    )
     if verify:
         from tvc.verification.check import check
 
@@ -174,7 +176,9 @@ def finish(
     return compiled
 
 
-def load(folder: str | os.PathLike[str], device: torch.device | str | None = None, *, threads: int = 0) -> CompiledModel:
+def load(
+    folder: str | os.PathLike[str], device: torch.device | str | None = None, *, threads: int = 0
+) -> CompiledModel:
     """Opens an artifact directory; the runtime is the one it was compiled for.
 
     Args:

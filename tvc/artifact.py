@@ -10,7 +10,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from transformers import AutoConfig, GenerationConfig
 
 from tvc.errors import ArtifactError, ModelError
 from tvc.export import manifest
@@ -20,12 +19,11 @@ from tvc.model import CompiledModel
 from tvc.policy import ResolvedPolicy, load_policy, resolve
 from tvc.program import Program
 from tvc.report.cost import one_image
-from tvc.report.cost import one_image
 from tvc.report.report import write_report
 from tvc.report.schedule import make_plan
 from tvc.runtime.engine import Engine, Interface
-from tvc.trace.load import Source
 from tvc.trace.layout import meta_model
+from tvc.trace.load import Source, saved_configuration
 from tvc.trace.processor import load_processor
 from tvc.trace.survey import Survey, survey
 
@@ -59,7 +57,7 @@ def save(
     """Writes everything that `open_artifact` needs and a reader wants to see."""
     with manifest.writing(place, overwrite=overwrite) as (folder, seal):
         find_target(compiled.target).write(program, folder, Options())
-        source.meta.config.__class__.from_dict(compiled.config.to_dict()).save_pretrained(folder)
+        compiled.config.save_pretrained(folder)
         compiled.generation_config.save_pretrained(folder)
         if compiled.processor is not None:
             compiled.processor.save_pretrained(folder)
@@ -86,7 +84,11 @@ def save(
             manifest.describe(
                 program,
                 compiled.target,
-                model={"source": source.name, "revision": source.revision, "class": type(source.meta).__mro__[0].__name__},
+                model={
+                    "source": source.name,
+                    "revision": source.revision,
+                    "class": type(source.meta).__mro__[0].__name__,
+                },
                 policy=compiled.policy.policy.document.data,
                 runtime=compiled.engine.interface.to_json(),
                 image_size=list(surveyed.layout.image_size),
@@ -106,7 +108,7 @@ def open_artifact(
     content = manifest.read(folder)
     where = torch.device(device) if device is not None else torch.device("cpu")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config, generation_config = saved_configuration(folder)
         meta = meta_model(config)
     except (OSError, ValueError, KeyError) as problem:
         raise ArtifactError(
@@ -134,7 +136,7 @@ def open_artifact(
         policy=policy,
         plan=make_plan(policy, one_image(surveyed.layout)),
         config=config,
-        generation_config=GenerationConfig.from_pretrained(folder),
+        generation_config=generation_config,
         processor=processor,
         device=where,
     )
@@ -154,7 +156,9 @@ def _verification(folder: Path) -> dict[str, Any] | None:
     return json.loads((folder / "report.json").read_text(encoding="utf-8")).get("verification")
 
 
-def open_temporarily(program: Program, target: str, device: torch.device) -> tuple[Any, tempfile.TemporaryDirectory[str]]:
+def open_temporarily(
+    program: Program, target: str, device: torch.device
+) -> tuple[Any, tempfile.TemporaryDirectory[str]]:
     """A runner over files of `target` that live as long as the returned folder."""
     folder = tempfile.TemporaryDirectory(prefix="tvc-")
     made = find_target(target)

@@ -1,15 +1,15 @@
 """The decoder's interface: what a chunk consists of, by input name.
 
-    inputs_embeds          [B, S, D]   left-packed: pads first, the last slot is always real
-    position_ids           [B, S] or [A, B, S] where the model has A rotary axes
-    query_positions        [B, S] int64 place of each slot in the sample's sequence, -1 pads
-    text_index             [B, T] int64 slots of the text tokens, -1 pads
-    visual_index           [B, V] int64 slots of the visual tokens, -1 pads; V = 0 in a decode step
-    visual_segment         [B, V] int64 image of the sample that each visual token belongs to, -1 pads
-    visual_counts          [B, N] int64 visual tokens of each image, 0 pads; N = 0 where no image came with the chunk
-    tap.*                  [B, V] or [B, V, d] what the vision path says of each visual token
-    past_key_positions.s   [B, P_s] int64 places of the tokens cached by stage s, -1 pads
-    past_key.i past_value.i  [B, G, P_s, d] the cache of layer i, as long as its stage's
+inputs_embeds          [B, S, D]   left-packed: pads first, the last slot is always real
+position_ids           [B, S] or [A, B, S] where the model has A rotary axes
+query_positions        [B, S] int64 place of each slot in the sample's sequence, -1 pads
+text_index             [B, T] int64 slots of the text tokens, -1 pads
+visual_index           [B, V] int64 slots of the visual tokens, -1 pads; V = 0 in a decode step
+visual_segment         [B, V] int64 image of the sample that each visual token belongs to, -1 pads
+visual_counts          [B, N] int64 visual tokens of each image, 0 pads; N = 0 where no image came with the chunk
+tap.*                  [B, V] or [B, V, d] what the vision path says of each visual token
+past_key_positions.s   [B, P_s] int64 places of the tokens cached by stage s, -1 pads
+past_key.i past_value.i  [B, G, P_s, d] the cache of layer i, as long as its stage's
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def sample_inputs(
     text: int = 12,
     past: int = 12,
 ) -> tuple[torch.Tensor, ...]:
-    """Tensors to trace with, by name: two samples of two images, every varying size at least 2 and unlike the others."""
+    """Tensors to trace with, by name: two samples of two images, no varying size below 2."""
     batch, slots, half = 2, visual + text, visual // 2
     positions = (torch.arange(slots) + past).repeat(batch, 1)
     chunk = {

@@ -30,7 +30,8 @@ def open_draft(component: Component) -> fx.GraphModule:
     exported = component.exported
     signature = exported.graph_signature
     specs = {spec.arg.name: spec for spec in signature.input_specs if hasattr(spec.arg, "name")}
-    root, graph, copies = torch.nn.Module(), fx.Graph(), {}
+    root, graph = torch.nn.Module(), fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
     user_inputs = iter(component.inputs)
     for node in exported.graph.nodes:
         if node.op == "placeholder":
@@ -66,7 +67,7 @@ def _attach(root: torch.nn.Module, exported: torch.export.ExportedProgram, spec:
 
 
 def drop_checks(exported: torch.export.ExportedProgram) -> None:
-    """Removes the assertions of a trace, which hold the sample to have been typical (no budget of 0 in a decode step)."""
+    """Removes the assertions of a trace, which take the sample for typical (no budget of 0, as in a decode step)."""
     graph = exported.graph_module.graph
     for node in list(graph.nodes):
         if node.target in _CHECKS and not node.users:

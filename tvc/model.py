@@ -37,12 +37,13 @@ class ReducedOutput(CausalLMOutputWithPast):
 
 def generating(engine: Engine, generation_config: GenerationConfig | None, device: torch.device) -> Any:
     """The host model made callable: its own class, so that `generate` prepares inputs as the family does."""
-    host = engine.host.model
-    family = type(host)
+    host: Any = engine.host.model
+    family: Any = type(host)
+
+    names = [name for name in _signature(family) if name != "self"]
 
     @functools.wraps(family.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        names = [name for name in _signature(family) if name != "self"]
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         answer = engine.call(inputs)
         # Without a cache `generate` sends the whole sequence, pixels included, each time: a cache would double it.
@@ -84,8 +85,7 @@ def going_on(positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return positions.gather(-1, torch.minimum(columns, last).expand(positions.shape))
 
 
-@functools.cache
-def _signature(family: type) -> tuple[str, ...]:
+def _signature(family: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(family.forward).parameters)
 
 

@@ -2,8 +2,8 @@
 
     python tests/conformance/matrix.py [--families llava,...] [--presets fastv,...] [--targets torch,...] [--fresh]
 
-Every cell is verified over prefill and 8 decode steps, for one sample and for a padded batch of three. Cells are written
-to benchmarks/results/conformance.json as they are done, and cells found there are not run again.
+Every cell is verified over prefill and 8 decode steps, for one sample and for a padded batch of three. Cells are
+written to benchmarks/results/conformance.json as they are done, and cells found there are not run again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # tests/support.py
 
 import support  # noqa: E402
-
 from tvc import api, compiler  # noqa: E402
 from tvc.errors import TvcError  # noqa: E402
 from tvc.policy import load_policy, presets, resolve  # noqa: E402
@@ -132,7 +131,9 @@ def main() -> int:
             cells = [c for c in cells if (c.family, c.preset) != (family, preset) or c.target in done]
             for cell in verify_cells(family, preset, left):
                 cells.append(cell)
-                print(f"{family} {preset} {cell.target}: {cell.outcome} {cell.worst:.1e} ({cell.seconds:.0f} s) {cell.output if cell.outcome != 'passed' else ''}", flush=True)
+                note = "" if cell.outcome == "passed" else cell.output
+                line = f"{family} {preset} {cell.target}: {cell.outcome} {cell.worst:.1e} ({cell.seconds:.0f} s) {note}"
+                print(line.rstrip(), flush=True)
             _write(cells)
     print(table(cells))
     return 0 if all(cell.outcome == "passed" for cell in cells) else 1

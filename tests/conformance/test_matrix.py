@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import matrix
 import pytest
-import support
 
+import support
 from tvc.policy import presets
 
 CROSS_SECTION = (("llava", "visionzip", ("torch", "ort")), ("smolvlm", "pyramiddrop", ("torchscript",)))

@@ -58,7 +58,8 @@ class Streamer:
     """Writes text as its tokens come; `generate` hands over the prompt first."""
 
     def __init__(self, processor: Any):
-        self._processor, self._tokens, self._written, self._prompt = processor, [], "", True
+        self._processor, self._written, self._prompt = processor, "", True
+        self._tokens: list[int] = []
 
     def put(self, value: Any) -> None:
         if self._prompt:

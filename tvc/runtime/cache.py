@@ -13,12 +13,16 @@ from tvc.errors import InputError
 class StagedCache(Cache):
     """Keys and values per layer, key positions per stage.
 
-    `layers[i].keys` is [B, G, P_s, d] with P_s the length of the stage that layer i belongs to. `get_seq_length()` is the
-    number of sequence places seen so far, reduced tokens counted in: positions and attention masks go on from there.
+    `layers[i].keys` is [B, G, P_s, d] with P_s the length of the stage that layer i belongs to. `get_seq_length()` is
+    the number of sequence places seen so far, reduced tokens counted in: positions and masks go on from there.
     """
 
     def __init__(
-        self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], key_positions: Sequence[torch.Tensor], seen: int
+        self,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        key_positions: Sequence[torch.Tensor],
+        seen: int,
     ):
         layers = []
         for key, value in zip(keys, values, strict=True):

@@ -161,7 +161,7 @@ class Engine:
             piece = joined[..., begin : begin + width]
             padded = torch.nn.functional.pad(piece, (0, width - piece.shape[-1]))
             padded = _restored(padded, place) if place is not None else padded
-            with self.host.bound(vision=lambda _pending, padded=padded: [padded]), self.host.without_constants():
+            with self.host.bound(vision=_giving(padded)), self.host.without_constants():
                 features = self.host.image_features(inputs)
             rows.append(_flat_features(features, width)[:, : piece.shape[-1]])
         table = torch.cat(rows, -1)  # [tokens of all samples, channels]
@@ -313,6 +313,10 @@ def _without(
 def _rows(tap: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     index = index.clamp(min=0)
     return tap.gather(1, index) if tap.dim() == 2 else tap.gather(1, index.unsqueeze(2).expand(-1, -1, tap.shape[2]))
+
+
+def _giving(features: torch.Tensor) -> Callable[[dict[str, Any]], list[torch.Tensor]]:
+    return lambda _pending: [features]
 
 
 def _flat_features(output: Any, width: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ def check_call(inputs: Mapping[str, Any], visual_token_ids: Sequence[int], where
     """
     past = inputs.get("past_key_values")
     _check_cache(past, where)
-    ids = inputs.get("input_ids")
+    ids: Any = inputs.get("input_ids")
     _check_ids(ids, inputs, where)
     seen = past.seen if isinstance(past, StagedCache) else 0
     _check_mask(inputs.get("attention_mask"), ids, seen, where)

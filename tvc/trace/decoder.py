@@ -18,6 +18,7 @@ from tvc.trace.attention import decoder_masks
 from tvc.trace.host import Boundary
 from tvc.trace.vision import AUTO, export, tracing
 
+
 class DecoderPath(torch.nn.Module):
     """The model's own forward from embeddings to the last slot's logits, with caches as plain tensors."""
 
@@ -87,7 +88,7 @@ def capture_decoder(model: torch.nn.Module, boundary: Boundary, shape: DecoderSh
         *(name for i in range(layers) for name in (f"{PAST_KEY}{i}", f"{PAST_VALUE}{i}")),
     )
     sample = sample_inputs(names, shape, [0] * layers, {})
-    dynamic = tuple({axis: AUTO for axis in varying_axes(name, shape)} for name in names)
+    dynamic = tuple(dict.fromkeys(varying_axes(name, shape), AUTO) for name in names)
     module = DecoderPath(model, boundary, layers)
     fixed = len(CHUNK_INPUTS) + 1
     with tracing(model):

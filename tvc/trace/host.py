@@ -174,7 +174,7 @@ def _observed(model: torch.nn.Module, device: str) -> Iterator[list[_Call]]:
 def find_boundary(model: torch.nn.Module, sample: Mapping[str, Any]) -> Boundary:
     """Runs `get_image_features` once on the meta model and reads off what it called, in what order."""
     owner = feature_owner(model)
-    function = owner.get_image_features
+    function: Any = owner.get_image_features
     with torch.no_grad(), attention_as(model, TRACED_ATTENTION), _observed(model, "meta") as calls:
         function(**keywords(function, sample))
     paths = [call.path for call in calls]
@@ -283,7 +283,8 @@ class Host:
         self.model.get_submodule(boundary.embeddings).forward = self._embed
 
     def _watch_lengths(self) -> None:
-        original = self.owner.get_image_features
+        owner: Any = self.owner
+        original = owner.get_image_features
 
         @functools.wraps(original)
         def get_image_features(*args: Any, **kwargs: Any) -> Any:
@@ -293,7 +294,7 @@ class Host:
             self.feature_lengths = [part.shape[0] for part in parts]
             return output
 
-        self.owner.get_image_features = get_image_features
+        owner.get_image_features = get_image_features
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self._stubs.embed is None:
@@ -314,12 +315,12 @@ class Host:
         embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
         entry: Callable[[dict[str, Any]], Any] | None = None,
         between: Mapping[str, Callable[..., Any]] | None = None,
-        exit: Callable[..., Any] | None = None,
+        leave: Callable[..., Any] | None = None,
     ) -> Iterator[None]:
         """The stubs call these for the duration of the block."""
         before = dataclasses.replace(self._stubs)
         self._stubs.vision, self._stubs.embed = vision or before.vision, embed or before.embed
-        self._stubs.entry, self._stubs.between, self._stubs.exit = entry, between or {}, exit
+        self._stubs.entry, self._stubs.between, self._stubs.exit = entry, between or {}, leave
         try:
             yield
         finally:
@@ -359,7 +360,8 @@ class Host:
 
     def image_features(self, inputs: Mapping[str, Any]) -> Any:
         """The family's `get_image_features` around the bound vision path."""
-        return self.owner.get_image_features(**keywords(self.owner.get_image_features, inputs))
+        owner: Any = self.owner
+        return owner.get_image_features(**keywords(owner.get_image_features, inputs))
 
     def reach_decoder(self, **inputs: Any) -> DecoderCall:
         """Runs the model's forward up to its decoder."""

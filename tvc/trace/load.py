@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from tvc.errors import ModelError
@@ -99,7 +99,9 @@ def meta_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 def _check_kind(model: torch.nn.Module, name: str) -> None:
     config = getattr(model, "config", None)
-    if config is None or not (hasattr(model, "get_image_features") or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+    if config is None or not (
+        hasattr(model, "get_image_features") or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    ):
         raise ModelError(
             "this is not a vision-language model",
             where=name,
@@ -108,3 +110,12 @@ def _check_kind(model: torch.nn.Module, name: str) -> None:
             fix="pass a vision-language model; a text-only model has no visual tokens to reduce",
             slug="not-a-vlm",
         )
+
+
+def saved_configuration(folder: Path) -> tuple[PreTrainedConfig, GenerationConfig]:
+    """The configurations in an artifact directory.
+
+    Raises:
+        OSError, ValueError, KeyError: they are missing, or of a model type that this transformers does not know.
+    """
+    return AutoConfig.from_pretrained(folder), GenerationConfig.from_pretrained(folder)

@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES, get_image_processor_class_from_name
+from transformers.models.auto.image_processing_auto import (
+    IMAGE_PROCESSOR_MAPPING_NAMES,
+    get_image_processor_class_from_name,
+)
 
 from tvc.errors import ArgumentError, ModelError
 from tvc.trace.host import PIXEL_NAMES
@@ -43,7 +46,9 @@ def photo_like(height: int, width: int) -> Image.Image:
     return Image.fromarray(np.stack(channels, -1).astype(np.uint8))
 
 
-def pixel_inputs(model: torch.nn.Module, processor: Any, size: tuple[int, int], images: int = 2) -> dict[str, torch.Tensor]:
+def pixel_inputs(
+    model: torch.nn.Module, processor: Any, size: tuple[int, int], images: int = 2
+) -> dict[str, torch.Tensor]:
     """What an image processor makes of `images` pictures, one a sample."""
     made = getattr(processor, "image_processor", None) if processor is not None else None
     made = made or _image_processor(model)
@@ -56,7 +61,9 @@ def _image_processor(model: torch.nn.Module) -> Any:
     """The family's image processor with the sizes of the model's configuration."""
     config = model.config
     names = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type)
-    names = list(names.values()) if isinstance(names, Mapping) else [names] if isinstance(names, str) else list(names or ())
+    names = (
+        list(names.values()) if isinstance(names, Mapping) else [names] if isinstance(names, str) else list(names or ())
+    )
     # The variant that needs no torchvision is first choice: it is always there.
     candidates = sorted((n for n in names if n), key=lambda n: not n.endswith("Pil"))
     for name in candidates:
@@ -65,7 +72,7 @@ def _image_processor(model: torch.nn.Module) -> Any:
             return made(**_options(made(), config))
     raise ModelError(
         "no image processor is known for this model type",
-        where=config.model_type,
+        where=str(config.model_type),
         got="no processor and no sample inputs",
         want="inputs to trace with",
         fix="pass inputs=processor(images=..., text=..., return_tensors='pt')",
@@ -89,7 +96,11 @@ def _options(default: Any, config: Any) -> dict[str, Any]:
             options["size"] = {"height": side, "width": side}
         if getattr(default, "crop_size", None):
             options["crop_size"] = {"height": side, "width": side}
-    for name, source in (("patch_size", "patch_size"), ("temporal_patch_size",) * 2, ("merge_size", "spatial_merge_size")):
+    for name, source in (
+        ("patch_size", "patch_size"),
+        ("temporal_patch_size",) * 2,
+        ("merge_size", "spatial_merge_size"),
+    ):
         if hasattr(default, name) and getattr(vision, source, None) is not None:
             options[name] = getattr(vision, source)
     if hasattr(default, "image_grid_pinpoints") and getattr(config, "image_grid_pinpoints", None):
@@ -136,4 +147,3 @@ def doubled(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             slug="no-image",
         )
     return {name: torch.cat([value, value]) for name, value in tensors.items()}
-

@@ -1,4 +1,4 @@
-"""Surveys a model without its weights: where the heavy modules stand, how many tokens they make, where cuts are legal."""
+"""Surveys a model without its weights: its heavy modules, the tokens they make, and where cuts are legal."""
 
 from __future__ import annotations
 
@@ -61,7 +61,9 @@ def survey(
     size = image_size or default_size(meta)
     fields = cost_fields(meta)
     caches = _cache_shapes(meta, fields["hidden_size"])
-    sample: dict[str, torch.Tensor] = (doubled(inputs) if double else dict(inputs)) if inputs is not None else pixel_inputs(meta, processor, size)
+    sample: dict[str, torch.Tensor] = (
+        (doubled(inputs) if double else dict(inputs)) if inputs is not None else pixel_inputs(meta, processor, size)
+    )
     for parameter_owner in (getattr(meta, "base_model", meta), meta):
         _materialise(parameter_owner)
     entering: list[torch.Size] = []
@@ -76,7 +78,10 @@ def survey(
         sample = with_text(meta, sample, _per_sample(lengths, 2))
     dtype = next(meta.get_decoder().parameters()).dtype  # type: ignore[operator]
     embed = _zero_embedding(fields["hidden_size"], dtype)
-    with torch.no_grad(), host.bound(vision=lambda _p: [torch.zeros(f, dtype=dtype) for f in host.boundary.features], embed=embed):
+    with (
+        torch.no_grad(),
+        host.bound(vision=lambda _p: [torch.zeros(f, dtype=dtype) for f in host.boundary.features], embed=embed),
+    ):
         call = _reach(host, sample)
     _check_causal(meta, call.extra.get("attention_mask"))
     _check_arguments(meta, call.extra)
@@ -222,12 +227,16 @@ def _layout(
         reason = "the encoder packs all images into one sequence with fixed boundaries"
     used = used_vision_blocks(meta)
     vision = [
-        Site(f"vision.{k}", not reason and k < used, reason or ("" if k < used else "the features are taken before this block"))
+        Site(
+            f"vision.{k}",
+            not reason and k < used,
+            reason or ("" if k < used else "the features are taken before this block"),
+        )
         for k in range(len(fields["vision"]))
     ]
     language = [Site(f"language.{k}", True) for k in range(len(fields["language"]))]
     return Layout(
-        model_type=meta.config.model_type,
+        model_type=str(meta.config.model_type),
         prefix_tokens=prefix,
         group=group,
         tiles=tiles,

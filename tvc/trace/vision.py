@@ -77,14 +77,14 @@ class VisionPath(torch.nn.Module):
                 raise _Done(exit_leaves(output))
             return output
 
-        def exit(*args: Any, **kwargs: Any) -> Any:
+        def leave(*args: Any, **kwargs: Any) -> Any:
             raise _Done(exit_leaves(self.part(boundary.exit)(*args, **kwargs)))
 
         between: dict[str, Callable[..., Any]] = {path: self.part(path) for path in boundary.between}
         with outside:
             outside.enter_context(_disable_current_modes())
             try:
-                with self._host.bound(entry=entry, between=between, exit=exit):
+                with self._host.bound(entry=entry, between=between, leave=leave):
                     self._host.image_features(self._sample)
             except _Done as done:
                 return tuple(done.features)
@@ -178,7 +178,7 @@ def capture_vision(
     inputs = entry_inputs(host, sample)
     module = VisionPath(model, host, sample, inputs)
     arguments = tuple(inputs.tensors.values())
-    every = tuple({axis: AUTO for axis in range(value.dim())} for value in arguments)
+    every = tuple(dict.fromkeys(range(value.dim()), AUTO) for value in arguments)
     # Some encoders compute with the image's size in ways that only work for numbers: for them it stays as it is.
     first = tuple({0: AUTO} for _ in arguments)
     with tracing(model), _marked(model, sites):
