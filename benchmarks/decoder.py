@@ -32,6 +32,12 @@ class Graph:
 
     run: Runner
     inputs: Mapping[str, Tensors]  # by phase: prefill, decode
+    open: Callable[[], Runner] | None = None
+
+    def renew(self) -> None:
+        """Opens the runner's files anew: its weights lie elsewhere in memory, which a decode step can feel."""
+        if self.open is not None:
+            self.run = self.open()
 
     def variant(self, phase: str) -> Variant:
         given = self.inputs[phase]
@@ -65,15 +71,20 @@ def dense(model: Any, inputs: Tensors, target: str, folder: Path, threads: int, 
     program.components = {"decoder": program.components["decoder"]}
     program.facts |= {"retraced"}  # nothing was inserted, so that the first trace stands
     lowered = compiler.lower(program, target, _silent)
-    run: Runner = compiler.GraphRunner(lowered)
+    again = None
     if target != "torch":
         folder.mkdir()
         find_target(target).write(lowered, folder, Options())
-        content = {"components": manifest.interface(lowered), "target": target}
-        run = find_target(target).open(folder, content, torch.device("cpu"), Options(threads=threads))
+        again = opener(folder, {"components": manifest.interface(lowered), "target": target}, threads)
+    run: Runner = compiler.GraphRunner(lowered) if again is None else again()
     names = lowered.components["decoder"].inputs
     prefill = {name: chunk[name] if name in chunk else _empty(name, surveyed.caches) for name in names}
-    return Graph(run, {"prefill": prefill, "decode": _step(names, prefill, run("decoder", prefill))})
+    return Graph(run, {"prefill": prefill, "decode": _step(names, prefill, run("decoder", prefill))}, again)
+
+
+def opener(folder: Path, content: Mapping[str, Any], threads: int) -> Callable[[], Runner]:
+    """What opens the files of a target that a manifest describes."""
+    return lambda: find_target(content["target"]).open(folder, content, torch.device("cpu"), Options(threads=threads))
 
 
 def chunk(width: int, visual: int, text: int, seed: int = 0) -> dict[str, torch.Tensor]:
