@@ -36,6 +36,8 @@ class InsertReductions(Pass):
         self.policy = policy
 
     def run(self, program: Program) -> list[Change]:
+        for step in self.policy.steps:
+            _check_features(step)
         steps = {name: [s for s in self.policy.steps if s.at.split(".")[0] == name] for name in COMPONENTS}
         changes: list[Change] = []
         asked = [step for name in ("projector", "language") for step in steps[name]]
@@ -75,6 +77,22 @@ class InsertReductions(Pass):
                 slug="no-renumber",
             )
         return bool(self.policy.positions == "renumber")
+
+
+def _check_features(step: Any) -> None:
+    """Hidden states can be had where the step stands; of other layers only attention and keys are kept in reach."""
+    terms = step.exit.score if step.exit is not None else step.score
+    for primitive in (*(term.primitive for term in terms), step.select, step.rest):
+        for tap in (primitive.taps() if primitive is not None else {}).values():
+            if tap.kind in ("feature", "text") and tap.layer not in (None, step.at):
+                raise SiteError(
+                    f"{primitive.key} asks for the hidden states of another layer",
+                    where=step.where,
+                    got=f"layer: {tap.layer} at {step.at}",
+                    want=f"the hidden states at {step.at}",
+                    fix="leave `layer` out, or score keys or attention of that layer",
+                    slug="other-layers-features",
+                )
 
 
 class _DecoderInsertion:

@@ -15,6 +15,9 @@ import torch
 
 HERE = pathlib.Path(__file__).parent
 
+# `python -m pytest` puts the repository root on the path, where `kernels` would be imported a second time.
+sys.path[:] = [entry for entry in sys.path if pathlib.Path(entry or ".").resolve() != HERE.parent]
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 

@@ -1,0 +1,168 @@
+"""What a pass promises: its order, its evidence, and a graph in which everything behind a cut is shorter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tvc import compiler
+from tvc.errors import PassError, SiteError
+from tvc.kernels.op import OPS
+from tvc.passes.base import Pass
+from tvc.passes.insert_reductions import InsertReductions
+from tvc.passes.lower_ops import LowerOps
+from tvc.passes.rebind_cuts import RebindCuts
+from tvc.passes.retrace import Retrace
+from tvc.program import Change, Program
+
+FASTV = {
+    "version": 1,
+    "name": "one-cut",
+    "steps": [
+        {
+            "at": "language.2",
+            "score": {"attention": {"of": "last", "layer": "previous"}},
+            "select": {"top": {"keep": "50%"}},
+            "rest": "drop",
+        }
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def inserted(traced: Callable[[str], Any]) -> Program:
+    given = traced("llava")
+    return InsertReductions(given.resolved(FASTV))(given.program)
+
+
+@pytest.fixture(scope="module")
+def reduced(inserted: Program) -> Program:
+    return Retrace()(RebindCuts()(inserted))
+
+
+def test_a_pass_out_of_order_is_refused(traced: Callable[[str], Any]) -> None:
+    with pytest.raises(PassError, match="reductions-inserted"):
+        RebindCuts()(traced("llava").program)
+    with pytest.raises(PassError, match="retraced"):
+        LowerOps()(traced("llava").program)
+
+
+def test_a_pass_that_changes_nothing_has_failed(traced: Callable[[str], Any]) -> None:
+    class Idle(Pass):
+        def run(self, program: Program) -> list[Change]:
+            return []
+
+    with pytest.raises(PassError, match="found nothing to do"):
+        Idle()(traced("llava").program)
+
+
+def test_the_passes_of_the_compiler_stand_in_an_order_that_works() -> None:
+    facts: frozenset[str] = frozenset({"traced"})
+    for made in (InsertReductions, RebindCuts, Retrace, LowerOps):
+        assert made.needs <= facts
+        facts = (facts - made.ends) | made.gives
+
+
+def test_a_pass_leaves_its_input_as_it_was(traced: Callable[[str], Any], inserted: Program) -> None:
+    given = traced("llava").program
+    assert given.components["decoder"].draft is None
+    assert given.history == []
+    assert inserted.components["decoder"].draft is not None
+    assert "past_key_positions.1" not in given.components["decoder"].inputs
+
+
+def test_evidence_names_what_was_cut_and_what_was_rebound(reduced: Program) -> None:
+    history = dict(reduced.history)
+    assert [change.what for change in history["InsertReductions"]] == ["reduction before block language.2"]
+    assert all("one-cut" in change.why or "steps" in change.why for change in history["InsertReductions"])
+    rebound = [change.node for change in history["RebindCuts"]]
+    assert any("attention_mask" in name for name in rebound)
+    assert len(rebound) >= 4  # hidden states, two rotary tables, the mask, the size
+
+
+def test_text_says_who_added_what(reduced: Program) -> None:
+    lines = reduced.text("decoder").splitlines()
+    assert any("top_keep" in line and "added by InsertReductions" in line for line in lines)
+    assert any("attention_mask" in line and "added by RebindCuts" in line for line in lines)
+    plain = [line for line in lines if "layers_5_mlp_down_proj" in line]
+    assert plain
+    assert not any("added by" in line for line in plain)
+
+
+def test_layers_behind_the_cut_are_shorter_symbolically(reduced: Program) -> None:
+    component = reduced.components["decoder"]
+    outputs = list(component.exported.graph.nodes)[-1].args[0]
+    shapes = {name: node.meta["val"].shape for name, node in zip(component.outputs, outputs, strict=True)}
+    sizes = {n.name: n.meta["val"].shape for n in component.exported.graph.nodes if n.op == "placeholder"}
+    chunk, visual = str(sizes["inputs_embeds"][1]), str(sizes["visual_index"][1])
+    assert chunk in str(shapes["key.1"][2])
+    assert chunk not in str(shapes["key.2"][2])
+    assert f"{visual}//2" in str(shapes["key.2"][2])
+    assert [stage.layers for stage in reduced.stages] == [range(2), range(2, 6)]
+
+
+def test_positions_are_recomputed_not_gathered(reduced: Program) -> None:
+    """Runtimes fuse rotary tables and masks that are computed from positions."""
+    targets = [node.target for node in reduced.components["decoder"].exported.graph.nodes]
+    assert targets.count(torch.ops.aten.cos.default) == 2
+    assert targets.count(torch.ops.tvc.attention_mask.default) == 2
+
+
+def test_lowering_leaves_no_op_but_those_kept(reduced: Program) -> None:
+    names = {op.overload: name for name, op in OPS.items()}
+    lowered = LowerOps({"attention"})(reduced)
+    left = {names.get(n.target) for n in lowered.components["decoder"].exported.graph.nodes} - {None}
+    assert left == {"attention"}
+    everything = compiler.lower(reduced, "torchscript", lambda _line: None)
+    for component in everything.components.values():
+        assert not [n for n in component.exported.graph.nodes if n.target in names]
+
+
+def test_hidden_states_of_another_layer_are_refused(traced: Callable[[str], Any]) -> None:
+    given = traced("llava")
+    policy = {
+        "version": 1,
+        "name": "elsewhere",
+        "steps": [
+            {
+                "at": "language.3",
+                "score": {"norm": {"of": "feature", "layer": "language.1"}},
+                "select": {"top": {"keep": "50%"}},
+                "rest": "drop",
+            }
+        ],
+    }
+    with pytest.raises(SiteError, match="hidden states of another layer"):
+        InsertReductions(given.resolved(policy))(given.program)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("qwen2_5_vl", "4 neighbouring encoder tokens are joined into one visual token"),
+        ("smolvlm", "4 neighbouring encoder tokens are joined into one visual token"),
+        ("llava_onevision", "stitched into one grid behind the projector"),
+    ],
+)
+def test_a_cut_inside_an_encoder_whose_grid_is_needed_later_is_refused(
+    traced: Callable[[str], Any], family: str, reason: str
+) -> None:
+    policy = {
+        "version": 1,
+        "name": "inside",
+        "steps": [{"at": "vision.1", "select": {"stride": {"keep": "50%"}}, "rest": "drop"}],
+    }
+    with pytest.raises(SiteError, match=reason):
+        traced(family).resolved(policy)
+
+
+def test_sites_of_a_traced_model(traced: Callable[[str], Any]) -> None:
+    layout = traced("llava").program.layout
+    assert layout.site("vision.2").legal
+    assert not layout.site("vision.3").legal  # features are taken before the last block
+    assert layout.site("projector").legal
+    assert all(layout.site(f"language.{k}").legal for k in range(6))
+    assert layout.site("language.6") is None
