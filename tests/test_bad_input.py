@@ -199,10 +199,6 @@ def test_a_directory_with_a_configuration_that_is_not_json(directory, tmp_path):
     raised(ModelError, "no-configuration", tvc.compile, place, "fastv")
 
 
-def test_a_model_in_training_mode():
-    raised(ModelError, "training-mode", tvc.compile, support.build_model("llava").train(), "fastv")
-
-
 def test_a_photo_needs_the_models_processor(bare, photo, tmp_path):
     command = ("compile", bare, "-p", "fastv", "-o", tmp_path / "out", "--image", photo, "--prompt", "what is it?")
     golden("no-processor", refused(run(*command), code=2, slug="no-processor"), model=bare)

@@ -19,9 +19,10 @@ from tvc.report.plan import Plan
 from tvc.report.schedule import make_plan, plan_policy
 from tvc.runtime.engine import Engine
 from tvc.runtime.inputs import check_sample
-from tvc.trace.load import Source
+from tvc.trace.load import Source, in_evaluation
 from tvc.trace.load import load as load_source
 from tvc.trace.survey import Survey, survey
+from tvc.verification.check import check
 
 ModelLike = str | os.PathLike[str] | torch.nn.Module
 PolicyLike = str | os.PathLike[str] | Mapping[str, Any] | Policy
@@ -45,7 +46,8 @@ def inspect(
         ModelError: it is no vision-language model. TraceError: `torch.export` cannot trace it.
     """
     source = load_source(model, processor=processor)
-    return compiler.trace(source.model, _survey(source, inputs), progress=progress)  # type: ignore[arg-type]
+    with in_evaluation(source.model):
+        return compiler.trace(source.model, _survey(source, inputs), progress=progress)
 
 
 def plan(
@@ -86,7 +88,7 @@ def compile(  # noqa: A001  the public name
     """The model with the policy's reductions in its graphs, ready to be called, to generate and to be saved.
 
     Args:
-        model: hub id, directory or module in evaluation mode; it is not changed.
+        model: hub id, directory or module; it is not changed, and is compiled as it is in evaluation mode.
         policy: preset name, path, YAML text, mapping or `Policy`.
         target: `torch`, `pt2`, `torchscript` or `ort`.
         inputs: processor outputs to trace and verify with; default: pictures made for the purpose.
@@ -101,35 +103,36 @@ def compile(  # noqa: A001  the public name
     device, dtype = placement.device_of(device), placement.dtype_of(dtype)
     if inputs is not None:
         check_sample(inputs)
-    started = time.perf_counter()
-    timings: dict[str, float] = {}
-
-    def step(name: str) -> None:
-        nonlocal started
-        now = time.perf_counter()
-        timings[name] = 0.0
-        names = list(timings)
-        if len(names) > 1:
-            timings[names[-2]] = now - started
-        started = now
-        progress(name)
-
-    step("load")
+    clock = _Clock(progress)
+    clock("load")
     source = load_source(model, device=device, dtype=dtype, processor=processor)
-    step("survey")
-    surveyed = _survey(source, inputs)
-    resolved = resolve(loaded, surveyed.layout)
-    program = compiler.reduce(compiler.trace(source.model, surveyed, resolved, step), resolved, step)  # type: ignore[arg-type]
-    compiled = finish(
-        source, surveyed, resolved, program, target, step, given_sample=inputs is not None, timings=timings
-    )
-    if verify:
-        from tvc.verification.check import check
-
-        step("verify")
-        compiled.verification = check(compiled, source.model, inputs).to_json()
-    step("done")
+    with in_evaluation(source.model):
+        clock("survey")
+        surveyed = _survey(source, inputs)
+        resolved = resolve(loaded, surveyed.layout)
+        program = compiler.reduce(compiler.trace(source.model, surveyed, resolved, clock), resolved, clock)
+        given = inputs is not None
+        compiled = finish(source, surveyed, resolved, program, target, clock, given_sample=given, timings=clock.seconds)
+        if verify:
+            clock("verify")
+            compiled.verification = check(compiled, source.model, inputs).to_json()
+    clock("done")
     return compiled
+
+
+class _Clock:
+    """Passes step names on, and notes how long each step took."""
+
+    def __init__(self, progress: Progress):
+        self.progress, self.seconds = progress, dict[str, float]()
+        self._name, self._since = "", time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        now = time.perf_counter()
+        if self._name:
+            self.seconds[self._name] = self.seconds.get(self._name, 0.0) + now - self._since
+        self._name, self._since = name, now
+        self.progress(name)
 
 
 def finish(

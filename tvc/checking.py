@@ -10,7 +10,7 @@ import torch
 
 from tvc.artifact import open_artifact
 from tvc.model import CompiledModel
-from tvc.trace.load import load
+from tvc.trace.load import in_evaluation, load
 from tvc.verification.check import STEPS, check
 from tvc.verification.report import Report
 
@@ -42,4 +42,5 @@ def verify(
     """
     compiled = artifact if isinstance(artifact, CompiledModel) else open_artifact(artifact)
     source = load(model, device=compiled.device, dtype=compiled.dtype)
-    return check(compiled, source.model, inputs, steps=steps, tolerance=tolerance)
+    with in_evaluation(source.model):
+        return check(compiled, source.model, inputs, steps=steps, tolerance=tolerance)

@@ -27,9 +27,7 @@ Progress = Callable[[str], None]
 KEPT_OPS: Mapping[str, frozenset[str]] = {"ort": frozenset({"attention"})}
 
 
-def trace(
-    model: torch.nn.Module, survey: Survey, policy: ResolvedPolicy | None = None, progress: Progress = print
-) -> Program:
+def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, progress: Progress = print) -> Program:
     """Every component of `model`, before any reduction (a cut inside the vision encoder is marked while tracing)."""
     parameter = next(model.parameters())
     shape = survey.shape(parameter.dtype, parameter.device)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +80,23 @@ def _in_memory(model: torch.nn.Module, device: Any, dtype: Any, processor: Any) 
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         if (wanted is not None and wanted != next(model.parameters()).dtype) or device is not None:
             model = copy.deepcopy(model).to(device=device, dtype=wanted)
-    if model.training:
-        raise ModelError(
-            "the model is in training mode",
-            where=type(model).__name__,
-            got="model.training is True",
-            want="a model in evaluation mode, without dropout",
-            fix="call model.eval() first",
-            slug="training-mode",
-        )
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return Source(model, meta_copy(model), processor, name, getattr(model.config, "_commit_hash", None), None)
+
+
+@contextlib.contextmanager
+def in_evaluation(model: torch.nn.Module | None) -> Iterator[None]:
+    """`model` without dropout for the duration of the block; every module's own mode comes back afterwards."""
+    if model is None:
+        yield
+        return
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def meta_copy(model: torch.nn.Module) -> torch.nn.Module:
