@@ -164,7 +164,7 @@ def finish(
         generation_config=getattr(source.model, "generation_config", None),
         processor=source.processor,
         device=shape.device,
-        keep=folder,
+        folder=folder,
     )
     compiled.saver = lambda place, overwrite: artifact.save(
         place,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,17 @@ def save(
 ) -> None:
     """Writes everything that `open_artifact` needs and a reader wants to see."""
     with manifest.writing(place, overwrite=overwrite) as (folder, seal):
-        find_target(compiled.target).write(program, folder, Options())
+        if compiled.files is not None:  # the target's files were written to open the model: the same ones
+            shutil.copytree(compiled.files, folder, dirs_exist_ok=True)
+        else:
+            find_target(compiled.target).write(program, folder, Options())
         compiled.config.save_pretrained(folder)
         compiled.generation_config.save_pretrained(folder)
         if compiled.processor is not None:
             compiled.processor.save_pretrained(folder)
         constants = {name: value.detach().contiguous() for name, value in surveyed.host.constants().items()}
         safetensors.torch.save_file(constants, folder / CONSTANTS)
-        if given_sample:
+        if given_sample and compiled.processor is None:  # else loading makes a sample of its own
             shapes = {name: value.contiguous() for name, value in surveyed.sample.items()}
             safetensors.torch.save_file(shapes, folder / SAMPLE)
         (folder / "policy.yaml").write_text(compiled.policy.original.to_yaml(), encoding="utf-8")

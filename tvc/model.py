@@ -8,6 +8,7 @@ import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -128,14 +129,19 @@ class CompiledModel:
         generation_config: GenerationConfig | None,
         processor: Any,
         device: torch.device,
-        keep: Any = None,
+        folder: TemporaryDirectory[str] | None = None,
     ):
         self.engine, self.target, self.policy, self.plan = engine, target, policy, plan
         self.config, self.processor, self.device = config, processor, device
         self.verification: dict[str, Any] | None = None
         self.saver: Callable[[Path, bool], None] | None = None
-        self._keep = keep  # whatever has to live as long as the model (a temporary folder)
+        self._folder = folder  # lives as long as the model whose files it holds
         self._model = generating(engine, generation_config, device)
+
+    @property
+    def files(self) -> str | None:
+        """Where the target's files lie that this model runs, if it was compiled just now."""
+        return self._folder.name if self._folder is not None else None
 
     @property
     def dtype(self) -> torch.dtype:
