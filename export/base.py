@@ -47,6 +47,7 @@ class Target(Protocol):
     """One kind of artifact."""
 
     name: str
+    keeps: frozenset[str]  # ops (names in `tvc.kernels`) that reach `write` whole; all others come as aten
 
     def write(self, program: Program, folder: Path, options: Options) -> list[Path]:
         """Writes every component below `folder` (which exists) and returns the files made.

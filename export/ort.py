@@ -207,6 +207,7 @@ class Ort:
     """The target's two halves."""
 
     name = "ort"
+    keeps = frozenset({"attention"})
 
     def write(self, program: Program, folder: Path, options: Options = DEFAULTS) -> list[Path]:
         if options.opset > MAXIMUM_OPSET or options.opset < 23:

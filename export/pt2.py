@@ -119,6 +119,8 @@ class ProgramRunner:
 class Pt2:
     """The target's two halves."""
 
+    keeps: frozenset[str] = frozenset()
+
     def __init__(self, name: str):
         self.name = name
 

@@ -90,7 +90,10 @@ def _packed_cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     for boundaries in ([0, 5], [0, 3, 4, 11]):
         total = boundaries[-1]
         query, key, value = (torch.randn(1, 2, total, 8) for _ in range(3))
-        yield f"P{total}-n{len(boundaries) - 1}", (query, key, value, torch.tensor(boundaries, dtype=torch.int32), 8**-0.5)
+        yield (
+            f"P{total}-n{len(boundaries) - 1}",
+            (query, key, value, torch.tensor(boundaries, dtype=torch.int32), 8**-0.5),
+        )
 
 
 def packed_mask(boundaries: torch.Tensor, length: int) -> torch.Tensor:

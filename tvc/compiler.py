@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from tvc.graphs import open_draft
+from tvc.export.base import target as find_target
 from tvc.passes.base import Pass
 from tvc.passes.insert_reductions import InsertReductions
 from tvc.passes.lower_ops import LowerOps
@@ -22,9 +23,6 @@ from tvc.trace.survey import Survey
 from tvc.trace.vision import capture_vision
 
 Progress = Callable[[str], None]
-
-# Ops that a target runs itself; all others leave the graph.
-KEPT_OPS: Mapping[str, frozenset[str]] = {"ort": frozenset({"attention"})}
 
 
 def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, progress: Progress = print) -> Program:
@@ -48,7 +46,7 @@ def reduce(program: Program, policy: ResolvedPolicy, progress: Progress = print)
 
 def lower(program: Program, target: str, progress: Progress = print) -> Program:
     """The program in the operators that `target` takes."""
-    return run(program, [LowerOps(KEPT_OPS.get(target, frozenset()))], progress)
+    return run(program, [LowerOps(find_target(target).keeps)], progress)
 
 
 def run(program: Program, passes: list[Pass], progress: Progress) -> Program:
