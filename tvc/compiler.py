@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from tvc.graphs import open_draft
 from tvc.export.base import target as find_target
+from tvc.graphs import open_draft
 from tvc.passes.base import Pass
 from tvc.passes.insert_reductions import InsertReductions
 from tvc.passes.lower_ops import LowerOps
