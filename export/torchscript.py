@@ -149,6 +149,7 @@ class TorchScript:
     """The target's two halves."""
 
     name = "torchscript"
+    keeps: frozenset[str] = frozenset()
 
     def write(self, program: Program, folder: Path, options: Options = DEFAULTS) -> list[Path]:
         whole = torch.nn.Module()

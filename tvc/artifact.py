@@ -24,7 +24,7 @@ from tvc.report.report import write_report
 from tvc.report.schedule import make_plan
 from tvc.runtime.engine import Engine, Interface
 from tvc.trace.layout import meta_model
-from tvc.trace.load import Source, saved_configuration
+from tvc.trace.load import Source, of_type, saved_configuration
 from tvc.trace.processor import load_processor
 from tvc.trace.survey import Survey, survey
 
@@ -126,6 +126,7 @@ def open_artifact(
         processor = load_processor(str(folder))
     except ModelError:
         processor = None
+    of_type(meta, getattr(torch, content["runtime"]["shape"]["dtype"]))
     sample = safetensors.torch.load_file(folder / SAMPLE) if SAMPLE in content["files"] else None
     height, width = content["image_size"]
     surveyed = survey(meta, processor, sample, image_size=(height, width), double=False)

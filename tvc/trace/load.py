@@ -66,6 +66,7 @@ def load(
                 fix="check the path, or download the model first",
                 slug="no-weights",
             ) from problem
+        of_type(meta, next(real.parameters()).dtype)
     try:
         processor = processor or load_processor(name)
     except ModelError:
@@ -102,7 +103,13 @@ def in_evaluation(model: torch.nn.Module | None) -> Iterator[None]:
 def meta_copy(model: torch.nn.Module) -> torch.nn.Module:
     """A model of the same class and configuration without weights."""
     with torch.device("meta"):
-        return type(model)._from_config(copy.deepcopy(model.config)).eval()  # type: ignore[attr-defined]
+        made = type(model)._from_config(copy.deepcopy(model.config)).eval()  # type: ignore[attr-defined]
+    return of_type(made, next(model.parameters()).dtype)
+
+
+def of_type(meta: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """`meta` in the type that the weights have, which the configuration need not say: family code casts pixels to it."""
+    return meta.to(dtype=dtype)
 
 
 def _check_kind(model: torch.nn.Module, name: str) -> None:

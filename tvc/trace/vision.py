@@ -175,7 +175,9 @@ def capture_vision(
     model: torch.nn.Module, host: Host, sample: Mapping[str, Any], sites: Sequence[str] = ()
 ) -> Component:
     """The vision component of `model`; `sample` must hold at least two images, so that their number stays symbolic."""
+    device = next(model.parameters()).device
     inputs = entry_inputs(host, sample)
+    inputs = VisionInputs({name: value.to(device) for name, value in inputs.tensors.items()}, inputs.constants)
     module = VisionPath(model, host, sample, inputs)
     arguments = tuple(inputs.tensors.values())
     every = tuple(dict.fromkeys(range(value.dim()), AUTO) for value in arguments)
