@@ -108,7 +108,7 @@ def meta_copy(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def of_type(meta: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """`meta` in the type that the weights have, which the configuration need not say: family code casts pixels to it."""
+    """`meta` in the type of the weights, which the configuration need not say: family code casts pixels to it."""
     return meta.to(dtype=dtype)
 
 
