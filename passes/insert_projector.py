@@ -94,7 +94,7 @@ def add_projector(program: Program, step: Any) -> list[Change]:
     shapes = (*dynamic[:3], dynamic[3:]) if taps else dynamic
     with torch.no_grad():
         exported = torch.export.export(ProjectorCut(step, widths), sample, dynamic_shapes=shapes, strict=False)
-    component = Component("projector", exported, names, ("visual_features", "chosen"), sample, dynamic)
+    component = Component("projector", exported, names, ("reduced_features", "chosen"), sample, dynamic)
     component.meta["tap_widths"] = widths
     component.draft = open_draft(component)
     program.components["projector"] = component

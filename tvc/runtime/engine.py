@@ -201,7 +201,7 @@ class Engine:
             staying = take(slots, chosen)
             index = torch.where(staying < 0, chunk.embeds.shape[1], staying)  # pads write to a row that is cut off
             room = torch.cat([chunk.embeds, chunk.embeds[:, :1]], 1)
-            features = out["visual_features"].to(room.dtype)
+            features = out["reduced_features"].to(room.dtype)
             room = room.scatter(1, index.unsqueeze(2).expand(-1, -1, room.shape[2]), features)
             present = torch.zeros(index.shape[0], room.shape[1], dtype=torch.bool, device=index.device)
             present = present.scatter(1, index, True)[:, :-1]

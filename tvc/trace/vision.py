@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-import tvc.kernels.cut_marker  # noqa: F401  registers torch.ops.tvc.cut_marker
+import tvc.trace.cut_marker  # noqa: F401  registers torch.ops.tvc.cut_marker
 from tvc.errors import TraceError
 from tvc.graphs import drop_checks
 from tvc.program import Component
