@@ -37,8 +37,12 @@ def vision_cut(step: Any, prefix: int, name: str) -> Callable[..., tuple[torch.T
         segment, counts, _ = tile_state(hidden, prefix)
         feature = hidden[:, prefix:]
         decision = decide(step, feature, size, segment, counts, scores, taps)
-        kept = take_rows(feature, decision.chosen) if decision.feature is None else decision.feature
-        return torch.cat([hidden[:, :prefix], kept.to(hidden.dtype)], 1), decision.chosen, decision.size
+        # Tiles are equally long and keep equally many, so slots beyond a tile's tokens are pads, in front, in all.
+        slots = decision.chosen.shape[1]
+        pads = slots - torch.sym_min(slots, feature.shape[1])
+        chosen = decision.chosen[:, pads:]
+        kept = take_rows(feature, chosen) if decision.feature is None else decision.feature[:, pads:]
+        return torch.cat([hidden[:, :prefix], kept.to(hidden.dtype)], 1), chosen, decision.size[:, pads:]
 
     cut.__name__ = cut.__qualname__ = name
     return cut

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import support
+import tvc
 from tvc import api, compiler
 from tvc.policy import load_policy, resolve
 from tvc.trace.load import load
@@ -58,6 +60,33 @@ def test_four_cuts_in_one_policy(targets: tuple[str, ...]) -> None:
                 assert (staying.diff() > 0).all()
         failed = [row for row in compare(compiled, model, inputs, steps=2).comparisons if not row.passed]
         assert not failed, (target, failed[:3])
+
+
+# More than the 16 patches: all stay, also where targets are asked for beside them.
+GENEROUS = """
+version: 1
+name: generous
+steps:
+  - at: vision.1
+    score: {norm: {of: feature}}
+    select: {top: {keep: 10}}
+    rest: {merge: {targets: {stride: 9}, by: feature_cosine, reduce: mean}}
+  - at: vision.2
+    score: {attention: {of: cls, layer: previous}}
+    select: {top: {keep: 100}}
+    rest: drop
+"""
+
+
+def test_an_encoder_keeps_no_more_tokens_than_there_are() -> None:
+    model, processor = support.build("llava")
+    inputs = support.inputs("llava", 2)
+    compiled = tvc.compile(model, GENEROUS, processor=processor)
+    answer = compiled(**inputs)
+    assert answer.kept["vision.2"].tolist() == [list(range(16))] * 2
+    with torch.no_grad():
+        untouched = model(**inputs).logits[:, -1:]
+    torch.testing.assert_close(answer.logits, untouched, atol=1e-4, rtol=0)
 
 
 def _quiet(_line: str) -> None:
