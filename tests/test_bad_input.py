@@ -346,6 +346,14 @@ def test_placeholders_are_counted_in_every_family(artifacts, family):
     compiled(**given)  # a refusal leaves nothing behind
 
 
+@pytest.mark.parametrize("kind", [list, lambda pixels: pixels.numpy()], ids=["list", "numpy"])
+def test_pixels_that_are_no_tensor(fastv, kind):
+    given = support.inputs("llava", batch=2)
+    wrong = {**given, "pixel_values": kind(given["pixel_values"])}
+    raised(InputError, "bad-pixels", fastv.compiled, **wrong)
+    raised(InputError, "bad-pixels", fastv.compiled.generate, **wrong, max_new_tokens=2)
+
+
 def test_a_mask_of_another_batch(fastv):
     given = support.inputs("llava", batch=2)
     raised(InputError, "mask-shape", fastv.compiled, **{**given, "attention_mask": given["attention_mask"][:1]})

@@ -23,7 +23,7 @@ def check_call(inputs: Mapping[str, Any], visual_token_ids: Sequence[int], where
         where: the function that was called, for the error.
 
     Raises:
-        InputError: tokens, mask, pixels and cache do not belong together.
+        InputError: tokens, mask, pixels and cache are of the wrong kind, or do not belong together.
     """
     past = inputs.get("past_key_values")
     _check_cache(past, where)
@@ -33,6 +33,16 @@ def check_call(inputs: Mapping[str, Any], visual_token_ids: Sequence[int], where
     _check_mask(inputs.get("attention_mask"), ids, seen, where)
     new = ids[:, seen:] if where == "generate" else ids
     given = [name for name in PIXEL_NAMES if inputs.get(name) is not None]
+    for name in given:
+        if not isinstance(inputs[name], torch.Tensor):
+            raise InputError(
+                "the pixels are no tensor",
+                where=where,
+                got=f"{name} {_shape(inputs[name])}",
+                want=f"{name} as one tensor",
+                fix=f"pass {_RESULT}",
+                slug="bad-pixels",
+            )
     count = placeholders(new, visual_token_ids)
     if given and not count:
         raise InputError(
