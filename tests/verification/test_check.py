@@ -80,6 +80,17 @@ def test_dropping_equals_masking(artifacts, family, policy, settings):
     assert 0 < report.worst.worst < report.worst.allowed
 
 
+def test_a_batch_whose_first_sample_has_no_image(fastv):
+    given = support.inputs("llava", 2)
+    visual = support.visual_mask("llava", given["input_ids"])[0]
+    given["attention_mask"][0][: int(visual.nonzero()[-1]) + 1] = 0  # what is left of it is text behind the image
+    given["input_ids"][0][visual] = 0
+    given["pixel_values"] = given["pixel_values"][1:]
+    report = compare(fastv.compiled, fastv.model, given, steps=2)
+    assert report.passed, report.text()
+    assert {row.name for row in report.comparisons} == {"batch 2", "batch 1", "padded batch 3"}
+
+
 def test_without_inputs_a_picture_is_made(fastv):
     report = tvc.verify(fastv.compiled, fastv.model, steps=2)
     assert report.passed

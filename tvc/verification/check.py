@@ -76,12 +76,14 @@ class _Comparing:
     def all(self, given: samples.Inputs, large: bool) -> Report:
         batch = len(given["input_ids"])
         alone = samples.singles(self.model, given, samples.image_lengths(self.model, given))
+        if alone is not None:
+            alone = [sample for sample in alone if samples.holds_image(self.model, sample)]
         rows: list[Comparison] = []
-        if batch > 1 or alone is None:
+        if batch > 1 or not alone:
             rows += self._case(f"batch {batch}", given)[0]
-        if alone is not None and (batch == 1 or not large):
+        if alone and (batch == 1 or not large):
             rows += self._case("batch 1", alone[0])[0]
-        if alone is not None and not large:
+        if alone and not large:
             rows += self._padded(alone[0])
         return Report(tuple(rows))
 

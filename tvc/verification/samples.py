@@ -86,6 +86,11 @@ def singles(model: Any, inputs: Inputs, lengths: Sequence[int]) -> list[Inputs] 
     return rows
 
 
+def holds_image(model: Any, inputs: Inputs) -> bool:
+    """Whether any token of the inputs stands for a visual feature."""
+    return any(bool((inputs["input_ids"] == token).any()) for token in visual_token_ids(model))
+
+
 def _images_per_sample(tokens: list[int], lengths: Sequence[int]) -> list[int] | None:
     found, left = [], list(lengths)
     for needed in tokens:
