@@ -48,7 +48,9 @@ class InsertReductions(Pass):
         component = program.components["decoder"]
         component.draft = open_draft(component)
         component.meta = {**component.meta, "cuts": [], "tap_widths": {}}
-        return changes + _DecoderInsertion(component, program, self._renumber(component)).insert(steps["language"])
+        return changes + _DecoderInsertion(component, program, self._renumber(component, steps["language"])).insert(
+            steps["language"]
+        )
 
     def _vision(self, program: Program, steps: list[Any], asked: list[Any]) -> list[Change]:
         wanted = [(step, *tap) for step in asked for tap in crossing(step)]
@@ -66,7 +68,16 @@ class InsertReductions(Pass):
             return insertion.changes
         return []
 
-    def _renumber(self, component: Component) -> bool:
+    def _renumber(self, component: Component, steps: list[Any]) -> bool:
+        if self.policy.positions == "renumber" and not steps:
+            raise SiteError(
+                "positions are numbered afresh behind a cut of the decoder, and there is none",
+                where="positions",
+                got="renumber, and no step at a language site",
+                want="keep",
+                fix="write positions: keep, or move a step to language.0",
+                slug="nothing-to-renumber",
+            )
         if self.policy.positions == "renumber" and component.meta["shape"].axes:
             raise SiteError(
                 "positions cannot be numbered afresh on a model whose tokens have several position axes",
