@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from onnxscript import opset20, opset23
+from onnxscript.function_libs.torch_lib.ops.core import aten_arange_start_step
 
 import tvc.export.ort_attention  # noqa: F401  registers the fused operators
 
@@ -41,6 +42,17 @@ def _stable_sort(tensor: Any, stable: bool | None = None, dim: int = -1, descend
     return opset20.TopK(tensor, size, axis=dim, largest=int(descending), sorted=1)
 
 
+def _float_range(start: Any, end: Any, step: Any = 1.0, dtype: int = -1, **unused: Any) -> Any:
+    """A range of fractions, counted as PyTorch counts it, in double precision.
+
+    ONNX computes the count in single precision and may come to another one: 1/6 to 1 by 1/6 has six numbers or five.
+    """
+    if all(isinstance(value, (int, float)) for value in (start, end, step)) and isinstance(step, float):
+        values = opset20.Constant(value_floats=torch.arange(start, end, step).tolist())
+        return values if dtype in (-1, 1) else opset20.Cast(values, to=dtype)
+    return aten_arange_start_step(start, end, step, dtype=dtype)
+
+
 def translations() -> dict[Any, Callable[..., Any]]:
     """The table, with that of `transformers` below it."""
     from tvc.trace.exporters import onnx_translation_table
@@ -51,4 +63,5 @@ def translations() -> dict[Any, Callable[..., Any]]:
         torch.ops.tvc_export.grouped_attention.default: _grouped_attention,
         torch.ops.tvc_export.rotary.default: _rotary,
         torch.ops.aten.sort.stable: _stable_sort,
+        torch.ops.aten.arange.start_step: _float_range,
     }
