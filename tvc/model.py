@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.generation import GenerationConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from tvc.errors import ArgumentError
+from tvc.errors import ArgumentError, InputError
 from tvc.policy import ResolvedPolicy
 from tvc.report.plan import Plan
 from tvc.runtime.engine import Engine
@@ -46,6 +47,7 @@ def generating(engine: Engine, generation_config: GenerationConfig | None, devic
     @functools.wraps(family.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        refuse_misspelt(kwargs, names)
         answer = engine.call(inputs)
         # Without a cache `generate` sends the whole sequence, pixels included, each time: a cache would double it.
         cache = None if inputs.get("use_cache") is False else answer.cache
@@ -88,6 +90,23 @@ def going_on(positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def _signature(family: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(family.forward).parameters)
+
+
+def refuse_misspelt(given: Iterable[str], names: Sequence[str]) -> None:
+    """Hugging Face models swallow names that they do not know; one that is nearly a parameter is surely meant as it."""
+    for name in given:
+        # Longer or shorter names are other families' inputs (mm_token_type_ids), not slips.
+        alike = [known for known in names if abs(len(known) - len(name)) <= 2]
+        nearest = [] if name in names else difflib.get_close_matches(name, alike, n=1, cutoff=0.85)
+        if nearest:
+            raise InputError(
+                "an input has a name that the model does not know",
+                where="forward",
+                got=name,
+                want=", ".join(names),
+                fix=f"write {nearest[0]}",
+                slug="unknown-input",
+            )
 
 
 def refuse_modes(kwargs: dict[str, Any]) -> None:
