@@ -23,6 +23,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+REFUSALS = (native.Fail, native.InvalidArgument, native.InvalidGraph, native.NotImplemented, native.RuntimeException)
 
 HEADS = KV_HEADS = 12
 WIDTH = 64
@@ -202,7 +205,7 @@ def check(threads: int) -> dict[str, dict[str, str]]:
             try:
                 got = _session(build(), threads).run(None, feed)
                 found[name][label] = f"{max(float(np.abs(a - b).max()) for a, b in zip(got, want, strict=True)):.1e}"
-            except Exception as error:  # noqa: BLE001
+            except REFUSALS as error:  # what the runtime says is the result: some forms refuse some batches
                 found[name][label] = str(error).splitlines()[0][-160:]
     return found
 

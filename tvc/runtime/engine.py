@@ -275,6 +275,7 @@ def _positions(
         else:
             places = (full.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
         given = places
+    given = given[..., -ids.shape[1] :]  # some families number the cached tokens of a later turn as well
     if axes == 0:
         given = given[0] if given.dim() == 3 else given
         return given.expand(ids.shape[0], -1).contiguous()
