@@ -7,6 +7,7 @@ A share is stored as an integer permille, because a float share of a symbolic le
 from __future__ import annotations
 
 import decimal
+import fractions
 import re
 from typing import Any
 
@@ -151,6 +152,12 @@ class Budget(BaseModel):
     def kept(self, entering: int) -> int:
         """How many of the `entering` visual tokens of one scope stay (0 where a share of them rounds down to 0)."""
         return entering * self.permille // 1000 if self.permille is not None else min(self._counted(), entering)
+
+    def scaled(self, factor: fractions.Fraction) -> Budget:
+        """The budget times a factor: a share stays between a tenth of a percent and all, a count is at least 1."""
+        if self.permille is not None:
+            return Budget(permille=min(1000, max(1, int(self.permille * factor))))
+        return Budget(count=max(1, int(self._counted() * factor)))
 
     def _counted(self) -> int:
         if self.count is None:

@@ -13,11 +13,14 @@ passed by keyword.
 from __future__ import annotations
 
 import dataclasses
+import fractions
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
+
+from tvc.kernels.budget import Budget
 
 Kind = Literal["score", "select", "rest", "when"]
 
@@ -110,6 +113,11 @@ class Primitive(BaseModel):
     def taps(self) -> dict[str, Tap]:
         """The values of the graph that `apply` takes, by argument name."""
         return {}
+
+    def scaled(self, factor: fractions.Fraction) -> Self:
+        """With every budget times a factor; numbers of tokens that are written as plain fields scale in an override."""
+        budgets = {name: value for name in type(self).model_fields if isinstance(value := getattr(self, name), Budget)}
+        return self.model_copy(update={name: budget.scaled(factor) for name, budget in budgets.items()})
 
 
 class Score(Primitive):

@@ -18,6 +18,7 @@ than targets asked for, all of them are targets; the published code fails there.
 
 from __future__ import annotations
 
+import fractions
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -175,6 +176,13 @@ class Merge(Rest):
     def needs_score(self) -> bool:
         """Whether the targets are the best-scored tokens."""
         return isinstance(self.targets, TopTargets)
+
+    def scaled(self, factor: fractions.Fraction) -> Merge:
+        """With as many more or fewer targets, at least one."""
+        rule, amount = self._rule()
+        if isinstance(self.targets, str):
+            return self
+        return self.model_copy(update={"targets": type(self.targets)(**{rule: max(1, int(amount * factor))})})
 
     def _rule(self) -> tuple[str, int]:
         if isinstance(self.targets, StrideTargets):

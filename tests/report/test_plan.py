@@ -15,11 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tvc.errors import ArgumentError
 from tvc.kernels.budget import Budget
-from tvc.kernels.op import Rest, Select, When
+from tvc.kernels.op import PRIMITIVES, Rest, Select, When
 from tvc.policy import load_policy
 from tvc.program import Layer, Layout, Site
 from tvc.report.cost import one_image, plan_costs
-from tvc.report.schedule import make_plan, plan_policy, solve_average
+from tvc.report.schedule import make_plan, plan_policy, solve_average, solve_kept
 from tvc.trace.layout import read_layer
 
 
@@ -276,6 +276,51 @@ def test_an_average_out_of_reach_is_refused_with_the_range(target):
 def test_a_policy_without_budgets_cannot_be_solved():
     with pytest.raises(ArgumentError, match="without budgets"):
         solve_average(Steps((Step("language.2", exit=Gate(Always())),)), layout(), 100)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 1000), st.integers(1, 400), st.integers(0, 30), st.integers(4, 576))
+def test_a_solved_number_is_the_most_below_the_target(share_of, count, more, target):
+    """A share, then a count, then an exit that does not count; the rest of the last cut leaves tokens too."""
+    steps = (
+        Step("language.0", Keep(keep=Budget(permille=share_of))),
+        Step("language.3", Keep(keep=Budget(count=count)), Plus(more=more)),
+        Step("language.6", exit=Gate(Always())),
+    )
+    try:
+        solved = solve_kept(Steps(steps), layout(), target)
+    except ArgumentError:
+        reject()
+
+    def left(factor: int) -> int:
+        first = 576 * min(1000, max(1, share_of * factor // 1_000_000)) // 1000
+        return min(first, min(first, max(1, count * factor // 1_000_000)) + more)
+
+    points = {-(-1_000_000 * k // n) for n in (share_of, count) for k in range(1, 1001)}
+    behind = visual(solved.plan)[3]
+    assert behind <= target
+    assert behind == max(n for n in map(left, points) if n <= target)
+    assert visual(solved.plan)[6:] == [0, 0]
+
+
+def test_targets_of_a_merge_are_scaled_and_named():
+    merge = PRIMITIVES["rest"]["merge"](targets={"stride": 10}, reduce="mean")
+    policy = Steps((Step("language.0", Keep(keep=54), merge),))
+    solved = solve_kept(policy, layout(), 128)
+    assert solved.settings == {"steps.0.select.keep.keep": 108, "steps.0.rest.merge.targets.stride": 20}
+    assert visual(solved.plan) == [128] * 8
+
+
+def test_a_rest_without_numbers_is_left_alone():
+    for rest in (PRIMITIVES["rest"]["drop"](), PRIMITIVES["rest"]["merge"](targets="kept")):
+        solved = solve_kept(Steps((Step("language.0", Keep(keep=54), rest),)), layout(), 27)
+        assert solved.settings == {"steps.0.select.keep.keep": 27}
+
+
+def test_a_number_out_of_reach_is_refused_with_the_range():
+    policy = Steps((Step("language.0", Keep(keep=54), Plus(more=10)),))
+    with pytest.raises(ArgumentError, match=r"11\.0 to 576\.0 visual tokens"):
+        solve_kept(policy, layout(), 10)
 
 
 def test_a_plan_is_json_and_a_table():

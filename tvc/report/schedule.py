@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fractions
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -171,11 +172,11 @@ def _decides_late(select: Any) -> bool:
     return next(_budgets(select), None) is None
 
 
-def _budgets(select: Any) -> Iterator[tuple[str, Budget]]:
+def _budgets(select: Any) -> Iterator[Budget]:
     for name in type(select).model_fields:
         value = getattr(select, name)
         if isinstance(value, Budget):
-            yield name, value
+            yield value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +189,7 @@ class _Scaled:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Budgets that meet an average: `settings` for `Policy.with_settings`, and the plan they give."""
+    """Budgets that meet a goal: `settings` for `Policy.with_settings`, and the plan they give."""
 
     settings: dict[str, str | int]
     plan: Plan
@@ -203,57 +204,97 @@ def solve_average(
 ) -> Schedule:
     """Scales all budgets of a resolved policy by one factor, so that the decoder's layers hold `target` visual tokens.
 
-    The mean over layers rises with the factor, so that bisection over whole numbers finds the largest mean that does
-    not exceed the target.
-
     Returns:
-        A setting for each budget (`steps.0.select.top.keep=12.5%`) and the plan they give.
+        A setting for each budget (`steps.0.select.top.keep=12.5%`) and the plan they give: the largest mean over the
+        decoder's layers that does not exceed the target.
 
     Raises:
         ArgumentError: no factor meets the target, or the policy has no budget to scale.
     """
-    budgets = [b for step in policy.steps if step.select is not None for _, b in _budgets(step.select)]
+
+    def average(steps: Sequence[Any]) -> float:
+        return sum(_per_layer(_follow(steps, layout, fires=False), layout)) / len(layout.language)
+
+    goal = _Goal(
+        average, target, f"an average of {target:g} visual tokens", "visual tokens a layer", "--average-tokens"
+    )
+    return _solve(policy, layout, goal, text_tokens, vision_blocks)
+
+
+def solve_kept(
+    policy: Any, layout: Layout, target: float, text_tokens: int = 64, *, vision_blocks: int | None = None
+) -> Schedule:
+    """Scales all budgets of a resolved policy by one factor, so that `target` visual tokens are left behind its cuts.
+
+    Exits do not count: they leave none.
+
+    Returns:
+        A setting for each budget and the plan they give: the largest number that does not exceed the target.
+
+    Raises:
+        ArgumentError: no factor meets the target, or the policy has no budget to scale.
+    """
+
+    def left(steps: Sequence[Any]) -> float:
+        return sum(_follow([step for step in steps if step.select is not None], layout, fires=False).counts)
+
+    goal = _Goal(left, target, f"{target:g} visual tokens behind its last cut", "visual tokens", "--budgets")
+    return _solve(policy, layout, goal, text_tokens, vision_blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Goal:
+    """A number of a policy's steps that rises with their budgets, and what it shall be."""
+
+    measure: Callable[[Sequence[Any]], float]
+    target: float
+    wish: str
+    unit: str
+    where: str
+
+
+def _solve(policy: Any, layout: Layout, goal: _Goal, text_tokens: int, vision_blocks: int | None) -> Schedule:
+    """As the measure rises with the factor, bisection over whole numbers finds the largest that fits."""
+    budgets = [b for step in policy.steps if step.select is not None for b in _budgets(step.select)]
     if not budgets:
-        raise _refused(
-            policy, target, "a policy without budgets", "a policy with a `keep`", "give a policy that selects"
-        )
+        raise _refused(policy, goal, "a policy without budgets", "a policy with a `keep`", "give a policy that selects")
 
     def scaled(factor: int) -> _Scaled:
         return _Scaled(policy.name, tuple(_scaled_step(step, factor) for step in policy.steps))
 
-    def average(factor: int) -> float:
-        track = _follow(scaled(factor).steps, layout, fires=False)
-        return sum(_per_layer(track, layout)) / len(layout.language)
+    def measure(factor: int) -> float:
+        return goal.measure(scaled(factor).steps)
 
     total = max(sum(layout.visual_tokens), max(tile_lengths(layout)))
     most = max(-(-_PARTS * (1000 if b.permille else total) // (b.permille or b.count or 1)) for b in budgets)
     least = _largest(lambda f: _follow(scaled(f).steps, layout, fires=False).emptied, most)
     least += _follow(scaled(least).steps, layout, fires=False).emptied
-    lowest, highest = average(least), average(most)
-    if not lowest <= target <= highest:
+    lowest, highest = measure(least), measure(most)
+    if not lowest <= goal.target <= highest:
         raise _refused(
             policy,
-            target,
-            f"{target:g}",
-            f"{lowest:.1f} to {highest:.1f} visual tokens a layer: what its cuts can reach in this model",
-            "move the cuts to earlier layers for a smaller average, or choose a target in that range",
+            goal,
+            f"{goal.target:g}",
+            f"{lowest:.1f} to {highest:.1f} {goal.unit}: what its cuts can reach in this model",
+            "move the cuts to earlier layers for a smaller number, or choose one in that range",
         )
-    best = average(_largest(lambda f: average(f) <= target, most))
-    # Of all factors with that mean the smallest: 50% rather than a 50.1% that rounds to as many tokens.
-    factor = 0 if average(0) == best else _largest(lambda f: average(f) < best, most) + 1
-    plan = make_plan(scaled(factor), layout, text_tokens, vision_blocks=vision_blocks)
-    found = tuple(_settings(policy, factor))
+    best = measure(_largest(lambda f: measure(f) <= goal.target, most))
+    # Of all factors with that measure the smallest: 50% rather than a 50.1% that rounds to as many tokens.
+    factor = 0 if measure(0) == best else _largest(lambda f: measure(f) < best, most) + 1
+    chosen = scaled(factor)
+    plan = make_plan(chosen, layout, text_tokens, vision_blocks=vision_blocks)
+    found = tuple(_settings(policy.steps, chosen.steps))
     return Schedule(dict(found), dataclasses.replace(plan, settings=found))
 
 
-def _refused(policy: Any, target: float, got: str, want: str, fix: str) -> ArgumentError:
+def _refused(policy: Any, goal: _Goal, got: str, want: str, fix: str) -> ArgumentError:
     return ArgumentError(
-        f"no budgets of policy {policy.name} give an average of {target:g} visual tokens",
-        where="--average-tokens",
+        f"no budgets of policy {policy.name} give {goal.wish}",
+        where=goal.where,
         got=got,
         want=want,
         fix=fix,
-        slug="unreachable-average",
+        slug="unreachable-average" if goal.where == "--average-tokens" else "unreachable-budget",
     )
 
 
@@ -266,24 +307,32 @@ def _largest(holds: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _scaled(budget: Budget, factor: int) -> Budget:
-    """A share stays between a tenth of a percent and all; a count stays at least 1."""
-    if budget.permille is not None:
-        return Budget(permille=min(1000, max(1, budget.permille * factor // _PARTS)))
-    return Budget(count=max(1, (budget.count or 0) * factor // _PARTS))
-
-
 def _scaled_step(step: Any, factor: int) -> Any:
+    """A step with every number of tokens that it keeps times `factor` / `_PARTS`."""
     if step.select is None:
         return step
-    update = {name: _scaled(budget, factor) for name, budget in _budgets(step.select)}
-    return dataclasses.replace(step, select=step.select.model_copy(update=update))
+    times = fractions.Fraction(factor, _PARTS)
+    rest = step.rest.scaled(times) if step.rest is not None else None
+    return dataclasses.replace(step, select=step.select.scaled(times), rest=rest)
 
 
-def _settings(policy: Any, factor: int) -> Iterator[tuple[str, str | int]]:
-    for index, step in enumerate(policy.steps):
-        if step.select is not None:
-            for name, budget in _budgets(step.select):
-                chosen = _scaled(budget, factor)
-                written = chosen.count if chosen.count is not None else str(chosen)
-                yield f"steps.{index}.select.{step.select.key}.{name}", written
+def _settings(steps: Sequence[Any], scaled: Sequence[Any]) -> Iterator[tuple[str, str | int]]:
+    """Every budget of the scaled steps, and what else differs from the steps as they were."""
+    for index, (before, after) in enumerate(zip(steps, scaled, strict=True)):
+        for part in ("select", "rest"):
+            old, new = getattr(before, part), getattr(after, part)
+            if new is None:
+                continue
+            always = {name for name in type(new).model_fields if isinstance(getattr(new, name), Budget)}
+            for name, value in new.model_dump(mode="json").items():
+                place = f"steps.{index}.{part}.{new.key}.{name}"
+                yield from _leaves(place, old.model_dump(mode="json")[name], value, name in always)
+
+
+def _leaves(place: str, old: Any, new: Any, always: bool) -> Iterator[tuple[str, str | int]]:
+    """The values below a place that changed, each by its own path."""
+    if isinstance(new, dict) and isinstance(old, dict):
+        for name, value in new.items():
+            yield from _leaves(f"{place}.{name}", old.get(name), value, always)
+    elif always or new != old:
+        yield place, new
