@@ -29,9 +29,10 @@ def bench(
 ) -> None:
     """Time prefill and one decode step; all variants take turns, and spread is shown as 20 and 80 percent quantiles."""
     import tvc
-    from tvc.commands.show import open_photo, prepared
+    from tvc.commands.show import open_photo
     from tvc.report.phases import PHASES, phases
     from tvc.report.timing import environment, measure, rows, text
+    from tvc.runtime.prompts import prepared
 
     photo = open_photo(image)
     variants: dict[str, Any] = {}

@@ -134,7 +134,8 @@ def _sample(model: str, image: pathlib.Path | None, prompt: str | None) -> tuple
             slug="no-image",
         )
 
-    from tvc.commands.show import open_photo, prepared
+    from tvc.commands.show import open_photo
+    from tvc.runtime.prompts import prepared
     from tvc.trace.layout import meta_model
     from tvc.trace.processor import load_processor
 

@@ -30,7 +30,8 @@ def run(
     _check(image, prompt, stream and as_json)
 
     import tvc
-    from tvc.commands.show import open_photo, prepared
+    from tvc.commands.show import open_photo
+    from tvc.runtime.prompts import prepared
 
     photo = open_photo(pathlib.Path(str(image)))
     compiled = tvc.load(artifact, device=device)

@@ -38,6 +38,7 @@ def kept_panels(compiled: Any, photo: Any, prompt: str) -> list[Any]:
     """A panel per site, from one call of the compiled model on the photo and the prompt."""
     from tvc.report.panels import panels
     from tvc.report.patches import views
+    from tvc.runtime.prompts import prepared
 
     inputs = prepared(compiled.processor, photo, prompt)
     kept = {site: positions[0].tolist() for site, positions in compiled(**inputs).kept.items()}
@@ -45,16 +46,6 @@ def kept_panels(compiled: Any, photo: Any, prompt: str) -> list[Any]:
     layout = views(photo, len(placeholders), inputs, compiled.processor.image_processor, _tile_side(compiled.config))
     merging = {str(step.site): step.rest is not None and step.rest.key != "drop" for step in compiled.policy.steps}
     return panels(kept, placeholders, layout, merging)
-
-
-def prepared(processor: Any, photo: Any, prompt: str) -> dict[str, Any]:
-    """The processor's tensors for one photo and one question."""
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    if getattr(processor, "chat_template", None):
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    else:
-        text = f"{processor.image_token} {prompt}"
-    return dict(processor(images=[photo], text=[text], return_tensors="pt"))
 
 
 def _placeholders(compiled: Any, ids: list[int]) -> list[int]:

@@ -28,8 +28,9 @@ def verify(
 ) -> None:
     """Check that dropping equals masking, for the prefill and for every decode step; exit code 3 where it does not."""
     import tvc
-    from tvc.commands.show import open_photo, prepared
+    from tvc.commands.show import open_photo
     from tvc.errors import ArgumentError, VerificationError
+    from tvc.runtime.prompts import prepared
 
     compiled, inputs = tvc.load(str(artifact)), None
     if image is not None:
