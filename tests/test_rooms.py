@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import pathlib
 import re
+import tomllib
 
 import pytest
 
@@ -124,6 +125,13 @@ def test_files_and_functions_stay_short(file: str) -> None:
 def test_excused_files_exist_and_are_long() -> None:
     for file in re.findall(r"^- `([^`]+)`: \S", PAGE.split("## Long files")[1], flags=re.MULTILINE):
         assert (ROOT / file).read_text(encoding="utf-8").count("\n") > 500, file
+
+
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {pathlib.PurePosixPath(file).parent for file in FILES}
+    named = {".".join(folder.parts if folder.parts[0] == "tvc" else ("tvc", *folder.parts)) for folder in folders}
+    assert set(listed) == named
 
 
 def test_a_stray_import_is_found() -> None:
