@@ -21,13 +21,15 @@ ifeq ($(PYTHON),$(VENV)/bin/python)
 READY := $(VENV)/.installed
 endif
 
-.PHONY: help demo test lint conformance bench clean
+.PHONY: help demo test lint conformance bench accuracy train clean
 
 help:
 	@echo "make demo         compile the bundled model for a photo, print the table, write out/demo/"
 	@echo "make test         linters, types and the tests"
 	@echo "make conformance  every preset x family x target (minutes)"
 	@echo "make bench        dense, compiled and ideal side by side, written to benchmarks/results/"
+	@echo "make accuracy     what every preset leaves of the bundled model's answers, written to benchmarks/results/"
+	@echo "make train        trains the bundled model anew (more than an hour on two cores)"
 
 $(VENV)/.installed: pyproject.toml
 	@test -n "$(BASE_PYTHON)" || { echo "Python 3.11 or newer is needed, and none was found on PATH"; exit 1; }
@@ -60,6 +62,12 @@ conformance: $(READY)
 
 bench: $(READY)
 	$(PYTHON) benchmarks/run.py
+
+accuracy: $(READY)
+	$(PYTHON) benchmarks/accuracy.py
+
+train: $(READY)
+	$(PYTHON) examples/train_tiny_llava.py
 
 clean:
 	rm -rf $(VENV) out .pytest_cache .mypy_cache .ruff_cache

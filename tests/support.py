@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -444,3 +446,15 @@ def _resolved(value: Any, ids: Any) -> Any:
     if isinstance(value, str) and value.startswith("<"):
         return ids.convert_tokens_to_ids(value)
     return value
+
+
+def script(name: str) -> Any:
+    """A script such as `examples/demo.py` as a module; its `main` does not run."""
+    path = pathlib.Path(__file__).parent.parent / name
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,80 @@
+"""What every preset leaves of the bundled model's answers, at four budgets; and whether ONNX Runtime answers the same.
+
+    python benchmarks/accuracy.py [--examples N] [--output DIRECTORY] [--only PRESET ...]
+
+Replies are kept below the output directory, so that a run that was stopped goes on; table, plot and JSON are written to
+`benchmarks/results/accuracy*`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tvc.evaluation.study import BUDGETS, Options, evaluate
+from tvc.evaluation.tasks import SceneTask
+from tvc.policy import presets
+
+HERE = pathlib.Path(__file__).parent
+# As one would write it: the results name it.
+MODEL = pathlib.Path(os.path.relpath(HERE.parent / "examples" / "models" / "tiny-llava"))
+MARKS = ("<!-- accuracy -->", "<!-- /accuracy -->")
+# Name of the results, and how to ask: all budgets in torch, one budget in both runtimes. What is compiled here is
+# verified by the conformance tests.
+STUDIES = {
+    "accuracy": Options(budgets=BUDGETS, targets=("torch",), batch_size=50, verify=False),
+    "accuracy-runtimes": Options(budgets=("25%",), targets=("torch", "ort"), seeds=1, batch_size=50, verify=False),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--examples", type=int, default=600)
+    parser.add_argument("--output", type=pathlib.Path, default=HERE.parent / "out" / "accuracy")
+    parser.add_argument("--only", nargs="*", default=sorted(presets()), metavar="PRESET")
+    options = parser.parse_args()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
+    for name, study in STUDIES.items():
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            bar = progress.add_task("loading", total=None)
+            evaluate(
+                MODEL,
+                options.only,
+                SceneTask(options.examples),
+                options.output / name,
+                study,
+                lambda what, done, total, bar=bar, shown=progress: shown.update(
+                    bar, description=what, completed=done, total=total
+                ),
+            )
+        for suffix, made in ((".json", "results.json"), (".md", "results.md"), (".png", "accuracy.png")):
+            shutil.copy(options.output / name / made, HERE / "results" / f"{name}{suffix}")
+        print((HERE / "results" / f"{name}.md").read_text(encoding="utf-8"))
+    readme = HERE.parent / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, behind = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+    readme.write_text(f"{before}{MARKS[0]}\n{summary()}\n{MARKS[1]}{behind}", encoding="utf-8")
+
+
+def summary() -> str:
+    """The README's table, from the results: right answers and FLOPs of each policy at each budget."""
+    result = json.loads((HERE / "results" / "accuracy.json").read_text(encoding="utf-8"))
+    dense, *rows = result["rows"]
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    cells: dict[str, dict[str, str]] = {}
+    for row in rows:
+        cells.setdefault(row["policy"], {})[row["budget"]] = f"{row['accuracy']:.1%} ({row['flops_ratio']:.0%})"
+    lines = [f"| policy | {' | '.join(budgets)} |", f"|---|{'---|' * len(budgets)}"]
+    lines += [f"| {name} | {' | '.join(of.get(budget, '-') for budget in budgets)} |" for name, of in cells.items()]
+    kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in dense["kinds"].items())
+    return "\n".join([f"Dense: {dense['accuracy']:.1%} right ({kinds}).", "", *lines])
+
+
+if __name__ == "__main__":
+    main()
