@@ -231,7 +231,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=pathlib.Path, default=HERE / "models" / "tiny-llava")
     parser.add_argument("--image", type=pathlib.Path, default=HERE / "images" / "astronaut.jpg")
-    parser.add_argument("--scene", type=int, default=0, help="which things lie where on the photo")
+    parser.add_argument("--scene", type=int, default=4, help="which things lie where on the photo")
     parser.add_argument("--prompt", help="one more question")
     parser.add_argument("--output", type=pathlib.Path, default=HERE.parent / "out" / "demo")
     return parser.parse_args()

@@ -253,7 +253,7 @@ class Learner(nn.Module):
             ("named", self.named_place, middle, batch.named),
             ("apart", self.apart, middle + 1, batch.apart),
         ):
-            told = head(out.hidden_states[layer][:, P:].unflatten(1, (M, T))).float()
+            told = head(out.hidden_states[min(layer, len(out.hidden_states) - 1)][:, P:].unflatten(1, (M, T))).float()
             known = ~wanted.isnan()
             losses[name] = F.mse_loss(told[known], wanted[known]) if known.any() else told.sum() * 0
         return self.vlm.lm_head(hidden[:, :, :-1]).float(), batch.targets[:, :, 1:], losses

@@ -69,7 +69,8 @@ def eval_command(
     )
     task = SceneTask(examples or 500, seed) if questions is None else FileTask(questions, examples)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f}%"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    errors = Console(stderr=True)
+    with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
         bar = progress.add_task("loading", total=None)
         result = evaluate(
             model,

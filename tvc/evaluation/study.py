@@ -133,7 +133,11 @@ def evaluate(
         "seconds": {name: round(value, 1) for name, value in asked.seconds.items()},
         "rows": [dataclasses.asdict(row) for row in rows],
         "agreement": agreements,
-        "refused": [dataclasses.asdict(refused) for refused in planned if isinstance(refused, Refused)],
+        "refused": [
+            {"policy": refused.label, "budget": refused.budget, "reason": refused.reason}
+            for refused in planned
+            if isinstance(refused, Refused)
+        ],
     }
     write_whole(folder / "results.json", json.dumps(result, indent=1) + "\n")
     write_whole(folder / "results.md", pages.markdown(result))
