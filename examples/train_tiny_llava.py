@@ -2,17 +2,15 @@
 
     python examples/train_tiny_llava.py [--output DIRECTORY] [--device cuda] [--scale 0.01]
 
-The result is an ordinary Hugging Face directory. Training goes through seven stages, each with a step count of its own:
+The result is an ordinary Hugging Face directory. Training goes through three stages, each with a step count of its own:
 
-1. `see`: the vision tower alone learns to say at each patch which thing of which colour it lies on, and at its CLS
-   token what the picture holds.
-2. `look up`: the vision tower rests; projector and decoder learn to find the answer among its features.
+1. `see`: the vision tower alone learns to say at each patch which thing of which colour it lies on and where in the
+   picture it lies, and at its CLS token what the picture holds.
+2. `look up`: the vision tower rests; projector and decoder learn to find the answer among its features. Half-way
+   through the decoder each thing's name in a question says where that thing lies, so that two places are at hand to be
+   compared, and one layer further the end of a question says how far apart the two things are that it relates.
+   Answers alone teach both slowly. Where things are is the last to be learned: half of the questions are about it.
 3. `answer`: everything together.
-4. `places`: as before, and each patch says where in the picture it lies. Questions alone teach that slowly.
-5. `relations`: as before, with half of the questions about where things are, which are the last to be learned.
-6. `named`: as before, and half-way through the decoder each thing's name in a question says where that thing lies, so
-   that two places are at hand to be compared.
-7. `apart`: as before, and before its last layer the decoder says how far apart two things are that a question relates.
 
 The heads behind the losses on patches, names and the CLS token are dropped at the end. All follows from the seed and
 the step numbers: a run that was killed goes on from its last checkpoint (`--state`), with the same batches. Scenes are
@@ -65,10 +63,7 @@ BEHIND = "\n"
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A part of the training; `lr` is reached after the warm-up and falls along a cosine to `last` of it.
-
-    It gets there after `falls` steps, which may be more than the stage has.
-    """
+    """A part of the training; `lr` is reached after the warm-up and falls along a cosine to `last` of it."""
 
     name: str
     steps: int
@@ -76,25 +71,14 @@ class Stage:
     last: float
     sees: bool  # the vision tower learns
     answers: bool  # projector and decoder learn
-    places: bool = False  # patches say where they lie
-    named: bool = False  # names in questions say where the things lie
-    apart: bool = False  # the end of a question says how far apart its two things lie
-    kinds: tuple[str, ...] = scenes.KINDS  # of questions, in turn
-    falls: int | None = None
 
 
-MOSTLY_PLACES = ("where", "relation", "count", "relation", "what", "where", "relation", "read", "colour")
 STAGES = (
-    Stage("see", 3200, 2e-3, 0.3, sees=True, answers=False),
-    Stage("look up", 600, 2e-3, 0.7, sees=False, answers=True),
-    Stage("answer", 900, 1.4e-3, 0.01, sees=True, answers=True, falls=2600),
-    Stage("places", 500, 1.2e-3, 0.01, sees=True, answers=True, places=True, falls=1700),
-    Stage("relations", 900, 1.1e-3, 0.01, sees=True, answers=True, places=True, kinds=MOSTLY_PLACES, falls=1600),
-    Stage(
-        "named", 500, 1.1e-3, 0.01, sees=True, answers=True, places=True, named=True, kinds=MOSTLY_PLACES, falls=1000
-    ),
-    Stage("apart", 700, 1.1e-3, 0.01, True, True, places=True, named=True, apart=True, kinds=MOSTLY_PLACES),
+    Stage("see", 2600, 2e-3, 0.3, sees=True, answers=False),
+    Stage("look up", 400, 2e-3, 0.7, sees=False, answers=True),
+    Stage("answer", 2600, 1.4e-3, 0.01, sees=True, answers=True),
 )
+ASKED = ("where", "relation", "count", "relation", "what", "where", "relation", "read", "colour")  # in turn
 WARM_UP = 60
 EXAMINED = 8  # batches of held-out questions
 
@@ -358,20 +342,28 @@ class Batches(torch.utils.data.Dataset):
     """Batch number `index` of a split."""
 
     def __init__(
-        self, ids: TokenIds, split: str, seed: int, scenes_each: int, questions_each: int, kinds: list[tuple[str, ...]]
+        self,
+        ids: TokenIds,
+        split: str,
+        seed: int,
+        scenes_each: int,
+        questions_each: int,
+        count: int,
+        kinds: tuple[str, ...] = scenes.KINDS,
     ):
-        """`kinds`: for each batch the kinds of its questions, in turn."""
+        """`count` batches; `kinds`: what is asked about a scene, in turn."""
         self.ids, self.split, self.seed = ids, split, seed
-        self.scenes_each, self.questions_each, self.kinds = scenes_each, questions_each, kinds
+        self.scenes_each, self.questions_each = scenes_each, questions_each
+        self.count, self.kinds = count, kinds
 
     def __len__(self) -> int:
-        return len(self.kinds)
+        return self.count
 
     def __getitem__(self, index: int) -> Batch:
-        first, kinds = index * self.scenes_each, self.kinds[index]
+        first = index * self.scenes_each
         drawn = [scenes.scene(self.split, self.seed, first + place) for place in range(self.scenes_each)]
         asked = [
-            list(itertools.islice(scenes.questions(one, self.seed, first + place, kinds), self.questions_each))
+            list(itertools.islice(scenes.questions(one, self.seed, first + place, self.kinds), self.questions_each))
             for place, one in enumerate(drawn)
         ]
         texts = [[self.ids.text(question.text, question.answer) for question in row] for row in asked]
@@ -476,13 +468,12 @@ class Optimizers:
 
 def scaled(stage: Stage, scale: float) -> Stage:
     """The stage with `scale` times as many steps."""
-    falls = None if stage.falls is None else max(1, round(stage.falls * scale))
-    return dataclasses.replace(stage, steps=max(1, round(stage.steps * scale)), falls=falls)
+    return dataclasses.replace(stage, steps=max(1, round(stage.steps * scale)))
 
 
 def rate(stage: Stage, step: int) -> float:
     """The learning rate at a step of a stage."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / (stage.falls or stage.steps)))
+    cosine = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
     return stage.lr * min(1, (step + 1) / WARM_UP) * (stage.last + (1 - stage.last) * cosine)
 
 
@@ -492,17 +483,13 @@ def losses_of(learner: Learner, stage: Stage, batch: Batch) -> dict[str, torch.T
         features, losses = learner.see(batch)
     # Contents are many zeros: their mean is small.
     total = losses["thing"] + 0.5 * losses["colour"] + 4 * losses["cls"] + 2 * losses["pooled"]
-    if stage.places:
-        total = total + 2 * losses["place"]
+    total = total + 2 * losses["place"]
     if stage.answers:
         logits, targets, asked = learner.answer(features if stage.sees else features.detach(), batch)
         losses |= asked
         losses["answer"] = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), ignore_index=IGNORED)
-        total = losses["answer"] + 0.5 * total if stage.sees else losses["answer"]
-        if stage.named:
-            total = total + losses["named"]
-        if stage.apart:
-            total = total + losses["apart"]
+        told = losses["answer"] + losses["named"] + losses["apart"]
+        total = told + 0.5 * total if stage.sees else told
     return {**losses, "sum": total}
 
 
@@ -540,10 +527,12 @@ def train(options: argparse.Namespace) -> transformers.LlavaForConditionalGenera
     def autocast() -> Any:
         return torch.autocast(device.type, dtype=torch.bfloat16)
 
-    held_out = Batches(ids, "test", options.seed, options.batch, options.questions, [scenes.KINDS] * EXAMINED)
+    def batches(split: str, count: int, kinds: tuple[str, ...]) -> Batches:
+        return Batches(ids, split, options.seed, options.batch, options.questions, count, kinds)
+
+    held_out = batches("test", EXAMINED, scenes.KINDS)
     tests = [held_out[index].to(device) for index in range(len(held_out))]
-    asked = [stage.kinds for stage in stages for _ in range(stage.steps)]
-    data = Batches(ids, "train", options.seed, options.batch, options.questions, asked)
+    data = batches("train", total, ASKED)
     loader = torch.utils.data.DataLoader(
         torch.utils.data.Subset(data, range(done, total)), batch_size=None, num_workers=options.workers
     )
