@@ -29,7 +29,7 @@ help:
 	@echo "make conformance  every preset x family x target (minutes)"
 	@echo "make bench        dense, compiled and ideal side by side, written to benchmarks/results/"
 	@echo "make accuracy     what every preset leaves of the bundled model's answers, written to benchmarks/results/"
-	@echo "make train        trains the bundled model anew (more than an hour on two cores)"
+	@echo "make train        trains the bundled model anew (about an hour on two cores)"
 
 $(VENV)/.installed: pyproject.toml
 	@test -n "$(BASE_PYTHON)" || { echo "Python 3.11 or newer is needed, and none was found on PATH"; exit 1; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -100,24 +101,65 @@ def compile(  # noqa: A001  the public name
     """
     find_target(target)
     loaded = load_policy(policy)
-    device, dtype = placement.device_of(device), placement.dtype_of(dtype)
-    if inputs is not None:
-        check_sample(inputs)
     clock = _Clock(progress)
-    clock("load")
-    source = load_source(model, device=device, dtype=dtype, processor=processor)
-    with in_evaluation(source.model):
-        clock("survey")
-        surveyed = _survey(source, inputs)
-        resolved = resolve(loaded, surveyed.layout)
-        program = compiler.reduce(compiler.trace(source.model, surveyed, resolved, clock), resolved, clock)
-        given = inputs is not None
-        compiled = finish(source, surveyed, resolved, program, target, clock, given_sample=given, timings=clock.seconds)
-        if verify:
-            clock("verify")
-            compiled.verification = check(compiled, source.model, inputs).to_json()
-    clock("done")
-    return compiled
+    prepared = Prepared(model, inputs=inputs, device=device, dtype=dtype, processor=processor, progress=clock)
+    return prepared.compile(loaded, target, verify=verify, progress=clock)
+
+
+class Prepared:
+    """A model that policies are compiled for: loaded and surveyed once, and traced once for all that cut it alike.
+
+    `tvc.compile` makes one for itself; whoever compares policies on a model makes one for all of them.
+    """
+
+    def __init__(
+        self,
+        model: ModelLike,
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str | None = None,
+        processor: Any = None,
+        progress: Progress = _silent,
+    ):
+        """Takes what `compile` takes."""
+        device, dtype = placement.device_of(device), placement.dtype_of(dtype)
+        if inputs is not None:
+            check_sample(inputs)
+        progress("load")
+        self.source, self.inputs = load_source(model, device=device, dtype=dtype, processor=processor), inputs
+        progress("survey")
+        with in_evaluation(self.source.model):
+            self.survey = _survey(self.source, inputs)
+        self._traces: dict[tuple[str, ...], Program] = {}
+
+    def compile(
+        self, policy: PolicyLike, target: str = "torch", *, verify: bool = True, progress: Progress = _silent
+    ) -> CompiledModel:
+        """As the function of that name."""
+        find_target(target)
+        loaded = load_policy(policy)
+        clock = progress if isinstance(progress, _Clock) else _Clock(progress)
+        with in_evaluation(self.source.model):
+            resolved = resolve(loaded, self.survey.layout)
+            program = compiler.reduce(self._traced(resolved, clock), resolved, clock)
+            given = self.inputs is not None
+            options = {"given_sample": given, "timings": clock.seconds}
+            compiled = finish(self.source, self.survey, resolved, program, target, clock, **options)
+            if verify:
+                clock("verify")
+                compiled.verification = check(compiled, self.source.model, self.inputs).to_json()
+        clock("done")
+        return compiled
+
+    def _traced(self, resolved: ResolvedPolicy, progress: Progress) -> Program:
+        """The components before any reduction; a cut inside the encoder is marked while that is traced."""
+        cuts = tuple(step.at for step in resolved.steps if step.at.startswith("vision."))
+        if cuts not in self._traces:
+            self._traces[cuts] = compiler.trace(self.source.model, self.survey, resolved, progress)
+        traced = self._traces[cuts]
+        parts = {name: dataclasses.replace(part, meta=dict(part.meta)) for name, part in traced.components.items()}
+        return dataclasses.replace(traced, components=parts)
 
 
 class _Clock:

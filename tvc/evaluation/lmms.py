@@ -22,6 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tvc.errors import ArgumentError, InputError
+from tvc.runtime.prompts import special_tokens
 
 try:
     from lmms_eval.api.instance import GenerationResult
@@ -307,14 +308,9 @@ class TvcModel(lmms):
         texts = [prompt.text for prompt in prompts]
         # Nested: processors that take several images a sample tell by it which image is whose.
         images = [prompt.images for prompt in prompts] if any(prompt.images for prompt in prompts) else None
-        options = {"padding": True, "return_tensors": "pt", **self._special(texts[0])}
+        options = {"padding": True, "return_tensors": "pt", **special_tokens(self.processor, texts[0])}
         made = self.processor(images=images, text=texts, **options)
         return dict(made.to(device=self.model.device, dtype=self.model.dtype))
-
-    def _special(self, text: str) -> dict[str, bool]:
-        """Keeps the tokenizer from writing a second first token where the template wrote one."""
-        first = self.processor.tokenizer.bos_token
-        return {"add_special_tokens": False} if first is not None and text.startswith(first) else {}
 
     def _answers(self, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[str]:
         settings, unknown = generation_settings(options)
@@ -343,7 +339,7 @@ class TvcModel(lmms):
         said = self._rendered([*prompt.messages, answer], False)
         place = said.find(words, len(prompt.text)) if said.startswith(prompt.text) else -1
         text = continuation if place < 0 else said[len(prompt.text) : place] + words
-        encode, special = self.processor.tokenizer, self._special(prompt.text)
+        encode, special = self.processor.tokenizer, special_tokens(self.processor, prompt.text)
         before, joined = (encode(part, **special)["input_ids"] for part in (prompt.text, prompt.text + text))
         if joined[: len(before)] == before:
             return list(joined[len(before) :])

@@ -10,6 +10,7 @@ from tvc.errors import ArgumentError
 from tvc.evaluation.variants import BASELINES, DENSE
 
 Rows = Sequence[Mapping[str, Any]]
+NAMED = 9  # lines of a plot that a reader can tell apart
 
 
 def table(result: Mapping[str, Any]) -> list[list[str]]:
@@ -57,6 +58,8 @@ def markdown(result: Mapping[str, Any]) -> str:
 def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
     """Accuracy against FLOPs, a line a policy, the dense model and chance-like baselines told apart.
 
+    Of many policies the baselines and the most accurate ones stand out, and the others lie behind them in grey.
+
     Raises:
         ArgumentError: matplotlib is not installed.
     """
@@ -77,15 +80,23 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
     axes = figure.add_subplot()
     dense = result["rows"][0]
     target = result["rows"][min(1, len(result["rows"]) - 1)]["target"]
-    for label, rows in _lines(result["rows"], target).items():
+    lines = _lines(result["rows"], target)
+    prominent = _best(lines)
+    for label, rows in lines.items():
         across = [100 * row["flops_ratio"] for row in rows]
         up = [100 * row["accuracy"] for row in rows]
+        if label not in prominent:
+            axes.plot(across, up, color="0.85", lw=1, zorder=1)
+            axes.annotate(label, (across[0], up[0]), fontsize=5.5, color="0.6", ha="right", va="center")
+            continue
         spread = [[100 * abs(row["accuracy"] - row["interval"][side]) for row in rows] for side in (0, 1)]
         style: dict[str, Any] = {"color": "0.6" if label == "random" else "0.35", "linestyle": "--"}
         axes.errorbar(
             across, up, yerr=spread, label=label, marker="o", ms=5, capsize=2, lw=1.6, elinewidth=0.8,
             **(style if label in BASELINES else {}),
         )  # fmt: skip
+        if len(lines) > NAMED:
+            continue
         for row, x, y in zip(rows, across, up, strict=True):
             axes.annotate(row["budget"], (x, y), xytext=(4, -11), textcoords="offset points", fontsize=7, color="0.4")
     axes.axhline(100 * dense["accuracy"], color="black", lw=1, ls=":")
@@ -99,6 +110,15 @@ def plot(result: Mapping[str, Any], path: pathlib.Path) -> None:
     beside = path.with_name(f"new-{path.name}")
     figure.savefig(beside)
     beside.replace(path)
+
+
+def _best(lines: Mapping[str, Rows]) -> set[str]:
+    """The lines that stand out: all of a few; of many the baselines and those with the best mean of right answers."""
+    if len(lines) <= NAMED:
+        return set(lines)
+    means = {label: sum(row["accuracy"] for row in rows) / len(rows) for label, rows in lines.items()}
+    others = sorted((label for label in lines if label not in BASELINES), key=lambda label: -means[label])
+    return {*(label for label in lines if label in BASELINES), *others[: NAMED - 2]}
 
 
 def _lines(rows: Rows, target: str) -> dict[str, list[Mapping[str, Any]]]:

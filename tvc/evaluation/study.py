@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 
-import tvc
 from tvc import placement
+from tvc.api import Prepared
 from tvc.errors import ArgumentError, ModelError
 from tvc.evaluation import figures, pages
 from tvc.evaluation.answering import ask, prompt_tokens
@@ -159,6 +159,7 @@ class Asked:
         self.text_tokens = prompt_tokens(source.processor, first, sum(self.layout.visual_tokens))
         self.seconds: dict[str, float] = {}
         self._models, self._model = 1, 0
+        self._traced: Prepared | None = None
 
     def expect(self, models: int) -> None:
         self._models = models
@@ -172,15 +173,15 @@ class Asked:
 
         def make() -> Any:
             self.progress(f"compiling {variant.name} for {target}", self._done(0), self._total())
-            return tvc.compile(
-                self.source.model,  # type: ignore[arg-type]
-                variant.policy,
-                target,
-                verify=self.options.verify,
-                processor=self.source.processor,
-            )
+            return self._prepared().compile(variant.policy, target, verify=self.options.verify)
 
         return self._replies(variant.name, target, head, make)
+
+    def _prepared(self) -> Prepared:
+        """The model, traced once for all policies; not before one is compiled, as all replies may be there."""
+        if self._traced is None:
+            self._traced = Prepared(self.source.model, processor=self.source.processor)  # type: ignore[arg-type]
+        return self._traced
 
     def _replies(self, name: str, target: str, head: Mapping[str, Any], make: Callable[[], Any]) -> list[Record]:
         file = f"{name}-{target}" if target else name
