@@ -143,9 +143,9 @@ class Prepared:
         with in_evaluation(self.source.model):
             resolved = resolve(loaded, self.survey.layout)
             program = compiler.reduce(self._traced(resolved, clock), resolved, clock)
-            given = self.inputs is not None
-            options = {"given_sample": given, "timings": clock.seconds}
-            compiled = finish(self.source, self.survey, resolved, program, target, clock, **options)
+            given, seconds = self.inputs is not None, clock.seconds
+            parts = (self.source, self.survey, resolved, program)
+            compiled = finish(*parts, target, clock, given_sample=given, timings=seconds)
             if verify:
                 clock("verify")
                 compiled.verification = check(compiled, self.source.model, self.inputs).to_json()
