@@ -53,6 +53,13 @@ def _float_range(start: Any, end: Any, step: Any = 1.0, dtype: int = -1, **unuse
     return aten_arange_start_step(start, end, step, dtype=dtype)
 
 
+def _contiguous_stride(tensor: Any, dim: int) -> Any:
+    """ONNX has no strides; inside a loop a trace writes down those of a contiguous tensor, and reads none of them."""
+    one = opset20.Constant(value_ints=[1])
+    behind = opset20.Shape(tensor, start=dim + 1)
+    return opset20.Squeeze(opset20.ReduceProd(opset20.Concat(behind, one, axis=0), keepdims=1))
+
+
 def translations() -> dict[Any, Callable[..., Any]]:
     """The table, with that of `transformers` below it."""
     from tvc.trace.exporters import onnx_translation_table
@@ -64,4 +71,5 @@ def translations() -> dict[Any, Callable[..., Any]]:
         torch.ops.tvc_export.rotary.default: _rotary,
         torch.ops.aten.sort.stable: _stable_sort,
         torch.ops.aten.arange.start_step: _float_range,
+        torch.ops.aten.sym_stride.int: _contiguous_stride,
     }

@@ -48,10 +48,11 @@ def without_weights(
     exported: torch.export.ExportedProgram,
 ) -> tuple[torch.export.ExportedProgram, dict[str, torch.Tensor]]:
     """A copy of the program with its used weights as its first inputs, and those weights in order."""
-    graph = copy.deepcopy(exported.graph)
-    for node in graph.nodes:
-        # Of the notes on a node the values and the history stay; stack traces name files of the machine that compiled.
-        node.meta = {key: value for key, value in node.meta.items() if key in ("val", "custom")}
+    graph = _without_traces(exported.graph)
+    root = torch.nn.Module()
+    for node in graph.find_nodes(op="get_attr"):  # the condition or the body of a loop
+        inner = getattr(exported.graph_module, str(node.target))
+        root.add_module(str(node.target), torch.fx.GraphModule(inner, _without_traces(inner.graph)))
     nodes = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     weights: dict[str, torch.Tensor] = {}
     kept: list[InputSpec] = []
@@ -74,7 +75,7 @@ def without_weights(
         entry, signature=dataclasses.replace(entry.signature, inputs=inputs, in_spec=arguments, forward_arg_names=None)
     )
     stripped = torch.export.ExportedProgram(
-        root=torch.fx.GraphModule(torch.nn.Module(), graph),
+        root=torch.fx.GraphModule(root, graph),
         graph=graph,
         graph_signature=ExportGraphSignature(kept, list(exported.graph_signature.output_specs)),
         state_dict={},
@@ -84,6 +85,14 @@ def without_weights(
         constants={},
     )
     return stripped, weights
+
+
+def _without_traces(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """A copy; of the notes on a node the values and the history stay: stack traces name files of this machine."""
+    plain = copy.deepcopy(graph)
+    for node in plain.nodes:
+        node.meta = {key: value for key, value in node.meta.items() if key in ("val", "custom")}
+    return plain
 
 
 def _unsafe(path: Path) -> str | None:

@@ -79,6 +79,8 @@ def _copy(plain: fx.Graph, node: fx.Node, known: Mapping[fx.Node, Any], device: 
 
     if node.target == A.sym_size.int:
         return plain.call_method("size", old(node.args))
+    if node.target == A.sym_stride.int:
+        return plain.call_method("stride", old(node.args))
     if node.target == A.sym_numel.default:
         return plain.call_method("numel", old(node.args))
     if node.target == torch.sym_sum:
@@ -109,27 +111,94 @@ def plain_module(component: Component) -> fx.GraphModule:
     exported = component.exported
     root, plain, known = torch.nn.Module(), fx.Graph(), {}
     specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
-    names, device = iter(component.inputs), None
-    for node in exported.graph.nodes:
-        if node.op == "placeholder":
-            spec = specs[node.name]
-            if spec.kind in _CONSTANTS:
-                if node.users:
-                    tensor = exported.state_dict.get(spec.target, exported.constants.get(spec.target))
-                    root.register_buffer(node.name, tensor.detach())
-                    known[node] = plain.get_attr(node.name)
-            else:
-                known[node] = plain.placeholder(next(names).replace(".", "_"))
-        elif node.op == "output":
-            plain.output(fx.node.map_arg(tuple(node.args[0]), known.__getitem__))
-        elif not _dropped(node):
-            if device is None:
-                first = next(n for n in plain.nodes if n.op == "placeholder")
-                device = plain.call_function(getattr, (first, "device"))
-            known[node] = _copy(plain, node, known, device, component.name)
-    plain.eliminate_dead_code()
+    names = iter(component.inputs)
+    for node in exported.graph.find_nodes(op="placeholder"):
+        spec = specs[node.name]
+        if spec.kind in _CONSTANTS:
+            if node.users:
+                tensor = exported.state_dict.get(spec.target, exported.constants.get(spec.target))
+                root.register_buffer(node.name, tensor.detach())
+                known[node] = plain.get_attr(node.name)
+        else:
+            known[node] = plain.placeholder(next(names).replace(".", "_"))
+    return _filled(root, plain, known, exported.graph_module, component.name)
+
+
+def _filled(
+    root: torch.nn.Module,
+    plain: fx.Graph,
+    known: dict[fx.Node, Any],
+    source: fx.GraphModule,
+    component: str,
+    many: bool = False,
+) -> fx.GraphModule:
+    """`root` and `plain`, which has its inputs already, with all other nodes of `source`.
+
+    `many`: inputs and outputs are lists, as a loop has them.
+    """
+    device = None
+    for node in source.graph.nodes:
+        if node.op in ("placeholder", "get_attr") or _dropped(node):  # attributes: the graphs of a loop, read there
+            continue
+        if node.op == "output":
+            results = node.args[0] if isinstance(node.args[0], (tuple, list)) else node.args  # a condition has one
+            results = fx.node.map_arg(tuple(results), known.__getitem__)
+            plain.output(list(results) if many else results)
+            continue
+        if device is None:
+            first = next(n for n in plain.nodes if n.op == ("call_function" if many else "placeholder"))
+            device = plain.call_function(getattr, (first, "device"))
+        if node.target is torch.ops.higher_order.while_loop:
+            loop, inputs = _loop(source, node, component)
+            root.add_module(node.name, loop)
+            known[node] = plain.call_module(node.name, fx.node.map_arg(inputs, known.__getitem__))
+        else:
+            known[node] = _copy(plain, node, known, device, component)
+    plain.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     plain.lint()
     return fx.GraphModule(root, plain)
+
+
+class Loop(torch.nn.Module):
+    """TorchScript has loops, graphs of plain modules have none; lists, so that one text serves any number of values."""
+
+    def __init__(self, condition: torch.nn.Module, body: torch.nn.Module):
+        super().__init__()
+        self.condition, self.body = condition, body
+
+    def forward(self, state: list[torch.Tensor], fixed: list[torch.Tensor], sizes: list[int]) -> list[torch.Tensor]:
+        while bool(self.condition(state, fixed, sizes)[0]):
+            state = self.body(state, fixed, sizes)
+        return state
+
+
+def _loop(source: fx.GraphModule, node: fx.Node, component: str) -> tuple[Loop, tuple[list[Any], list[Any], list[Any]]]:
+    """A `while_loop` node as a module, and what it takes: the state, the tensors and the sizes that stay the same."""
+    condition, body, carried, constant = node.args
+    state, constants = list(carried), list(constant)  # type: ignore[arg-type]
+    fixed = [value for value in constants if _is_tensor(value)]
+    sizes = [value for value in constants if not _is_tensor(value)]
+    parts = []
+    for part in (condition, body):
+        inner = getattr(source, str(part.target))  # type: ignore[union-attr]
+        plain, known = fx.Graph(), {}
+        lists = {
+            name: plain.placeholder(name, type_expr=kind)
+            for name, kind in (("state", list[torch.Tensor]), ("fixed", list[torch.Tensor]), ("sizes", list[int]))
+        }
+        places = [("state", i) for i in range(len(state))]
+        places += [
+            ("fixed", fixed.index(value)) if _is_tensor(value) else ("sizes", sizes.index(value)) for value in constants
+        ]
+        for value, (name, place) in zip(inner.graph.find_nodes(op="placeholder"), places, strict=True):
+            known[value] = plain.call_function(operator.getitem, (lists[name], place))
+        parts.append(_filled(torch.nn.Module(), plain, known, inner, component, many=True))
+    # A list without a value would be taken for one of tensors.
+    return Loop(*parts), (state, [*fixed, state[0]], [*sizes, 0])
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
 class ScriptRunner:

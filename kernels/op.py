@@ -2,9 +2,9 @@
 
 An *op* is a pure tensor function, registered as `torch.ops.tvc.<name>`: its reference in plain PyTorch is its schema,
 its fake kernel, its CPU path, its export lowering and its test oracle. A *primitive* is what a policy can name (a
-score, a selector, a rest rule, an exit gate): a pydantic model whose fields are the YAML keys, with the *taps* (values
-of the graph) it takes; its `apply` is plain Python over tensors that calls ops, so the same lines run while a graph is
-traced and, eagerly, in the verification oracle. Adding either costs one file in this folder.
+score, a selector, a rest rule, a merge, an exit gate): a pydantic model whose fields are the YAML keys, with the *taps*
+(values of the graph) it takes; its `apply` is plain Python over tensors that calls ops, so the same lines run while a
+graph is traced and, eagerly, in the verification oracle. Adding either costs one file in this folder.
 
 The `apply` of the base classes ends in `*args, **taps` so that a subclass may name the taps it takes; they are always
 passed by keyword.
@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from tvc.kernels.budget import Budget
 
-Kind = Literal["score", "select", "rest", "when"]
+Kind = Literal["score", "select", "rest", "merge", "when"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +74,12 @@ class Tap:
           `key`       [B, V, d] attention keys of the visual tokens in `layer`, averaged over heads
           `attention` an `Attention` bundle taken from `layer`, rows chosen by `of`
           `text`      a `(hidden [B, T, D], valid [B, T] bool)` pair: the text tokens at the site
+          `transition` [B, V] how much attention and MLP of `layer`, a decoder layer before the site, changed each
+                      visual token (see kernels/score_transition.py)
           `ordinal`   [B, V] int64 running number of each visual token of the sample, -1 pads
     """
 
-    kind: Literal["feature", "key", "attention", "text", "ordinal"]
+    kind: Literal["feature", "key", "attention", "text", "ordinal", "transition"]
     layer: str | None = None
     of: tuple[str, ...] = ()
 
@@ -100,6 +102,7 @@ class Scope:
     segment: torch.Tensor  # [B, V] int64 scope of each visual token, -1 pads
     counts: torch.Tensor  # [B, N] int64 visual tokens per scope, 0 pads (N >= 1 even where the chunk has no image)
     number: int  # int or SymInt: scopes in the chunk at most; 0 where the chunk has no visual token (a decode step)
+    whole: bool = False  # one scope fills V in every sample: no pads, as among the tiles of an encoder
 
 
 class Primitive(BaseModel):
@@ -109,6 +112,7 @@ class Primitive(BaseModel):
     kind: ClassVar[Kind]
     key: ClassVar[str]
     shorthand: ClassVar[str | None] = None
+    components: ClassVar[tuple[str, ...]] = ("vision", "language")  # whose layers its taps may be taken from
 
     def taps(self) -> dict[str, Tap]:
         """The values of the graph that `apply` takes, by argument name."""
@@ -135,6 +139,13 @@ class Select(Primitive):
 
     kind: ClassVar[Kind] = "select"
     needs_score: ClassVar[bool] = True
+    weighs_score: ClassVar[bool] = False  # needs none, but takes one into account where the step has it
+    terms: ClassVar[int] = 0  # score terms that `joined` makes one score of; 0: any number, added up
+    exact: ClassVar[bool] = True  # `kept` is what stays; False: the most that can, as only the run tells
+
+    def joined(self, terms: list[torch.Tensor], scope: Scope) -> torch.Tensor:
+        """[B, V] float32: the score that `apply` takes, from `terms` score terms [B, V] in the order of the policy."""
+        raise NotImplementedError
 
     def apply(self, score: torch.Tensor | None, scope: Scope, *args: Any, **taps: Any) -> torch.Tensor:
         """[B, K] int64 positions along V, ascending, pads (-1) first. K depends on sizes alone unless documented."""
@@ -149,6 +160,7 @@ class Rest(Primitive):
     """What becomes of the tokens that were not chosen."""
 
     kind: ClassVar[Kind] = "rest"
+    exact: ClassVar[bool] = True  # as in `Select`
 
     def apply(
         self,
@@ -173,6 +185,35 @@ class Rest(Primitive):
         return chosen
 
 
+class Merging(Primitive):
+    """Joins tokens without a selection: a step of its own."""
+
+    kind: ClassVar[Kind] = "merge"
+    proportional: bool = Field(
+        False, description="from here on the encoder's blocks add the log of a token's size to the attention it gets"
+    )
+
+    def apply(
+        self, feature: torch.Tensor, size: torch.Tensor, scope: Scope, *args: Any, **taps: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(chosen [B, K] as in `Select`, feature [B, K, D], size [B, K])."""
+        raise NotImplementedError
+
+    def for_model(self, tokens: int, steps: int, blocks: int) -> Self:
+        """With every setting decided that only a model tells.
+
+        Args:
+            tokens: visual tokens of the largest scope in front of the first of the steps that were written as one.
+            steps: how many these are.
+            blocks: blocks of the component they act in.
+        """
+        return self
+
+    def kept(self, counts: list[int]) -> list[int]:
+        """How many of `counts` visual tokens (one number a scope) are left: the plan's side of `apply`."""
+        raise NotImplementedError
+
+
 class When(Primitive):
     """The gate of an exit."""
 
@@ -183,7 +224,7 @@ class When(Primitive):
         raise NotImplementedError
 
 
-PRIMITIVES: dict[Kind, dict[str, type[Any]]] = {"score": {}, "select": {}, "rest": {}, "when": {}}
+PRIMITIVES: dict[Kind, dict[str, type[Any]]] = {"score": {}, "select": {}, "rest": {}, "merge": {}, "when": {}}
 
 
 _P = TypeVar("_P", bound=type[Primitive])

@@ -3,7 +3,8 @@
 Shapes:  feature [B, V, D] float, metric [B, V, d] float, size [B, V] float, segment [B, V] int64 (-1 pads),
          counts [B, N] int64, chosen [B, K] int64 (-1 pads), score [B, V] float (read by `top` alone)
          -> index [B, K2] int64 ascending, pads (-1) first; feature [B, K2, D] and size [B, K2] like the inputs, pads 0
-Targets: stride: of the M tokens of a segment that were not chosen, in order, 0, step, 2 step, ... (at most `amount`),
+Targets: `amount` per segment; with amount 0, permille / 1000 of the tokens it has, rounded down
+         stride: of the M tokens of a segment that were not chosen, in order, 0, step, 2 step, ... (at most `amount`),
                  step = max(1, M // amount); top: the `amount` best-scored of them; both: K2 = K + slots.
          kept:   the chosen tokens themselves; K2 = K.
 Merging: every other token goes to the target of its own segment with the highest cosine of the metric (the lower index
@@ -20,14 +21,15 @@ from __future__ import annotations
 
 import fractions
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from tvc.errors import PolicyError
+from tvc.kernels.budget import Budget
 from tvc.kernels.op import Rest, Scope, Tap, op, primitive
-from tvc.kernels.segments import mark, pack, per_token, ranks
+from tvc.kernels.segments import budgets, mark, pack, per_token, ranks
 
 
 def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -42,6 +44,8 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield f"stride-{reduce}", (*tensors, "stride", 2, 4, reduce)
         yield f"top-{reduce}", (*tensors, "top", 2, 4, reduce)
         yield f"kept-{reduce}", (*tensors, "kept", 0, 0, reduce)
+        yield f"stride-share-{reduce}", (*tensors, "stride", 0, 3, reduce, 340)
+        yield f"top-share-{reduce}", (*tensors, "top", 0, 3, reduce, 340)
     plain = (feature, metric, torch.ones(3, 9), segment, counts)
     yield "more-targets-than-rest", (*plain, chosen, score, "stride", 20, 40, "mean")
     nothing = torch.zeros(3, 0, dtype=torch.int64)
@@ -56,17 +60,22 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
 
 
 def _targets(
-    rest: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor, score: torch.Tensor, targets: str, amount: int
+    rest: torch.Tensor,
+    segment: torch.Tensor,
+    counts: torch.Tensor,
+    score: torch.Tensor,
+    targets: str,
+    amounts: torch.Tensor,
 ) -> torch.Tensor:
     """[B, V] bool: which of the tokens in `rest` become targets."""
     left = torch.where(rest, segment, -1)
     numbers = torch.zeros(counts.shape[0], counts.shape[1] + 1, dtype=torch.int64, device=counts.device)
     numbers = numbers.scatter_add(1, left + 1, torch.ones_like(left))[:, 1:]
     if targets == "top":
-        return rest & (ranks(left, numbers, score.float()) < amount)
+        return rest & (ranks(left, numbers, score.float()) < per_token(amounts, left))
     place = ranks(left, numbers)
-    step = per_token((numbers // amount).clamp(min=1), left)
-    return rest & (place % step == 0) & (place // step < amount)
+    step = per_token((numbers // amounts.clamp(min=1)).clamp(min=1), left)
+    return rest & (place % step == 0) & (place // step < per_token(amounts, left))
 
 
 def _nearest(metric: torch.Tensor, segment: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -96,6 +105,7 @@ def merge_nearest(
     amount: int,
     slots: int,
     reduce: str,
+    permille: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(index, feature, size) of the chosen tokens and the targets, the other tokens merged into the targets."""
     kept = mark(chosen, segment.shape[1])
@@ -103,7 +113,7 @@ def merge_nearest(
     if targets == "kept":
         target, stays, width, total = kept, kept, chosen.shape[1], chosen.shape[1]
     else:
-        target = _targets(rest, segment, counts, score, targets, amount)
+        target = _targets(rest, segment, counts, score, targets, budgets(counts, permille, amount))
         stays, width, total = kept | target, slots, chosen.shape[1] + slots
     index = pack(target, width)
     member = rest & ~target
@@ -143,18 +153,27 @@ def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
 
 
+def _share(budget: Budget) -> Budget:
+    if budget.permille is None:
+        raise ValueError("targets are a count (10) or a share (5%)")
+    return budget
+
+
+Amount = Annotated[int, Field(gt=0, strict=True)] | Annotated[Budget, AfterValidator(_share)]
+
+
 class StrideTargets(BaseModel):
     """Evenly spaced targets among the tokens that were not chosen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    stride: int = Field(gt=0, description="targets per scope")
+    stride: Amount = Field(description="targets per scope: a count, or a share of the tokens that enter")
 
 
 class TopTargets(BaseModel):
     """The next best-scored tokens are the targets."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    top: int = Field(gt=0, description="targets per scope")
+    top: Amount = Field(description="targets per scope: a count, or a share of the tokens that enter")
 
 
 @primitive
@@ -180,14 +199,17 @@ class Merge(Rest):
     def scaled(self, factor: fractions.Fraction) -> Merge:
         """With as many more or fewer targets, at least one."""
         rule, amount = self._rule()
-        if isinstance(self.targets, str):
+        if isinstance(self.targets, str) or amount is None:
             return self
-        return self.model_copy(update={"targets": type(self.targets)(**{rule: max(1, int(amount * factor))})})
+        more = amount.scaled(factor)
+        value = more if more.count is None else more.count
+        return self.model_copy(update={"targets": type(self.targets).model_validate({rule: value})})
 
-    def _rule(self) -> tuple[str, int]:
-        if isinstance(self.targets, StrideTargets):
-            return "stride", self.targets.stride
-        return ("top", self.targets.top) if isinstance(self.targets, TopTargets) else ("kept", 0)
+    def _rule(self) -> tuple[str, Budget | None]:
+        if isinstance(self.targets, str):
+            return "kept", None
+        rule = "stride" if isinstance(self.targets, StrideTargets) else "top"
+        return rule, Budget.model_validate(getattr(self.targets, rule))
 
     def apply(
         self,
@@ -210,12 +232,16 @@ class Merge(Rest):
         metric = feature if metric is None else metric
         score = torch.zeros_like(size, dtype=torch.float32) if score is None else score
         tensors = (feature, metric, size, scope.segment, scope.counts, chosen, score)
+        amount = amount or Budget(count=1)
+        slots = amount.slots(scope.segment.shape[1], scope.number)
         merged: tuple[Any, Any, Any] = merge_nearest.overload(
-            *tensors, targets, amount, amount * scope.number, self.reduce
+            *tensors, targets, amount.count or 0, slots, self.reduce, amount.permille or 0
         )
         return merged
 
     def kept(self, counts: list[int], chosen: list[int]) -> list[int]:
         """Chosen tokens and targets: min(amount, tokens left) of each scope."""
         _, amount = self._rule()
-        return [stays + min(amount, count - stays) for count, stays in zip(counts, chosen, strict=True)]
+        if amount is None:
+            return chosen
+        return [stays + min(amount.kept(count), count - stays) for count, stays in zip(counts, chosen, strict=True)]

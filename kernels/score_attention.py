@@ -4,6 +4,7 @@ Shapes:  query [B, H, Q, d], key [B, G, N, d] (G divides H), mask [B|1, 1|H, Q, 
          rows [B, R] int64 rows of the query that score, columns [B, V, g] int64 keys of each visual token
          -> [B, V] float32
 Rule:    softmax over all N keys in float32, mean over the rows, heads by mean, sum or max, mean over the g keys.
+         Joined heads are one head of the full width: the dot product over H d numbers, scale / sqrt(H), one softmax.
 Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
 Memory:  O(B H R N): never Q x N unless every row scores, and keys are not repeated for grouped queries.
 """
@@ -33,6 +34,8 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield f"{name}-sum", (query, key, None, rows, paired, scale, "sum")
         per_head = torch.rand(batch, heads, length, length) > 0.4
         yield f"{name}-max", (query, key, per_head, rows, paired, scale, "max")
+        yield f"{name}-joined", (query, key, causal, rows, paired, scale, "joined")
+        yield f"{name}-joined-per-head", (query, key, per_head, rows, single, scale, "joined")
         every = torch.arange(length).repeat(batch, 1)
         yield f"{name}-all-rows", (query, key, causal, every, single, scale, "mean")
         yield f"{name}-no-rows", (query, key, causal, torch.full((batch, 2), -1), single, scale, "mean")
@@ -48,16 +51,24 @@ def attention_score(
     scale: float,
     heads: str,
 ) -> torch.Tensor:
-    """[B, V] float32: the attention that `rows` pay to `columns`; `heads` is mean, sum or max."""
+    """[B, V] float32: the attention that `rows` pay to `columns`; `heads` is mean, sum, max or joined."""
     batch, head_count, _, width = query.shape
     groups, keys, row_count = key.shape[1], key.shape[2], rows.shape[1]
     row = rows.clamp(min=0)[:, None, :, None]
     picked = query.gather(2, row.expand(batch, head_count, row_count, width)).float()
-    picked = picked.reshape(batch, groups, head_count // groups * row_count, width)
-    logits = (picked @ key.float().transpose(2, 3) * scale).reshape(batch, head_count, row_count, keys)
+    if heads == "joined":
+        picked = picked.transpose(1, 2).reshape(batch, row_count, head_count * width)
+        wide = key.float()[:, :, None].expand(batch, groups, head_count // groups, keys, width)
+        wide = wide.reshape(batch, head_count, keys, width).transpose(1, 2).reshape(batch, keys, head_count * width)
+        logits = (picked @ wide.transpose(1, 2) * (scale * head_count**-0.5))[:, None]
+    else:
+        picked = picked.reshape(batch, groups, head_count // groups * row_count, width)
+        logits = (picked @ key.float().transpose(2, 3) * scale).reshape(batch, head_count, row_count, keys)
     if mask is not None:
         allowed = mask.expand(batch, mask.shape[1], mask.shape[2], keys)
         allowed = allowed.gather(2, row.expand(batch, mask.shape[1], row_count, keys))
+        if heads == "joined" and mask.shape[1] > 1:
+            allowed = allowed.all(1, keepdim=True)
         # The lowest finite number, not -inf: a row that may attend to nothing stays free of NaN.
         logits = logits.masked_fill(~allowed, torch.finfo(torch.float32).min)
     scoring = (rows >= 0).float()
@@ -66,7 +77,7 @@ def attention_score(
     if heads == "max":
         pooled = received.amax(1)
     else:
-        pooled = received.mean(1) if heads == "mean" else received.sum(1)
+        pooled = received.sum(1) if heads == "sum" else received.mean(1)
     taken = pooled.gather(1, columns.clamp(min=0).flatten(1)).reshape(columns.shape)
     present = (columns >= 0).float()
     # Sums over g are matrix products: with V = 0 ONNX Runtime leaves a reduced axis in place.
@@ -74,7 +85,7 @@ def attention_score(
     return ((taken * present) @ ones / (present @ ones).clamp(min=1)).squeeze(2)
 
 
-Rows = Literal["cls", "last", "text", "visual", "all"]
+Rows = Literal["cls", "last", "text", "raters", "visual", "all"]
 
 
 @primitive
@@ -84,8 +95,10 @@ class AttentionScore(Score):
     key: ClassVar[str] = "attention"
     shorthand: ClassVar[str | None] = "of"
     of: Rows | tuple[Rows, ...] = Field("last", description="who pays the attention; of a list, the first the site has")
-    layer: str = Field("previous", description="previous, self, language.K or vision.K")
-    heads: Literal["mean", "sum", "max"] = "mean"
+    layer: str = Field(
+        "previous", description="previous, self, language.K or vision.K; a range (vision.67%..-2): one term a layer"
+    )
+    heads: Literal["mean", "sum", "max", "joined"] = "mean"
 
     def taps(self) -> dict[str, Tap]:
         return {"attention": Tap("attention", self.layer, (self.of,) if isinstance(self.of, str) else self.of)}

@@ -60,3 +60,12 @@ def mark(index: torch.Tensor, width: int) -> torch.Tensor:
     """[B, width] bool: True at the positions listed in `index [B, K]` (-1 pads): the inverse of `pack`."""
     flags = torch.zeros(index.shape[0], width + 1, dtype=torch.int64, device=index.device)
     return flags.scatter(1, index + 1, torch.ones_like(index))[:, 1:] > 0
+
+
+def starts(segment: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """[B, V] int64: where the segment of each token starts once pads stand in front and segment after segment follows.
+
+    That start and a place inside the segment make a token's spot, in 0..V-1. What pads get means nothing.
+    """
+    pads = (segment < 0).sum(1, keepdim=True)
+    return torch.cat([pads, pads + counts.cumsum(1)], dim=1).gather(1, segment.clamp(min=0))

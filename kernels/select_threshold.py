@@ -67,6 +67,7 @@ class Threshold(Select):
     """Tokens that score high enough stay, however many they are."""
 
     key: ClassVar[str] = "threshold"
+    exact: ClassVar[bool] = False
     above: float | None = Field(None, allow_inf_nan=False, description="the score that must be exceeded")
     relative: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="the share of the scope's highest score that must be reached"

@@ -51,11 +51,9 @@ class ProjectorCut(torch.nn.Module):
                 scores.append(given[tap_name(self.step, "score", str(index))])
             else:
                 scores.append({name: value(tap, "score", name) for name, tap in wanted.items()})
-        groups = {"select": self.step.select, "rest": self.step.rest}
         values = {
             group: {name: value(tap, group, name) for name, tap in primitive.taps().items()}
-            for group, primitive in groups.items()
-            if primitive is not None
+            for group, primitive in self.step.parts().items()
         }
         size = torch.ones_like(segment, dtype=torch.float32)
         decision = decide(self.step, features, size, segment, counts, scores, values)
@@ -79,8 +77,8 @@ def add_projector(program: Program, step: Any) -> list[Change]:
     for index, term in enumerate(step.score):
         if any(crosses(tap) for tap in term.primitive.taps().values()):
             widths[tap_name(step, "score", str(index))] = 0
-    for group, primitive in (("select", step.select), ("rest", step.rest)):
-        for name, tap in (primitive.taps() if primitive is not None else {}).items():
+    for group, primitive in step.parts().items():
+        for name, tap in primitive.taps().items():
             if crosses(tap):
                 widths[tap_name(step, group, name)] = program.components["vision"].meta["key_widths"][tap.layer]
     visual = 64

@@ -18,10 +18,11 @@ from tvc.chunks import PAST_POSITIONS, TAP
 from tvc.errors import SiteError, TraceError
 from tvc.graphs import annotate, find_blocks, first_node, identifier, open_draft, placeholders
 from tvc.passes.base import Pass
+from tvc.passes.branches import branches
 from tvc.passes.cuts import RESULTS, ChunkState, Cut, cut_function, start_sizes
 from tvc.passes.insert_projector import add_projector
 from tvc.passes.insert_vision import VisionInsertion
-from tvc.passes.taps import DecoderTaps, crosses, crossing, tap_name
+from tvc.passes.taps import DecoderTaps, crosses, crossing, rater_mask, tap_name, transitions
 from tvc.program import Change, Component, Program, Stage
 
 COMPONENTS = ("vision", "projector", "language")
@@ -93,8 +94,8 @@ class InsertReductions(Pass):
 def _check_features(step: Any) -> None:
     """Hidden states can be had where the step stands; of other layers only attention and keys are kept in reach."""
     terms = step.exit.score if step.exit is not None else step.score
-    for primitive in (*(term.primitive for term in terms), step.select, step.rest):
-        for tap in (primitive.taps() if primitive is not None else {}).values():
+    for primitive in (*(term.primitive for term in terms), *step.parts().values()):
+        for tap in primitive.taps().values():
             if tap.kind in ("feature", "text") and tap.layer not in (None, step.at):
                 raise SiteError(
                     f"{primitive.key} asks for the hidden states of another layer",
@@ -114,6 +115,8 @@ class _DecoderInsertion:
         self.blocks = find_blocks(self.graph)
         self.inputs = placeholders(self.graph)
         self.changes: list[Change] = []
+        self._rater_mask: fx.Node | None = None
+        self._transitions: dict[int, fx.Node] = {}
 
     def insert(self, steps: list[Any]) -> list[Change]:
         state = self._start()
@@ -200,7 +203,9 @@ class _DecoderInsertion:
         states: list[ChunkState],
     ) -> ChunkState:
         note = f"InsertReductions: {step.where}"
-        resolver = DecoderTaps(self.graph, self.blocks, states, self.component.meta["cuts"], note, key_positions)
+        cuts = self.component.meta["cuts"]
+        shared = (self._raters, self._transition)
+        resolver = DecoderTaps(self.graph, self.blocks, states, cuts, note, key_positions, *shared)
         with self.graph.inserting_before(first):
             scores, taps = self._step_taps(step, number, resolver, first)
             node = self.graph.call_function(
@@ -229,6 +234,27 @@ class _DecoderInsertion:
         self.changes.append(Change("decoder", node.name, f"reduction before block {step.at}", step.where))
         return ChunkState(key_positions=key_positions, **parts)
 
+    def _raters(self, note: str) -> fx.Node:
+        """[B, T] bool: the text tokens that rate visual tokens, found once, where both enter the decoder."""
+        if self._rater_mask is None:
+            first = first_node(self.graph, self.blocks[0])
+            arguments = (self._residual(first), self.inputs["visual_index"], self.inputs["text_index"])
+            with self.graph.inserting_before(first):
+                self._rater_mask = self.graph.call_function(rater_mask, arguments)
+            annotate(self._rater_mask, note)
+        return self._rater_mask
+
+    def _transition(self, layer: int, state: ChunkState, note: str) -> fx.Node:
+        """[B, V] how much `layer` changed the visual tokens of its stage, found where the layer ends."""
+        if layer not in self._transitions:
+            width = int(self.inputs["inputs_embeds"].meta["val"].shape[2])
+            ends = branches(self.graph, self.blocks[layer], width, note)
+            with self.graph.inserting_before(first_node(self.graph, self.blocks[layer + 1])):
+                node = self.graph.call_function(transitions, (*ends, state.visual_index, state.query_positions))
+            annotate(node, note)
+            self._transitions[layer] = node
+        return self._transitions[layer]
+
     def _step_taps(
         self, step: Any, number: int, resolver: DecoderTaps, first: fx.Node
     ) -> tuple[list[Any], dict[str, Any]]:
@@ -240,11 +266,8 @@ class _DecoderInsertion:
                 scores.append(resolver.entered(self._tap_input(tap_name(step, "score", str(index)), 0)))
             else:
                 scores.append({name: resolver.resolve(tap, step.at, first) for name, tap in wanted.items()})
-        groups = {"select": step.select, "rest": step.rest, "when": step.exit.gate if step.exit is not None else None}
         taps: dict[str, Any] = {}
-        for group, primitive in groups.items():
-            if primitive is None:
-                continue
+        for group, primitive in step.parts().items():
             taps[group] = {}
             for name, tap in primitive.taps().items():
                 if crosses(tap):

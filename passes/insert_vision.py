@@ -36,16 +36,28 @@ def vision_cut(step: Any, prefix: int, name: str) -> Callable[..., tuple[torch.T
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         segment, counts, _ = tile_state(hidden, prefix)
         feature = hidden[:, prefix:]
-        decision = decide(step, feature, size, segment, counts, scores, taps)
+        decision = decide(step, feature, size, segment, counts, scores, taps, whole=True)
         # Tiles are equally long and keep equally many, so slots beyond a tile's tokens are pads, in front, in all.
         slots = decision.chosen.shape[1]
-        pads = slots - torch.sym_min(slots, feature.shape[1])
+        pads = 0 if step.merge is not None else slots - torch.sym_min(slots, feature.shape[1])
         chosen = decision.chosen[:, pads:]
         kept = take_rows(feature, chosen) if decision.feature is None else decision.feature[:, pads:]
         return torch.cat([hidden[:, :prefix], kept.to(hidden.dtype)], 1), chosen, decision.size[:, pads:]
 
     cut.__name__ = cut.__qualname__ = name
     return cut
+
+
+def size_mask(size: torch.Tensor, hidden: torch.Tensor, prefix: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """[n, 1, T, T] what the sizes [n, F] of a tile's patch tokens add to the logits, `mask` included."""
+    sizes = torch.nn.functional.pad(size, (prefix, 0), value=1.0)
+    # One row a query: ONNX Runtime's attention takes no mask that it would have to repeat.
+    added = sizes.log().to(hidden.dtype)[:, None, None, :].expand(-1, -1, sizes.shape[1], -1)
+    if mask is None:
+        return added
+    if mask.dtype == torch.bool:
+        return torch.where(mask, added, torch.finfo(hidden.dtype).min)
+    return mask + added
 
 
 def places(hidden: torch.Tensor, prefix: int) -> torch.Tensor:
@@ -105,6 +117,7 @@ class VisionInsertion:
         self.changes: list[Change] = []
         self.chosen: list[tuple[int, fx.Node]] = []  # (block, chosen) of each cut
         self._columns: fx.Node | None = None
+        self._masks: dict[int, Any] = {}  # a block's mask before sizes were added to it
         component.meta = {**component.meta, "key_widths": self._key_widths()}
 
     def _key_widths(self) -> dict[str, int]:
@@ -116,6 +129,7 @@ class VisionInsertion:
         """Puts each step's reduction in the place of its marker."""
         markers = {n.args[1]: n for n in self.graph.nodes if n.target is torch.ops.tvc.cut_marker.default}
         place = size = None
+        proportional = False
         for number, step in enumerate(steps):
             _check_static(step)
             marker = markers.get(number)
@@ -145,20 +159,41 @@ class VisionInsertion:
             self.graph.erase_node(marker)
             kept.meta["val"] = marker.meta["val"]
             self.chosen.append((layer, chosen))
+            proportional |= step.merge is not None and step.merge.proportional
+            if proportional:
+                self._weigh_sizes(size, kept, layer, note)
             self.changes.append(Change("vision", node.name, f"reduction before block {step.at}", step.where))
         if place is not None:
             self._add_output(PLACE, place)
+
+    def _weigh_sizes(self, size: fx.Node, hidden: fx.Node, layer: int, note: str) -> None:
+        """In the blocks from `layer` on, a token that stands for several counts as many times in the attention."""
+        for block in self.blocks:
+            node = block.attention
+            if block.index < layer:
+                continue
+            if node.target is not torch.ops.tvc.attention.default:
+                raise SiteError(
+                    "attention in proportion to the sizes of tokens needs an encoder whose images stay apart",
+                    where=note,
+                    got=f"packed attention in vision.{block.index}",
+                    want="proportional: false",
+                    fix="write proportional: false, or leave it out",
+                    slug="packed-sizes",
+                )
+            own = self._masks.setdefault(block.index, node.args[3])
+            with self.graph.inserting_before(node):
+                mask = self._call(size_mask, note, size, hidden, self.layout.prefix_tokens, own)
+            node.args = (*node.args[:3], mask, *node.args[4:])
 
     def _step_taps(self, step: Any, layer: int, marker: fx.Node, note: str) -> tuple[list[Any], dict[str, Any]]:
         scores = [
             {name: self._site_tap(tap, layer, marker, note) for name, tap in term.primitive.taps().items()}
             for term in step.score
         ]
-        groups = {"select": step.select, "rest": step.rest}
         return scores, {
             group: {name: self._site_tap(tap, layer, marker, note) for name, tap in primitive.taps().items()}
-            for group, primitive in groups.items()
-            if primitive is not None
+            for group, primitive in step.parts().items()
         }
 
     def _site_tap(self, tap: Tap, site: int, marker: fx.Node, note: str) -> Any:
@@ -190,6 +225,7 @@ class VisionInsertion:
         columns = self._call(patch_columns, note, index, prefix)
         if tap.kind == "key":
             return self._call(key_tap, note, key, columns, False)
+        self._weighed(layer, note)
         return (query, key, mask, self._rows(tap.of[0], query, columns, note), columns, scale)
 
     def _hidden_of(self, stage: int) -> fx.Node:
@@ -202,6 +238,7 @@ class VisionInsertion:
     def add_score(self, name: str, primitive: Any, note: str) -> None:
         """The score of every visual token by this encoder's attention, as an output."""
         tap = primitive.taps()["attention"]
+        self._weighed(int(tap.layer.removeprefix("vision.")), note)
         columns = self.columns(note)
         output = self._output()
         with self.graph.inserting_before(output):
@@ -263,6 +300,18 @@ class VisionInsertion:
             return query, key, node.args[3], node.args[4]  # type: ignore[return-value]
         return query, key, self._call(_packed, note, node.args[3], query), node.args[4]  # type: ignore[return-value]
 
+    def _weighed(self, layer: int, note: str) -> None:
+        """Scores read the attention off q, k and what may be seen, and know nothing of sizes."""
+        if layer in self._masks:
+            raise SiteError(
+                "a score takes the attention of a block that weighs tokens by their sizes",
+                where=note,
+                got=f"attention of vision.{layer}, behind a merge with proportional: true",
+                want="a layer in front of the merge, or proportional: false",
+                fix="write proportional: false, or score keys or features",
+                slug="weighed-attention",
+            )
+
     def _rows(self, of: str, query: Any, columns: fx.Node, note: str) -> fx.Node:
         if of == "cls":
             return self._call(first_rows, note, query)
@@ -286,9 +335,8 @@ def _without_prefix(hidden: torch.Tensor, prefix: int) -> torch.Tensor:
 
 def _check_static(step: Any) -> None:
     """Inside the encoder every tile keeps the same number of tokens."""
-    what = (
-        "an exit" if step.exit is not None else f"select: {step.select.key}" if step.select.key == "threshold" else ""
-    )
+    late = [f"{part.kind}: {part.key}" for part in (step.select, step.rest) if part is not None and not part.exact]
+    what = "an exit" if step.exit is not None else " with ".join(late)
     if what:
         raise SiteError(
             f"{what} decides at run time, and the tiles of a batch would differ in length",

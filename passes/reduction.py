@@ -44,17 +44,22 @@ def decide(
     counts: torch.Tensor,
     scores: list[torch.Tensor | dict[str, Any]],
     taps: dict[str, dict[str, Any]],
+    whole: bool = False,
 ) -> Decision:
     """Carries out one policy step.
 
     Args:
-        step: a resolved step (score, select, rest, exit, scope).
+        step: a resolved step (score, select, rest, merge, exit, scope).
         feature: [B, V, D] the visual tokens; size: [B, V] float, originals per token.
         segment: [B, V] int64 image of each token, -1 pads; counts: [B, N] int64 tokens per image.
         scores: for each score term its taps, or the score itself [B, V] where another component computed it.
-        taps: taps of `select`, `rest` and `when` by argument name.
+        taps: taps of `select`, `rest`, `merge` and `when` by argument name.
+        whole: every token is real, and all are of one image.
     """
     scope = scope_of(step.scope, segment, counts)
+    if step.merge is not None:
+        scope = dataclasses.replace(scope, whole=whole)
+        return Decision(*step.merge.apply(feature, size, scope, **_bundles(taps.get("merge", {}))))
     terms = step.exit.score if step.exit is not None else step.score
     score = None
     if terms:
@@ -66,7 +71,10 @@ def decide(
             )
             for term, given in zip(terms, scores, strict=True)
         ]
-        score = combine(values, segment)
+        if step.exit is None and step.select.terms:
+            score = step.select.joined([combine([value], segment) for value in values], scope)
+        else:
+            score = combine(values, segment)
     if step.exit is not None:
         chosen = exit_chosen(step.exit.gate, score, scope, **_bundles(taps.get("when", {})))
         return Decision(chosen, None, _take(size, chosen))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,9 +33,8 @@ def crossing(step: Any) -> Iterator[tuple[str, Any, Tap]]:
         for tap in term.primitive.taps().values():
             if crosses(tap):
                 yield tap_name(step, "score", str(index)), term.primitive, tap
-    groups = {"select": step.select, "rest": step.rest, "when": step.exit.gate if step.exit is not None else None}
-    for group, primitive in groups.items():
-        for name, tap in (primitive.taps() if primitive is not None else {}).items():
+    for group, primitive in step.parts().items():
+        for name, tap in primitive.taps().items():
             if crosses(tap):
                 yield tap_name(step, group, name), primitive, tap
 
@@ -71,6 +70,44 @@ def real_rows(query_positions: torch.Tensor) -> torch.Tensor:
     return torch.where(query_positions >= 0, slots, -1)
 
 
+def rater_mask(residual: torch.Tensor, visual_index: torch.Tensor, text_index: torch.Tensor) -> torch.Tensor:
+    """[B, T] bool: the text behind the sample's last visual token (all text where there is none) that rates."""
+    # One more column keeps the maximum defined for V = 0.
+    last = torch.nn.functional.pad(visual_index, (1, 0), value=-1).amax(1, keepdim=True)
+    real = text_index >= 0
+    behind = real & (text_index > last)
+    asked = behind | (real & (behind.sum(1, keepdim=True) == 0))
+    visual, text = take_rows(residual, visual_index), take_rows(residual, text_index)
+    mask: torch.Tensor = torch.ops.tvc.text_raters(visual, visual_index >= 0, text, asked)
+    return mask
+
+
+def raters_among(text_index: torch.Tensor, raters: torch.Tensor) -> torch.Tensor:
+    """[B, T] int64: the slots of the text tokens that rate, -1 for the others."""
+    return torch.where(raters, text_index, -1)
+
+
+def transitions(
+    into_attention: torch.Tensor,
+    out_of_attention: torch.Tensor,
+    into_mlp: torch.Tensor,
+    out_of_mlp: torch.Tensor,
+    visual_index: torch.Tensor,
+    query_positions: torch.Tensor,
+) -> torch.Tensor:
+    """[B, V] float32: how much the two sub-blocks of a layer change each visual token, pads 0."""
+    real = query_positions >= 0
+    attention = torch.ops.tvc.transition_score(into_attention, out_of_attention, real)
+    mlp = torch.ops.tvc.transition_score(into_mlp, out_of_mlp, real)
+    return torch.where(visual_index < 0, 0.0, (attention + mlp).gather(1, visual_index.clamp(min=0)))
+
+
+def carried(values: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    """A number a visual token [B, V] for those that a later cut chose [B, K]; pads 0."""
+    padded = torch.nn.functional.pad(values, (1, 0))
+    return padded.gather(1, chosen + 1)
+
+
 def columns_of(index: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """[B, V, 1] where the chunk's slots `index` stand among the keys, whose first ones are the cache's."""
     past = key.shape[2] - query.shape[2]
@@ -94,9 +131,11 @@ class DecoderTaps:
         cuts: list[Cut],
         note: str,
         key_positions: fx.Node,
+        raters: Callable[[str], fx.Node],
+        transition: Callable[[int, ChunkState, str], fx.Node],
     ):
         self.graph, self.blocks, self.states, self.cuts, self.note = graph, blocks, states, cuts, note
-        self.key_positions = key_positions
+        self.key_positions, self.raters, self.transition = key_positions, raters, transition
 
     def call(self, function: Any, *arguments: Any) -> fx.Node:
         node = self.graph.call_function(function, arguments)
@@ -117,6 +156,8 @@ class DecoderTaps:
         if tap.kind == "ordinal":
             return self.call(running_number, state.segment, state.origin)
         layer = int((tap.layer or "").removeprefix("language."))
+        if tap.kind == "transition":
+            return self._transition(layer)
         query, key, mask, scale, stage = self._attention(layer, site, first)
         index = self._slots_in(stage)
         if tap.kind == "key":
@@ -141,6 +182,14 @@ class DecoderTaps:
         mask = self.call(torch.ops.tvc.attention_mask.default, state.query_positions, keys, window)
         return copies.get(query, query), copies.get(key, key), mask, scale, len(self.states) - 1  # type: ignore
 
+    def _transition(self, layer: int) -> fx.Node:
+        """[B, V] taken where the layer ended, for the visual tokens that later cuts left."""
+        stage = sum(cut.layer <= layer for cut in self.cuts)
+        node = self.transition(layer, self.states[stage], self.note)
+        for later in self.states[stage + 1 :]:
+            node = self.call(carried, node, later.chosen)
+        return node
+
     def _slots_in(self, stage: int) -> fx.Node:
         """[B, V] where the visual tokens that are left now stood in the chunk of an earlier stage."""
         node = self.states[stage].visual_index
@@ -154,6 +203,8 @@ class DecoderTaps:
             return self.call(last_rows, query)
         if of == "text":
             return self.states[stage].text_index
+        if of == "raters":
+            return self.call(raters_among, self.states[stage].text_index, self.raters(self.note))
         if of == "visual":
             return index
         if of == "all":
@@ -162,7 +213,7 @@ class DecoderTaps:
             f"the decoder has no {of} token",
             where=self.note,
             got=f"of: {of}",
-            want="one of last, text, visual, all",
+            want="one of last, text, raters, visual, all",
             fix="take the score from a vision layer, or choose another row",
             slug="no-such-row",
         )

@@ -15,7 +15,8 @@ import support
 from tvc.evaluation import scenes
 from tvc.evaluation.answering import ask
 from tvc.evaluation.tasks import SceneTask, batches
-from tvc.policy.load import presets
+from tvc.policy import load_policy, presets
+from tvc.policy.words import preset_table
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "models" / "tiny-llava"
@@ -54,9 +55,10 @@ def test_the_bundled_model_answers_questions_about_scenes_it_never_saw() -> None
 
 
 def test_the_readme_lists_the_presets() -> None:
-    listed = re.search(r"<!-- presets -->(.*?)<!-- /presets -->", README)
+    """As `tvc policies list --markdown` writes them."""
+    listed = re.search(r"<!-- presets -->\n(.*?)\n<!-- /presets -->", README, flags=re.DOTALL)
     assert listed is not None
-    assert listed.group(1).split(", ") == sorted(presets())
+    assert listed.group(1) == preset_table([load_policy(name) for name in presets()])
 
 
 def test_the_readme_example_runs(

@@ -62,6 +62,8 @@ def interface_of(program: Program, policy: ResolvedPolicy, survey: Survey) -> In
     sites: dict[str, str] = {}
     for step in policy.steps:
         component = step.at.split(".")[0]
+        if component == "vision":  # what the encoder tells is what the last of its cuts left
+            sites = {}
         if component != "language":
             sites[step.at] = component
     for stage in program.stages:

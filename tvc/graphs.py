@@ -46,6 +46,8 @@ def open_draft(component: Component) -> fx.GraphModule:
         elif node.target in _CHECKS:
             continue
         else:
+            if node.op == "get_attr":  # the condition or the body of a loop
+                root.add_module(str(node.target), getattr(exported.graph_module, str(node.target)))
             copy = graph.node_copy(node, copies.__getitem__)
         copies[node] = copy
     draft = fx.GraphModule(root, graph)
@@ -68,12 +70,14 @@ def _attach(root: torch.nn.Module, exported: torch.export.ExportedProgram, spec:
 
 def drop_checks(exported: torch.export.ExportedProgram) -> None:
     """Removes the assertions of a trace, which take the sample for typical (no budget of 0, as in a decode step)."""
-    graph = exported.graph_module.graph
-    for node in list(graph.nodes):
-        if node.target in _CHECKS and not node.users:
-            graph.erase_node(node)
-    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-    exported.graph_module.recompile()
+    for module in exported.graph_module.modules():  # the graph, and those of its loops
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for node in list(module.graph.nodes):
+            if node.target in _CHECKS and not node.users:
+                module.graph.erase_node(node)
+        module.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+        module.recompile()
     # A budget of an eighth made the trace believe in eight tokens at least; a decode step has none.
     ranges = exported.range_constraints
     ranges.update({size: ValueRanges(min(0, known.lower), known.upper) for size, known in ranges.items()})

@@ -7,6 +7,7 @@ chunk, N images of the chunk, K kept, H heads, D width, P cached (past) tokens o
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,9 +56,21 @@ class Layout:
     sites: tuple[Site, ...]
     used_vision_blocks: int | None = None  # encoder blocks that the features depend on; None: all of them
     image_size: tuple[int, int] = (0, 0)  # (height, width) of the sample image
+    in_order: bool = True  # features leave the encoder tile by tile, row by row; False: packed, or stitched together
 
     def site(self, name: str) -> Site | None:
         return next((s for s in self.sites if s.name == name), None)
+
+    def columns(self, component: str) -> int | None:
+        """How many tokens make one row of a tile's grid, as seen in `component`; None where that is not known.
+
+        Tiles are taken to be square. A grid is known where every visual token stands in one of equal tiles, in order.
+        """
+        tokens = self.tile_tokens - self.prefix_tokens
+        whole = self.in_order and sum(self.visual_tokens) * self.group == self.tiles * tokens
+        count = tokens if component == "vision" else tokens // self.group
+        side = math.isqrt(max(count, 0))
+        return side if whole and side and side * side == count else None
 
 
 @dataclasses.dataclass(frozen=True)

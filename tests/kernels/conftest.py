@@ -1,4 +1,4 @@
-"""Makes the two helper modules of this folder importable by name."""
+"""Makes the helper modules of this folder importable by name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import sys
 
 HERE = pathlib.Path(__file__).parent
 
-for name in ("oracles", "one_graph"):
+ORACLES = ("oracles", *(f"oracles_{group}" for group in ("folding", "encoder", "decoder", "pairs", "greedy")))
+
+for name in (*ORACLES, "one_graph"):
     spec = importlib.util.spec_from_file_location(f"kernel_{name}", HERE / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

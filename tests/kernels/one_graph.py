@@ -10,17 +10,35 @@ import torch
 from tvc.kernels.budget import Budget
 from tvc.kernels.combine_scores import combine
 from tvc.kernels.exit_select import exit_chosen
+from tvc.kernels.merge_bipartite import Bipartite
 from tvc.kernels.op import Attention, Scope
+from tvc.kernels.rest_absorb import Absorb
+from tvc.kernels.rest_cells import Cells
+from tvc.kernels.rest_cluster import Cluster
+from tvc.kernels.rest_fold import Fold
 from tvc.kernels.rest_merge import Merge
 from tvc.kernels.score_attention import AttentionScore
 from tvc.kernels.score_cosine import CosineScore
+from tvc.kernels.score_global import GlobalScore
 from tvc.kernels.score_norm import NormScore
+from tvc.kernels.score_pagerank import PageRankScore
 from tvc.kernels.score_random import RandomScore
 from tvc.kernels.score_uniform import UniformScore
+from tvc.kernels.select_anchors import Anchors
+from tvc.kernels.select_chunks import Chunks
+from tvc.kernels.select_coverage import Coverage
+from tvc.kernels.select_log_det import LogDet
+from tvc.kernels.select_max_min import MaxMin
+from tvc.kernels.select_max_sum import MaxSum
+from tvc.kernels.select_outliers import Outliers
+from tvc.kernels.select_pairs import Pairs
+from tvc.kernels.select_pivots import Pivots
+from tvc.kernels.select_rows import Rows
 from tvc.kernels.select_stride import Stride
 from tvc.kernels.select_threshold import Threshold
 from tvc.kernels.select_top import Top
 from tvc.kernels.when_always import Always
+from tvc.kernels.when_cross_attention import CrossAttention
 from tvc.kernels.when_threshold import ThresholdGate
 
 OP = torch.ops.tvc
@@ -126,6 +144,7 @@ class OneGraph(torch.nn.Module):
         scores = self.scores(at, mask, out)
         self.selections(at, scores, scope, out)
         self.merges(at, scores, scope, out)
+        self.between_layers(at, mask, scores, scope, out)
         type(self).labels = tuple(out)
         return tuple(out.values())
 
@@ -134,7 +153,12 @@ class OneGraph(torch.nn.Module):
         out["score.attention"] = AttentionScore(of="text").apply(bundle)
         out["score.attention.sum"] = AttentionScore(heads="sum").apply(bundle._replace(columns=at.pairs, mask=None))
         out["score.attention.max"] = AttentionScore(heads="max").apply(bundle)
+        out["score.attention.joined"] = AttentionScore(heads="joined").apply(bundle)
+        visual = bundle._replace(rows=at.visual_index)
+        out["score.attention.joined.visual"] = AttentionScore(of="visual", heads="joined").apply(visual)
         every = torch.arange(at.query.shape[2], device=at.query.device).expand(at.query.shape[0], -1)
+        out["score.global"] = GlobalScore(above=1.0).apply(bundle._replace(rows=every))
+        out["score.global.visual"] = GlobalScore(above=1.0).apply(visual)
         out["score.attention.all"] = AttentionScore(of="all").apply(bundle._replace(rows=every))
         text = (at.text, at.text_index >= 0)
         out["score.cosine.mean"] = CosineScore().apply(feature=at.feature, ordinal=at.ordinal)
@@ -157,6 +181,19 @@ class OneGraph(torch.nn.Module):
             out[f"select.stride.{label}"] = Stride(keep=keep).apply(None, scope)
         out["select.threshold"] = Threshold(above=0.3).apply(score, scope)
         out["select.threshold.relative"] = Threshold(relative=0.8).apply(score, scope)
+        out["select.outliers"] = Outliers(keep=Budget(count=2), fence=0.0).apply(score, scope)
+        out["select.outliers.spread"] = Outliers(keep=Budget(permille=600), fence=0.5, spread=3).apply(score, scope)
+        anchors = Anchors(keep=Budget(permille=600), share=1000, columns=2)
+        anchored = anchors.joined([out["score.random"], out["score.cosine.text"]], scope)
+        out["score.anchored"], out["select.anchors"] = anchored, anchors.apply(anchored, scope)
+        out["select.rows"] = Rows(keep=Budget(permille=600), columns=2).apply(score, scope)
+        out["select.chunks"] = Chunks(keep=Budget(count=3), number=3).apply(score, scope, at.feature)
+        out["select.pairs"] = Pairs(keep=Budget(count=2), drop=1).apply(score, scope, at.feature)
+        count, share, words = Budget(count=3), Budget(permille=400), (at.text, at.text_index >= 0)
+        out["select.max_min"] = MaxMin(keep=share).apply(None, scope, at.feature)
+        out["select.max_sum"] = MaxSum(keep=count).apply(score, scope, at.feature)
+        out["select.log_det"] = LogDet(keep=share).apply(score.sigmoid(), scope, at.feature)
+        out["select.coverage"] = Coverage(keep=count).apply(None, scope, at.feature, words)
         for reduce in ("max", "mean", "sum"):
             gate = ThresholdGate(reduce=reduce, above=0.45)
             out[f"when.{reduce}"] = gate.apply(score, scope)
@@ -176,6 +213,7 @@ class OneGraph(torch.nn.Module):
             "kept": {"targets": "kept", "reduce": "size_weighted"},
             "stride": {"targets": {"stride": 2}, "by": "key_cosine", "reduce": "target_mean"},
             "top": {"targets": {"top": 2}, "reduce": "mean"},
+            "share": {"targets": {"stride": "30%"}, "reduce": "mean"},
         }
         for label, rule in rules.items():
             merge = Merge.model_validate(rule)
@@ -185,3 +223,45 @@ class OneGraph(torch.nn.Module):
             parts = merge.apply(at.feature, at.size, chosen, score, scope, **metric)
             for name, part in zip(("index", "feature", "size"), parts, strict=True):
                 out[f"merge.{label}.{name}"] = part
+        pairs: dict[str, Any] = {
+            "half": {"keep": "50%", "reduce": "mean"},
+            "rounds": {"keep": "30%", "by": "key_cosine"},
+            "most": {"keep": "80%"},
+            "remove": {"remove": 2},
+        }
+        for label, rule in pairs.items():
+            joining = Bipartite.model_validate(rule)
+            metric = {"metric": at.metric} if joining.taps() else {}
+            parts = joining.apply(at.feature, at.size, scope, **metric)
+            for name, part in zip(("index", "feature", "size"), parts, strict=True):
+                out[f"bipartite.{label}.{name}"] = part
+        rests: dict[str, Any] = {
+            "absorb": (Absorb(neighbours=2), "select.outliers"),
+            "absorb.extra": (Absorb(neighbours=2, extra=True), "select.top.count"),
+            "cells": (Cells(cells=2, columns=3), "select.top.share"),
+            "fold": (Fold(), "select.top.count"),
+        }
+        for label, (rest, selected) in rests.items():
+            parts = rest.apply(at.feature, at.size, out[selected], score, scope)
+            for name, part in zip(("index", "feature", "size"), parts, strict=True):
+                # A rest rule that moves no token gives back the selection itself.
+                out[f"{label}.{name}"] = part.clone() if part is out[selected] else part
+
+    def between_layers(
+        self, at: Inputs, mask: torch.Tensor, score: torch.Tensor, scope: Scope, out: dict[str, torch.Tensor]
+    ) -> None:
+        bundle = Attention(at.query, at.key, mask, at.rows, at.columns, HEAD_WIDTH**-0.5)
+        every = torch.where(at.query_positions < 0, -1, torch.arange(at.query.shape[2], device=at.query.device))
+        out["score.pagerank"] = PageRankScore(temperature=0.5).apply(bundle._replace(rows=every))
+        words = (at.text, at.text_index >= 0)
+        for label, budget in (("count", 3), ("share", "40%")):
+            pivots = Pivots(keep=Budget.model_validate(budget), visual=2, text=2)
+            out[f"select.pivots.{label}"] = pivots.apply(None, scope, at.feature, words, bundle)
+        out["transition"] = OP.transition_score(at.text, at.text.flip(1), at.text_index >= 0)
+        out["raters"] = OP.text_raters(at.feature, at.segment >= 0, *words)
+        gate = CrossAttention(below=0.7)
+        out["when.cross_attention"] = gate.apply(None, scope, bundle, bundle._replace(rows=at.visual_index))
+        cluster = Cluster(pool=Budget(permille=600), per=3)
+        parts = cluster.apply(at.feature, at.size, out["select.top.count"], score, scope)
+        for name, part in zip(("index", "feature", "size"), parts, strict=True):
+            out[f"cluster.{name}"] = part

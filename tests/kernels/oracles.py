@@ -68,12 +68,27 @@ def attention_score(
             keys = key[b][h * len(key[b]) // len(sample)]
             paid = [_weights(head[row], keys, scale, _allowed(mask, b, h, row, len(keys))) for row in used]
             received.append([sum(row[n] for row in paid) / max(1, len(used)) for n in range(len(keys))])
+        if heads == "joined":
+            received = [_joined(sample, key[b], mask, b, used, scale)]
         pooled = []
         for values in zip(*received, strict=True):
-            pooled.append({"mean": sum(values) / len(values), "sum": sum(values), "max": max(values)}[heads])
+            mean = sum(values) / len(values)
+            pooled.append({"mean": mean, "joined": mean, "sum": sum(values), "max": max(values)}[heads])
         taken = [[pooled[column] for column in group if column >= 0] for group in columns[b]]
         result.append([sum(values) / max(1, len(values)) for values in taken])
     return result
+
+
+def _joined(sample: Any, key: Any, mask: Any, b: int, used: Row, scale: float) -> Row:
+    """What `used` rows pay on average when all heads are one."""
+    heads, number = len(sample), len(key[0])
+    keys = [[x for h in range(heads) for x in key[h * len(key) // heads][n]] for n in range(number)]
+    paid = []
+    for row in used:
+        masks = [_allowed(mask, b, h, row, number) for h in range(heads)]
+        query = [x for head in sample for x in head[row]]
+        paid.append(_weights(query, keys, scale / heads**0.5, [all(column) for column in zip(*masks, strict=True)]))
+    return [sum(row[n] for row in paid) / max(1, len(used)) for n in range(number)]
 
 
 def attention(query: Any, key: Any, value: Any, mask: Any, scale: float, softcap: float) -> Any:
@@ -274,6 +289,7 @@ def merge_nearest(
     amount: int,
     slots: int,
     reduce: str,
+    permille: int = 0,
 ) -> Any:
     indices, features, sizes = [], [], []
     # Without a token the lists cannot tell the width; the case without one has 6.
@@ -286,7 +302,8 @@ def merge_nearest(
             if targets == "kept":
                 goals = [v for v in kept if scopes[v] == scope]
             else:
-                goals = sorted(_merge_targets(left, score[b], targets, amount))
+                number = amount or counts[b][scope] * permille // 1000
+                goals = sorted(_merge_targets(left, score[b], targets, number)) if number else []
             into.update({goal: [] for goal in goals})
             for v in left:
                 if goals and v not in goals:

@@ -11,14 +11,14 @@ import torch
 from kernel_one_graph import Inputs, OneGraph, make, names
 
 from tvc.export.ort_operators import translations
+from tvc.export.torchscript import plain_module
 from tvc.kernels import OPS
 from tvc.kernels.tolerances import TOLERANCES
+from tvc.program import Component
 
-A = torch.ops.aten
 AUTO = torch.export.Dim.AUTO
 STATIC = {"feature": {2}, "metric": {2}, "text": {2}, "columns": {2}, "pairs": {2}, "vectors": {0, 1, 3}}
 STATIC |= {name: {1, 3} for name in ("query", "key", "value")}
-GUARDS = {A._assert_scalar.default, A._assert_tensor_metadata.default}
 
 TRACED = make([[5, 4], [7]], [4, 2], past=3)
 SIZES = {
@@ -81,34 +81,12 @@ def session(lowered: torch.export.ExportedProgram, tmp_path_factory: Any) -> onn
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def scripted_copy(source: torch.fx.GraphModule) -> torch.jit.ScriptModule:
-    """TorchScript knows packets instead of overloads, methods instead of size ops, and no guards."""
-    root, graph, copies = torch.nn.Module(), torch.fx.Graph(), {}
-    for node in source.graph.nodes:
-        if node.op == "get_attr":
-            root.register_buffer(node.target, getattr(source, node.target))
-            copies[node] = graph.get_attr(node.target)
-        elif node.op == "call_module" or node.target in GUARDS:
-            continue
-        elif node.target is A.sym_size.int:
-            copies[node] = graph.call_method("size", (copies[node.args[0]], node.args[1]))
-        elif node.target is A.item.default:
-            copies[node] = graph.call_function(int, (copies[node.args[0]],))
-        elif node.op == "output":
-            graph.output(tuple(torch.fx.node.map_arg(node.args[0], copies.__getitem__)))
-        else:
-            copy = copies[node] = graph.node_copy(node, copies.__getitem__)
-            if isinstance(copy.target, torch._ops.OpOverload):
-                copy.target = copy.target.overloadpacket
-            copy.kwargs = {key: value for key, value in copy.kwargs.items() if key != "pin_memory"}
-    graph.eliminate_dead_code()
-    return torch.jit.script(torch.fx.GraphModule(root, graph))
-
-
 @pytest.fixture(scope="module")
 def scripted(lowered: torch.export.ExportedProgram, tmp_path_factory: Any) -> torch.jit.ScriptModule:
     path = pathlib.Path(tmp_path_factory.mktemp("script")) / "ops.pt"
-    scripted_copy(lowered.module(check_guards=False)).save(path)
+    results = tuple(OneGraph.labels)
+    part = Component("ops", lowered, tuple(names()), results, TRACED.tensors(), ({},) * len(names()))
+    torch.jit.script(plain_module(part)).save(path)
     return torch.jit.load(path)
 
 

@@ -40,6 +40,38 @@ def test_show_prints_a_policy_that_loads() -> None:
     assert json.loads(run("policies", "show", "fastv", "--json")[1]) == load_policy("fastv").document.data
 
 
+def test_show_says_in_words_what_each_step_does() -> None:
+    _, out, _ = run("policies", "show", "visionzip")
+    words = [line for line in out.splitlines() if line.startswith("#")]
+    assert words[0] == f"# {load_policy('visionzip').about}"
+    assert "# 1. Before language.0, in each image:" in words
+    assert any("attention (of: [cls, all]" in line for line in words)
+    assert any("top (keep: 54): The best-scored tokens" in line for line in words)
+    assert any("merge" in line and "{stride: 10}" in line for line in words)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_show_describes_every_preset_and_stays_a_policy(name: str) -> None:
+    _, out, _ = run("policies", "show", name)
+    assert load_policy(out) == load_policy(name)
+    steps = load_policy(name).steps
+    assert sum(line.startswith("# ") and ". Before " in line for line in out.splitlines()) == len(steps)
+    for part in {primitive.key for step in steps for primitive in step.primitives()}:
+        assert part in "".join(line for line in out.splitlines() if line.startswith("# "))
+
+
+def test_show_adds_the_plan_on_a_model() -> None:
+    model = pathlib.Path(__file__).parents[2] / "examples" / "models" / "tiny-llava"
+    code, out, _ = run("policies", "show", "fastv", "--model", str(model))
+    assert code == 0
+    assert load_policy(out) == load_policy("fastv")
+    assert f"# On {model}:" in out
+    assert "language.2" in out
+    facts = json.loads(run("policies", "show", "fastv", "--model", str(model), "--json")[1])
+    assert facts["policy"] == load_policy("fastv").document.data
+    assert facts["plan"]
+
+
 def test_check_says_ok_with_the_parameters(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("version: 1\nextends: fastv\nparameters: {before_layer: 3}\n")

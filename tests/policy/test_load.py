@@ -18,7 +18,36 @@ from tvc.policy import Policy, json_schema, load_policy, parse_site, presets
 from tvc.policy.document import from_yaml
 from tvc.policy.schema import dump_yaml, steps_data
 
-KNOWN = ("fastervlm", "fastv", "pyramiddrop", "random", "uniform", "visionzip")
+KNOWN = (
+    "aim",
+    "auroracap",
+    "cdpruner",
+    "dart",
+    "divprune",
+    "fastervlm",
+    "fastv",
+    "fopru-rank",
+    "fopru-row",
+    "hiprune",
+    "holov",
+    "illava",
+    "mmtok",
+    "prumerge",
+    "prumerge-plus",
+    "pyramiddrop",
+    "random",
+    "sparsevlm",
+    "tinychart",
+    "todre",
+    "todre-exit",
+    "tome",
+    "transprune",
+    "uniform",
+    "vflowopt",
+    "visionzip",
+    "vispruner",
+    "vtc-cls",
+)
 
 
 def test_the_presets_are_these() -> None:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tvc.errors import ArgumentError
 from tvc.kernels.budget import Budget
-from tvc.kernels.op import PRIMITIVES, Rest, Select, When
+from tvc.kernels.op import PRIMITIVES, Merging, Rest, Select, When
 from tvc.policy import load_policy
 from tvc.program import Layer, Layout, Site
 from tvc.report.cost import one_image, plan_costs
@@ -70,6 +70,8 @@ class Step:
     rest: Rest | None = None
     exit: Gate | None = None
     scope: str = "image"
+    merge: Merging | None = None
+    number: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +265,7 @@ def test_a_solved_schedule_names_its_settings():
 
 
 def test_counts_are_scaled_as_counts():
-    solved = solve_average(Steps((share("language.0", 64), share("language.4", 32))), layout(), 96)
+    solved = solve_average(Steps((share("language.0", 64), share("language.4", 32, number=1))), layout(), 96)
     assert solved.settings == {"steps.0.select.keep.keep": 128, "steps.1.select.keep.keep": 64}
 
 

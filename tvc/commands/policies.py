@@ -24,16 +24,22 @@ def _dump(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
-def list_presets(as_json: bool = _JSON) -> None:
+def list_presets(
+    as_json: bool = _JSON, as_markdown: bool = typer.Option(False, "--markdown", help="Write a table for a document.")
+) -> None:
     """List the policies that ship with tvc."""
     from rich.console import Console
     from rich.table import Table
 
     from tvc.policy import load_policy, presets
+    from tvc.policy.words import preset_table
 
     policies = [load_policy(name) for name in presets()]
     if as_json:
         _dump([{"name": p.name, "about": p.about, "parameters": dict(p.parameters)} for p in policies])
+        return
+    if as_markdown:
+        typer.echo(preset_table(policies))
         return
     table = Table("name", "parameters", "about", box=None, pad_edge=False)
     for policy in policies:
@@ -43,17 +49,27 @@ def list_presets(as_json: bool = _JSON) -> None:
 
 def show(
     policy: str = typer.Argument(metavar="NAME", help="A preset's name or a file."),
+    model: str | None = typer.Option(None, "--model", help="Also its sites and its plan on this model (no weights)."),
     settings: list[str] = _SET,
     as_json: bool = _JSON,
 ) -> None:
-    """Print a policy as YAML, with what it extends written out."""
+    """Print a policy in words and as YAML, with what it extends written out; the whole is a policy file."""
     from tvc.policy import load_policy
+    from tvc.policy.words import in_words
 
     loaded = load_policy(policy, set=settings)
+    plan = None
+    if model is not None:
+        from tvc import api
+
+        plan = api.plan(model, loaded)
     if as_json:
-        _dump(loaded.document.data)
-    else:
-        typer.echo(loaded.to_yaml(), nl=False)
+        _dump(loaded.document.data if plan is None else {"policy": loaded.document.data, "plan": plan.to_json()})
+        return
+    lines = in_words(loaded)
+    if plan is not None:
+        lines += ["", f"On {model}:", *plan.text().splitlines()]
+    typer.echo("".join(f"# {line}".rstrip() + "\n" for line in lines) + loaded.to_yaml(), nl=False)
 
 
 def check(

@@ -44,8 +44,12 @@ def kept_panels(compiled: Any, photo: Any, prompt: str) -> list[Any]:
     kept = {site: positions[0].tolist() for site, positions in compiled(**inputs).kept.items()}
     placeholders = _placeholders(compiled, inputs["input_ids"][0].tolist())
     layout = views(photo, len(placeholders), inputs, compiled.processor.image_processor, _tile_side(compiled.config))
-    merging = {str(step.site): step.rest is not None and step.rest.key != "drop" for step in compiled.policy.steps}
+    merging = {str(step.site): _merges(step) for step in compiled.policy.steps}
     return panels(kept, placeholders, layout, merging)
+
+
+def _merges(step: Any) -> bool:
+    return step.merge is not None or (step.rest is not None and step.rest.key != "drop")
 
 
 def _placeholders(compiled: Any, ids: list[int]) -> list[int]:

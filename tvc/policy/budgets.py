@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import collections
 import dataclasses
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -29,6 +30,8 @@ def leaving(steps: tuple[Step, ...], layout: Layout) -> Iterator[tuple[Step, lis
         entering = scope_counts(step, images)
         if step.exit is not None:
             left = [0] * len(entering) if step.exit.gate.key == "always" else entering
+        elif step.merge is not None:
+            left = step.merge.kept(entering)
         else:
             chosen = step.select.kept(entering) if step.select is not None else entering
             left = step.rest.kept(entering, chosen) if step.rest is not None else chosen
@@ -37,18 +40,38 @@ def leaving(steps: tuple[Step, ...], layout: Layout) -> Iterator[tuple[Step, lis
         images = left
 
 
+def with_spreads(steps: tuple[Step, ...], layout: Layout) -> tuple[Step, ...]:
+    """The steps with every merge settled that depends on the model's depth and on what enters the first of a range."""
+    ranges = collections.Counter(step.number for step in steps)
+    fronts: dict[int, int] = {}
+    made: tuple[Step, ...] = ()
+    for step in steps:
+        if step.merge is not None:
+            inside = step.site.component == "vision"
+            # Inside the encoder every tile is a scope of its own.
+            images = [layout.tile_tokens - layout.prefix_tokens] if inside else list(layout.visual_tokens)
+            for _, _, left in leaving(made, dataclasses.replace(layout, visual_tokens=tuple(images))):
+                images = left
+            front = fronts.setdefault(step.number, max(scope_counts(step, images), default=0))
+            blocks = len(layout.vision if inside else layout.language)
+            step = dataclasses.replace(step, merge=step.merge.for_model(front, ranges[step.number], blocks))
+        made = (*made, step)
+    return made
+
+
 def check_nothing_emptied(policy: Policy, steps: tuple[Step, ...], layout: Layout) -> None:
     """Refuses a budget that rounds down to no token for one of the sample's images.
 
     Raises:
         SiteError: with the smallest share that keeps a token.
     """
-    for number, (step, entering, left) in enumerate(leaving(steps, layout)):
+    for step, entering, left in leaving(steps, layout):
+        number = step.number
         if step.exit is not None:
             continue
         for image, (before, after) in enumerate(zip(entering, left, strict=True)):
             if before and not after:
-                enough = -(-1000 // before)
+                enough, least = _least(step, before)
                 share = f"{enough // 10}.{enough % 10}%" if enough % 10 else f"{enough // 10}%"
                 budgets = ", ".join(str(b) for p in step.primitives() for _, b in fields(p, lambda _: True))
                 raise SiteError(
@@ -56,9 +79,24 @@ def check_nothing_emptied(policy: Policy, steps: tuple[Step, ...], layout: Layou
                     where=policy.document.where(("steps", number, "select")),
                     got=f"keep {budgets} of {before}",
                     want=f"at least one token: {share} or more, or a count",
-                    fix=f"write keep: {share}, or keep: 1; to drop all of them, exit: {{when: always}}",
+                    fix=f"write keep: {share}, or keep: {least}; to drop all of them, exit: {{when: always}}",
                     slug="keeps-nothing",
                 )
+
+
+def _least(step: Step, tokens: int) -> tuple[int, int]:
+    """The smallest share (in permille) and the smallest count of a scope's tokens with which something stays."""
+
+    def stays(budget: Budget) -> bool:
+        select = step.select
+        if select is None:
+            return True
+        budgets = {name: budget for name, _ in fields(select, lambda _: True)}
+        return select.model_copy(update=budgets).kept([tokens]) != [0]
+
+    shares = range(-(-1000 // tokens), 1001)
+    enough = next((n for n in shares if stays(Budget(permille=n))), 1000)
+    return enough, next((n for n in range(1, tokens + 1) if stays(Budget(count=n))), tokens)
 
 
 def fields(primitive: Primitive, wanted: Callable[[Budget], bool]) -> Iterator[tuple[str, Budget]]:
@@ -86,7 +124,7 @@ def with_averages(policy: Policy, steps: tuple[Step, ...], layout: Layout) -> tu
     if not marked:
         return steps
     asked = {budget.average or 0 for i in marked for _, budget in fields(steps[i].select, _is_average)}  # type: ignore[arg-type]
-    target, where = max(asked), policy.document.where(("steps", marked[0], "select"))
+    target, where = max(asked), policy.document.where(("steps", steps[marked[0]].number, "select"))
     if len(asked) > 1:
         raise SiteError(
             "steps ask for different averages over the same layers",

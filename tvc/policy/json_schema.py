@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvc.kernels.op import PRIMITIVES, Kind, Primitive
-from tvc.policy.schema import NORMALIZE, POSITIONS, SCOPES, SITE_PATTERN, VERSION
+from tvc.policy.schema import NORMALIZE, POSITIONS, SCOPES, SITE_PATTERN, SPAN_PATTERN, VERSION
 
 _TEMPLATE = {"type": "string", "pattern": r"^\{[A-Za-z_][A-Za-z0-9_]*\}$", "description": "a parameter's value"}
 
@@ -20,20 +20,22 @@ def json_schema() -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "required": ["at"],
-        "oneOf": [{"required": ["select"]}, {"required": ["exit"]}],
+        "oneOf": [{"required": ["select"]}, {"required": ["merge"]}, {"required": ["exit"]}],
         "properties": {
             "name": {"type": "string"},
             "at": {
                 "anyOf": [
-                    {"type": "string", "pattern": f"^({SITE_PATTERN})$"},
+                    {"type": "string", "pattern": f"^({SITE_PATTERN}|{SPAN_PATTERN})$"},
                     {"type": "string", "pattern": r"\{[A-Za-z_][A-Za-z0-9_]*\}"},
                 ],
-                "description": "vision.K, projector or language.K: before that block runs, 0-based, -1 the last",
+                "description": "vision.K, projector or language.K: before that block runs, 0-based, -1 the last; "
+                "vision.1..-2 or vision.all: a step before each of these blocks",
             },
             "scope": {"enum": list(SCOPES), "default": "image"},
             "score": {"$ref": "#/$defs/scores"},
             "select": _one_of(choices["select"]),
             "rest": {**_one_of(choices["rest"]), "default": "drop"},
+            "merge": _one_of(choices["merge"]),
             "exit": {
                 "type": "object",
                 "additionalProperties": False,

@@ -19,9 +19,11 @@ from tvc.policy.schema import (
     VERSION,
     Exit,
     Policy,
+    SiteName,
     Step,
     WeightedScore,
     parse_site,
+    parse_sites,
 )
 
 TOP_KEYS = (
@@ -35,9 +37,16 @@ TOP_KEYS = (
     "steps",
     "positions",
 )
-STEP_KEYS = ("at", "exit", "name", "rest", "scope", "score", "select")
-SITES = "vision.K, projector or language.K (K a block, 0-based; -1 the last; 25% by depth)"
-WORDS: dict[Kind, str] = {"score": "a score", "select": "a selector", "rest": "a rest rule", "when": "an exit gate"}
+STEP_KEYS = ("at", "exit", "merge", "name", "rest", "scope", "score", "select")
+ACTIONS = ("select", "merge", "exit")
+SITES = "vision.K, projector or language.K (K a block, 0-based; -1 the last; 25% by depth; 1..-2 or all for several)"
+WORDS: dict[Kind, str] = {
+    "score": "a score",
+    "select": "a selector",
+    "rest": "a rest rule",
+    "merge": "a merge",
+    "when": "an exit gate",
+}
 GATE = "threshold"  # the gate that `when: {score: ..., above: ...}` stands for
 
 _TEMPLATE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
@@ -197,33 +206,30 @@ def _step(document: Document, path: Path, raw: Any) -> Step:
     for key in step:
         if key not in STEP_KEYS:
             raise document.unknown((*path, key), key, STEP_KEYS, f"step {path[-1]}")
-    if ("select" in step) == ("exit" in step):
-        both = "select" in step
+    actions = [key for key in ACTIONS if key in step]
+    if len(actions) != 1:
+        several = len(actions) > 1
         raise document.error(
             path,
-            f"step {path[-1]} has both `select` and `exit`" if both else f"step {path[-1]} reduces nothing",
-            got="select and exit" if both else ", ".join(step) or "no keys",
-            want="either `select` or `exit`",
-            fix="write them as two steps" if both else "add select: {top: {keep: 50%}}, or exit: {when: always}",
-            slug="select-and-exit" if both else "no-action",
+            f"step {path[-1]} has both `{actions[0]}` and `{actions[1]}`"
+            if several
+            else f"step {path[-1]} reduces nothing",
+            got=" and ".join(actions) if several else ", ".join(step) or "no keys",
+            want="one of `select`, `merge` and `exit`",
+            fix="write them as two steps" if several else "add select: {top: {keep: 50%}}, or exit: {when: always}",
+            slug="select-and-exit" if several else "no-action",
         )
     common: dict[str, Any] = {
         "at": _at(document, path, step),
         "scope": _choice(document, (*path, "scope"), step.get("scope", "image"), SCOPES),
         "name": _text(document, (*path, "name"), step.get("name", "")),
         "where": document.where(path),
+        "number": path[-1],
     }
-    if "exit" in step:
-        for key in ("score", "rest"):
-            if key in step:
-                raise document.error(
-                    (*path, key),
-                    f"step {path[-1]} is an exit and has a `{key}` that nothing uses",
-                    got=key,
-                    want="at and exit",
-                    fix="write it inside: exit: {when: {score: ..., above: 0.5}}" if key == "score" else "remove it",
-                    slug="unused-score" if key == "score" else "unused-rest",
-                )
+    if actions[0] != "select":
+        _alone(document, path, step, actions[0])
+        if actions[0] == "merge":
+            return Step(merge=_primitive(document, (*path, "merge"), step["merge"], "merge"), **common)
         return Step(exit=_exit(document, (*path, "exit"), step["exit"]), **common)
     select = _primitive(document, (*path, "select"), step["select"], "select")
     rest = _primitive(document, (*path, "rest"), step.get("rest", "drop"), "rest")
@@ -238,7 +244,7 @@ def _step(document: Document, path: Path, raw: Any) -> Step:
             fix="add score: {attention: {of: last, layer: previous}}, or choose with select: {stride: {keep: 25%}}",
             slug="no-score",
         )
-    if scores and not users:
+    if scores and not users and not select.weighs_score:
         raise document.error(
             (*path, "score"),
             f"step {path[-1]} has a score that nothing uses",
@@ -250,10 +256,27 @@ def _step(document: Document, path: Path, raw: Any) -> Step:
     return Step(score=scores, select=select, rest=rest, **common)
 
 
+def _alone(document: Document, path: Path, step: Mapping[str, Any], action: str) -> None:
+    """Refuses what belongs to a selection beside an exit or a merge."""
+    for key in ("score", "rest"):
+        if key in step:
+            exits = action == "exit"
+            inside = "write it inside: exit: {when: {score: ..., above: 0.5}}"
+            raise document.error(
+                (*path, key),
+                f"step {path[-1]} is {'an' if exits else 'a'} {action} and has a `{key}` that nothing uses",
+                got=key,
+                want=f"at and {action}",
+                fix=inside if exits and key == "score" else "remove it",
+                slug="unused-score" if key == "score" else "unused-rest",
+            )
+
+
 def _at(document: Document, path: Path, step: Mapping[str, Any]) -> str:
     at = step.get("at")
-    if isinstance(at, str) and parse_site(at) is not None:
-        return str(parse_site(at))
+    named = (parse_site(at) or parse_sites(at)) if isinstance(at, str) else None
+    if named is not None:
+        return str(named)
     close = nearest(at.partition(".")[0], COMPONENTS) if isinstance(at, str) else None
     raise document.error(
         (*path, "at") if "at" in step else path,
@@ -361,9 +384,19 @@ def _build(document: Document, path: Path, settings: Any, kind: Kind, key: str) 
 
 def _ordered(document: Document, steps: tuple[Step, ...]) -> None:
     """Refuses two steps at one site, steps out of pipeline order, and steps behind an exit that always happens."""
+    for i, step in enumerate(steps):
+        if _behind(step.span.first, step.span.last):
+            raise document.error(
+                ("steps", i, "at"),
+                f"step {i} acts at a range of blocks that ends before it starts",
+                got=step.at,
+                want="the earlier block first",
+                fix="swap the two ends of the range",
+                slug="empty-range",
+            )
     for i, (step, following) in enumerate(itertools.pairwise(steps)):
         path: Path = ("steps", i + 1)
-        one, two = step.site, following.site
+        one, two = step.span.last, following.span.first
         if one == two:
             raise document.error(
                 (*path, "at"),
@@ -374,9 +407,7 @@ def _ordered(document: Document, steps: tuple[Step, ...]) -> None:
                 slug="same-site",
             )
         ranks = COMPONENTS.index(one.component), COMPONENTS.index(two.component)
-        comparable = one.index is not None and two.index is not None and one.percent == two.percent
-        signs = comparable and ((one.index or 0) < 0) == ((two.index or 0) < 0)
-        if ranks[0] > ranks[1] or (ranks[0] == ranks[1] and signs and (one.index or 0) > (two.index or 0)):
+        if ranks[0] > ranks[1] or (ranks[0] == ranks[1] and _behind(one, two)):
             raise document.error(
                 (*path, "at"),
                 f"step {i + 1} acts before step {i}: steps are not in the order in which tokens pass them",
@@ -394,6 +425,13 @@ def _ordered(document: Document, steps: tuple[Step, ...]) -> None:
                 fix="remove the later steps, or give the exit a threshold",
                 slug="unreachable-step",
             )
+
+
+def _behind(one: SiteName, two: SiteName) -> bool:
+    """Whether the first site comes after the second in every model; both are of one component."""
+    comparable = one.index is not None and two.index is not None and one.percent == two.percent
+    signs = comparable and ((one.index or 0) < 0) == ((two.index or 0) < 0)
+    return signs and (one.index or 0) > (two.index or 0)
 
 
 # Small checks ---------------------------------------------------------------------------------------------------------

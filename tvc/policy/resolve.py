@@ -12,9 +12,20 @@ from typing import Any
 
 from tvc.errors import SiteError
 from tvc.kernels.op import Primitive, Tap
-from tvc.policy.budgets import check_nothing_emptied, with_averages
+from tvc.policy.budgets import check_nothing_emptied, with_averages, with_spreads
 from tvc.policy.document import Path, from_data
-from tvc.policy.schema import COMPONENTS, Policy, SiteName, Step, WeightedScore, dump_yaml, parse_site, steps_data
+from tvc.policy.schema import (
+    COMPONENTS,
+    Policy,
+    SiteName,
+    Span,
+    Step,
+    WeightedScore,
+    dump_yaml,
+    parse_site,
+    parse_sites,
+    steps_data,
+)
 from tvc.program import Layout
 
 
@@ -52,9 +63,13 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
     Raises:
         SiteError: a layer or a tap that the model lacks, a cut without meaning, a budget that keeps nothing.
     """
-    steps = tuple(_step(policy, layout, i, step) for i, step in enumerate(policy.steps))
+    steps = tuple(
+        _step(policy, layout, number, one)
+        for number, step in enumerate(policy.steps)
+        for one in _each_site(policy, layout, number, step)
+    )
     _ordered(policy, steps)
-    steps = with_averages(policy, steps, layout)
+    steps = with_averages(policy, with_spreads(steps, layout), layout)
     check_nothing_emptied(policy, steps, layout)
     data: dict[str, Any] = {"version": policy.version, "name": policy.name}
     data |= {key: value for key in ("about", "reference") if (value := getattr(policy, key))}
@@ -70,6 +85,54 @@ def _refusal(policy: Policy, path: Path, summary: str, *, got: object, want: obj
 
 def _blocks(layout: Layout, component: str) -> int:
     return len(layout.vision if component == "vision" else layout.language)
+
+
+def _each_site(policy: Policy, layout: Layout, number: int, step: Step) -> list[Step]:
+    """The step at every site of the range that it was written for; itself where that is no range."""
+    span, path = parse_sites(step.at), ("steps", number, "at")
+    if span is None:
+        return [step]
+    numbers, written = _range(policy, layout, path, span), policy.document.get(path)
+    if any("columns" in type(primitive).model_fields for primitive in step.primitives()) and len(numbers) > 1:
+        raise _refusal(
+            policy,
+            path,
+            "a step works on the rows of an image, and acts at several sites, of which the first leaves gaps in them",
+            got=written,
+            want="one site",
+            fix=f"write at: {span.first}",
+            slug="broken-grid",
+        )
+    if step.exit is not None and step.exit.gate.key == "always" and len(numbers) > 1:
+        raise _refusal(
+            policy,
+            path,
+            "an exit that always happens can only happen once",
+            got=written,
+            want="one site",
+            fix=f"write at: {span.first}",
+            slug="unreachable-step",
+        )
+    return [dataclasses.replace(step, at=f"{span.first.component}.{block}") for block in numbers]
+
+
+def _range(policy: Policy, layout: Layout, path: Path, span: Span) -> range:
+    """The blocks of a range, both ends inside; of `all`, those that the visual features depend on."""
+    first, last = (_concrete(policy, layout, path, end) for end in (span.first, span.last))
+    if span.every and first.component == "vision" and layout.used_vision_blocks:
+        last = SiteName("vision", layout.used_vision_blocks - 1)
+    numbers = range(first.index or 0, (last.index or 0) + 1)
+    if not numbers:
+        raise _refusal(
+            policy,
+            path,
+            "the range of layers holds none in this model",
+            got=f"{span}, which is {first} to {last} of {_blocks(layout, first.component)} blocks",
+            want="a first layer that does not come after the last",
+            fix=f"write {last}..{first.index}",
+            slug="empty-range",
+        )
+    return numbers
 
 
 def _step(policy: Policy, layout: Layout, number: int, step: Step) -> Step:
@@ -92,15 +155,16 @@ def _step(policy: Policy, layout: Layout, number: int, step: Step) -> Step:
         return tuple(
             dataclasses.replace(
                 score,
-                primitive=_taps(policy, layout, site, (*here, i) if listed else here, score.primitive),
+                primitive=_taps(policy, layout, site, (*here, i) if listed else here, primitive),
             )
             for i, score in enumerate(given)
+            for primitive in _each_layer(policy, layout, (*here, i) if listed else here, score.primitive)
         )
 
     resolved: dict[str, Any] = {
         "score": scores(step.score, (*path, "score"), isinstance(policy.document.get((*path, "score")), list))
     }
-    for key in ("select", "rest"):
+    for key in ("select", "rest", "merge"):
         primitive = getattr(step, key)
         resolved[key] = None if primitive is None else _taps(policy, layout, site, (*path, key), primitive)
     if step.exit is not None:
@@ -110,7 +174,39 @@ def _step(policy: Policy, layout: Layout, number: int, step: Step) -> Step:
             gate=_taps(policy, layout, site, when, step.exit.gate),
             score=scores(step.exit.score, (*when, "score"), isinstance(policy.document.get((*when, "score")), list)),
         )
+    merge = resolved["merge"]
+    if merge is not None and merge.proportional and site.component != "vision":
+        raise _refusal(
+            policy,
+            (*path, "merge", merge.key, "proportional"),
+            "attention in proportion to the sizes of tokens is known inside the vision encoder alone",
+            got=f"proportional: true at {site}",
+            want="a vision site",
+            fix="write proportional: false, or act at a vision site",
+            slug="sizes-unknown",
+        )
+    select = resolved["select"]
+    if select is not None and select.terms and len(resolved["score"]) != select.terms:
+        raise _refusal(
+            policy,
+            (*path, "score"),
+            f"`{select.key}` takes {select.terms} score terms, each for a purpose of its own",
+            got=f"{len(resolved['score'])} terms",
+            want=f"a list of {select.terms} terms with one layer each",
+            fix=f"tvc policies show lists a preset with select: {select.key}",
+            slug="score-terms",
+        )
     return dataclasses.replace(step, at=str(site), **resolved)
+
+
+def _each_layer(policy: Policy, layout: Layout, path: Path, primitive: Primitive) -> list[Primitive]:
+    """The primitive for every layer of the range that its `layer` names; itself where that is no range."""
+    written = getattr(primitive, "layer", None)
+    span = parse_sites(written) if isinstance(written, str) else None
+    if span is None:
+        return [primitive]
+    numbers = _range(policy, layout, (*path, primitive.key, "layer"), span)
+    return [primitive.model_copy(update={"layer": f"{span.first.component}.{number}"}) for number in numbers]
 
 
 def _concrete(policy: Policy, layout: Layout, path: Path, name: SiteName) -> SiteName:
@@ -147,14 +243,14 @@ def _ordered(policy: Policy, steps: tuple[Step, ...]) -> None:
         before, step = steps[number - 1], steps[number]
         if _rank(step.site) > _rank(before.site):
             continue
-        same = step.at == before.at
-        written = f"{policy.steps[number - 1].at} and {policy.steps[number].at} mean {before.at} and {step.at}"
+        same, one, other = step.at == before.at, before.number, step.number
+        written = f"{policy.steps[one].at} and {policy.steps[other].at} mean {before.at} and {step.at}"
         raise _refusal(
             policy,
-            ("steps", number, "at"),
-            f"steps {number - 1} and {number} act at the same site of this model"
+            ("steps", other, "at"),
+            f"steps {one} and {other} act at the same site of this model"
             if same
-            else f"step {number} acts before step {number - 1} in this model",
+            else f"step {other} acts before step {one} in this model",
             got=written,
             want="one step per site, in the order in which tokens pass them",
             fix="move one of them to another layer, or remove it" if same else "swap the two steps",
@@ -201,9 +297,19 @@ def _closest(site: SiteName, legal: list[str]) -> str:
 def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> Any:
     """The primitive with its `layer` concrete and its `of` decided."""
     here: Path = (*path, primitive.key)
-    changes: dict[str, Any] = {}
+    changes = _grid(policy, layout, site, here, primitive) | _since(policy, layout, site, here, primitive)
     for tap in primitive.taps().values():
         layer = _layer(policy, layout, site, (*here, "layer"), primitive, tap)
+        if layer is not None and layer.component not in primitive.components:
+            raise _refusal(
+                policy,
+                (*here, "layer"),
+                f"`{primitive.key}` is defined for layers of the decoder alone",
+                got=f"{layer} at {site}",
+                want="a language site, and a layer of the decoder",
+                fix="write at: language.2, and layer: previous",
+                slug="decoder-only",
+            )
         if layer is not None and "layer" in type(primitive).model_fields:
             changes["layer"] = str(layer)
         if tap.kind == "text" and (layer or site).component != "language":
@@ -217,8 +323,60 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
                 slug="no-text",
             )
         if tap.kind == "attention" and layer is not None:
-            changes["of"] = _rows(policy, layout, (*here, "of"), layer, tap.of)
+            rows = _rows(policy, layout, (*here, "of"), layer, tap.of)
+            if "of" in type(primitive).model_fields:
+                changes["of"] = rows
     return primitive.model_copy(update=changes)
+
+
+def _grid(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> dict[str, Any]:
+    """The row length of a primitive that works on the grid of an image's tokens: the model's, where none is written."""
+    if "columns" not in type(primitive).model_fields:
+        return {}
+    earlier = [step.at for step in policy.steps[: int(path[1])] if step.exit is None]
+    if earlier:
+        raise _refusal(
+            policy,
+            path,
+            f"`{primitive.key}` works on the rows of an image, and an earlier step leaves gaps in them",
+            got=f"{primitive.key} behind a step at {earlier[-1]}",
+            want="the first reduction of the policy",
+            fix="move it in front, or choose with select: {top: ...} here",
+            slug="broken-grid",
+        )
+    columns = getattr(primitive, "columns", None) or layout.columns(site.component)
+    if columns is None:
+        raise _refusal(
+            policy,
+            (*path, "columns"),
+            f"the visual tokens of {layout.model_type} are no square grids of one size, so their rows are not known",
+            got=f"{', '.join(str(n) for n in layout.visual_tokens)} visual tokens from {layout.tiles} tiles"
+            + ("" if layout.in_order else ", packed or stitched together"),
+            want="a model whose encoder turns every image into square tiles of one size, or the length of a row",
+            fix="write columns: N where every image has rows of N tokens, or take a selector without a grid",
+            slug="no-grid",
+        )
+    return {"columns": columns}
+
+
+def _since(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> dict[str, Any]:
+    """The site that a sum over layers starts at: the step's own, where none is written."""
+    if "since" not in type(primitive).model_fields:
+        return {}
+    written = getattr(primitive, "since", None)
+    named = site if written is None else parse_site(written)
+    since = None if named is None or named.index is None else _concrete(policy, layout, (*path, "since"), named)
+    if since is None or since.component != "language" or not since.index or _rank(since) > _rank(site):
+        raise _refusal(
+            policy,
+            (*path, "since") if written else path,
+            f"`{primitive.key}` sums over decoder layers that run before its step",
+            got=f"since: {written or site} at {site}",
+            want="a language site, at the step's or before it, and not the first one",
+            fix="act at a later site: at: language.2",
+            slug="no-layer",
+        )
+    return {"since": str(since)}
 
 
 def _layer(
@@ -240,6 +398,16 @@ def _layer(
                 fix="name one: layer: vision.-2",
                 slug="no-layer",
             )
+        if tap.kind == "transition" and not back:
+            raise _refusal(
+                policy,
+                path,
+                "what a layer does to a token is known behind that layer only",
+                got=f"layer: {written} at {site}",
+                want="previous, or an earlier layer of the decoder",
+                fix="write layer: previous",
+                slug="later-layer",
+            )
         return SiteName(site.component, site.index - back)
     named = parse_site(written)
     if named is None or (named.index is None and tap.kind != "feature"):
@@ -253,7 +421,7 @@ def _layer(
             slug="bad-layer-name",
         )
     layer = _concrete(policy, layout, path, named)
-    if _rank(layer) > _rank(site):
+    if _rank(layer) > _rank(site) or (tap.kind == "transition" and _rank(layer) >= _rank(site)):
         raise _refusal(
             policy,
             path,
@@ -272,7 +440,7 @@ def _rows(policy: Policy, layout: Layout, path: Path, layer: SiteName, choices: 
     for choice in choices:
         if choice == "cls":
             possible = not in_decoder and layout.prefix_tokens > 0
-        elif choice in ("last", "text"):
+        elif choice in ("last", "text", "raters"):
             possible = in_decoder
         else:
             possible = True
@@ -285,7 +453,7 @@ def _rows(policy: Policy, layout: Layout, path: Path, layer: SiteName, choices: 
     elif in_decoder:
         summary, want = (
             f"{layer} has no CLS token: that is one of the vision encoder's",
-            "of: last, text, visual or all",
+            "of: last, text, raters, visual or all",
         )
         fix = "write of: last, or layer: vision.-2"
     else:

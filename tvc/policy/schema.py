@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from tvc.kernels.op import Primitive, Rest, Score, Select, When
+from tvc.kernels.op import Merging, Primitive, Rest, Score, Select, When
 from tvc.policy.document import Document
 
 VERSION = 1
@@ -20,7 +20,9 @@ ScopeName = Literal["image", "sequence"]
 Positions = Literal["keep", "renumber"]
 NORMALIZE, SCOPES, POSITIONS = get_args(Normalize), get_args(ScopeName), get_args(Positions)
 COMPONENTS = ("vision", "projector", "language")  # in the order in which a visual token passes them
-SITE_PATTERN = r"projector|(vision|language)\.(-?\d{1,4}|\d{1,2}%)"
+_BLOCK = r"(?:-?\d{1,4}|\d{1,2}%)"
+SITE_PATTERN = rf"projector|(vision|language)\.{_BLOCK}"
+SPAN_PATTERN = rf"(vision|language)\.(all|{_BLOCK}\.\.{_BLOCK})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +46,38 @@ def parse_site(text: str) -> SiteName | None:
 
 
 @dataclasses.dataclass(frozen=True)
+class Span:
+    """Several sites as a policy writes them: `vision.1..-2`, both ends inside, or `vision.all`.
+
+    `all` are the blocks that the visual features depend on; its ends are the component's first and last block.
+    """
+
+    first: SiteName
+    last: SiteName
+    every: bool = False
+
+    def __str__(self) -> str:
+        component = self.first.component
+        return f"{component}.all" if self.every else f"{self.first}..{str(self.last).removeprefix(component + '.')}"
+
+
+def parse_sites(text: str) -> Span | None:
+    """The sites that `text` names, or None where it names no range of them."""
+    if re.fullmatch(SPAN_PATTERN, text) is None:
+        return None
+    component, _, blocks = text.partition(".")
+    if blocks == "all":
+        return Span(SiteName(component, 0), SiteName(component, -1), every=True)
+    one, other = (parse_site(f"{component}.{block}") for block in blocks.split(".."))
+    return Span(one, other) if one is not None and other is not None else None
+
+
+@dataclasses.dataclass(frozen=True)
 class WeightedScore:
-    """One term of a score: its numbers are normalised within a sample, multiplied by `weight` and added up."""
+    """One term of a score: its numbers are normalised within a sample, multiplied by `weight` and added up.
+
+    A term whose layer is a range stands for one term a layer, each with the same weight.
+    """
 
     primitive: Score
     weight: float = 1.0
@@ -62,7 +94,11 @@ class Exit:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One reduction: either `select` and `rest`, or `exit`. `where` is its place in the policy's text, for messages."""
+    """One reduction: `select` and `rest`, or `merge`, or `exit`.
+
+    `where` is its place in the policy's text, for messages; `number` counts the steps as they were written, of which
+    several may come where a step was written for a range of sites.
+    """
 
     at: str
     scope: ScopeName = "image"
@@ -70,18 +106,34 @@ class Step:
     select: Select | None = None
     rest: Rest | None = None
     exit: Exit | None = None
+    merge: Merging | None = None
     name: str = ""
     where: str = dataclasses.field(default="", compare=False)
+    number: int = dataclasses.field(default=0, compare=False)
 
     @property
     def site(self) -> SiteName:
-        site = parse_site(self.at)
-        return site if site is not None else SiteName(self.at)
+        """Where the step acts; of a range, the first site as it was written."""
+        return self.span.first
+
+    @property
+    def span(self) -> Span:
+        """The sites as they were written: a single one is its own first and last."""
+        site = parse_site(self.at) or SiteName(self.at)
+        return parse_sites(self.at) or Span(site, site)
+
+    def parts(self) -> dict[str, Primitive]:
+        """The primitives beside the scores, by the name under which their taps travel."""
+        gate = self.exit.gate if self.exit is not None else None
+        named: dict[str, Primitive | None]
+        named = {"select": self.select, "rest": self.rest, "merge": self.merge, "when": gate}
+        return {name: primitive for name, primitive in named.items() if primitive is not None}
 
     def primitives(self) -> tuple[Primitive, ...]:
         """Every primitive of the step, in the order in which they act."""
+        acting = (self.select, self.rest, self.merge)
         gate = (*(s.primitive for s in self.exit.score), self.exit.gate) if self.exit else ()
-        return (*(s.primitive for s in self.score), *(p for p in (self.select, self.rest) if p is not None), *gate)
+        return (*(s.primitive for s in self.score), *(p for p in acting if p is not None), *gate)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +236,8 @@ def steps_data(steps: tuple[Step, ...], names: bool = True) -> list[dict[str, An
             entry["select"] = primitive_data(step.select)
         if step.rest is not None:
             entry["rest"] = primitive_data(step.rest)
+        if step.merge is not None:
+            entry["merge"] = primitive_data(step.merge)
         if step.exit is not None:
             entry["exit"] = exit_data(step.exit)
         written.append(entry)

@@ -15,6 +15,7 @@ from tvc.report.cost import plan_costs, tile_lengths
 from tvc.report.plan import Plan
 
 _ORDER = {"vision": 0, "projector": 1, "language": 2}
+_PARTS_OF = ("select", "rest", "merge")  # of a step: what holds numbers of tokens
 _PARTS = 1_000_000  # resolution of the common factor: finer than a permille of the smallest share
 
 
@@ -37,7 +38,7 @@ def make_plan(
     """The plan of a resolved policy for one model and its sample images.
 
     Args:
-        policy: a resolved policy: `name` and `steps`, each with `site`, `scope`, `select`, `rest` and `exit`.
+        policy: a resolved policy: `name` and `steps`, each with `site`, `scope`, `select`, `rest`, `merge` and `exit`.
         layout: the model.
         text_tokens: text tokens of the prompt.
         new_tokens: how many new tokens the decode cost is averaged over.
@@ -139,6 +140,8 @@ def _images(tiles: list[int], layout: Layout) -> list[int]:
 def _apply(step: Any, track: _Track, *, fires: bool) -> None:
     entering = track.counts if step.scope == "image" else [sum(track.counts)]
     left = list(entering)
+    if step.merge is not None:
+        left = list(step.merge.kept(entering))
     if step.select is not None:
         chosen = list(step.select.kept(entering))
         track.emptied |= any(before and not after for before, after in zip(entering, chosen, strict=True))
@@ -168,8 +171,8 @@ def _split(total: int, track: _Track) -> list[int]:
 
 
 def _decides_late(select: Any) -> bool:
-    """Whether a selector's count depends on the scores: it has no budget."""
-    return next(_budgets(select), None) is None
+    """Whether a selector's count depends on the scores: it says so, or it has no budget."""
+    return not getattr(select, "exact", True) or next(_budgets(select), None) is None
 
 
 def _budgets(select: Any) -> Iterator[Budget]:
@@ -236,7 +239,7 @@ def solve_kept(
     """
 
     def left(steps: Sequence[Any]) -> float:
-        return sum(_follow([step for step in steps if step.select is not None], layout, fires=False).counts)
+        return sum(_follow([step for step in steps if step.exit is None], layout, fires=False).counts)
 
     goal = _Goal(left, target, f"{target:g} visual tokens behind its last cut", "visual tokens", "--budgets")
     return _solve(policy, layout, goal, text_tokens, vision_blocks)
@@ -255,7 +258,7 @@ class _Goal:
 
 def _solve(policy: Any, layout: Layout, goal: _Goal, text_tokens: int, vision_blocks: int | None) -> Schedule:
     """As the measure rises with the factor, bisection over whole numbers finds the largest that fits."""
-    budgets = [b for step in policy.steps if step.select is not None for b in _budgets(step.select)]
+    budgets = [b for step in policy.steps for p in (step.select, step.merge) if p is not None for b in _budgets(p)]
     if not budgets:
         raise _refused(policy, goal, "a policy without budgets", "a policy with a `keep`", "give a policy that selects")
 
@@ -283,8 +286,9 @@ def _solve(policy: Any, layout: Layout, goal: _Goal, text_tokens: int, vision_bl
     factor = 0 if measure(0) == best else _largest(lambda f: measure(f) < best, most) + 1
     chosen = scaled(factor)
     plan = make_plan(chosen, layout, text_tokens, vision_blocks=vision_blocks)
-    found = tuple(_settings(policy.steps, chosen.steps))
-    return Schedule(dict(found), dataclasses.replace(plan, settings=found))
+    # A step that was written for a range of sites has its settings once.
+    found = dict(_settings(policy.steps, chosen.steps))
+    return Schedule(found, dataclasses.replace(plan, settings=tuple(found.items())))
 
 
 def _refused(policy: Any, goal: _Goal, got: str, want: str, fix: str) -> ArgumentError:
@@ -309,23 +313,21 @@ def _largest(holds: Callable[[int], bool], most: int) -> int:
 
 def _scaled_step(step: Any, factor: int) -> Any:
     """A step with every number of tokens that it keeps times `factor` / `_PARTS`."""
-    if step.select is None:
-        return step
     times = fractions.Fraction(factor, _PARTS)
-    rest = step.rest.scaled(times) if step.rest is not None else None
-    return dataclasses.replace(step, select=step.select.scaled(times), rest=rest)
+    parts = {name: part.scaled(times) for name in _PARTS_OF if (part := getattr(step, name)) is not None}
+    return dataclasses.replace(step, **parts)
 
 
 def _settings(steps: Sequence[Any], scaled: Sequence[Any]) -> Iterator[tuple[str, str | int]]:
     """Every budget of the scaled steps, and what else differs from the steps as they were."""
-    for index, (before, after) in enumerate(zip(steps, scaled, strict=True)):
-        for part in ("select", "rest"):
+    for before, after in zip(steps, scaled, strict=True):
+        for part in _PARTS_OF:
             old, new = getattr(before, part), getattr(after, part)
             if new is None:
                 continue
             always = {name for name in type(new).model_fields if isinstance(getattr(new, name), Budget)}
             for name, value in new.model_dump(mode="json").items():
-                place = f"steps.{index}.{part}.{new.key}.{name}"
+                place = f"steps.{before.number}.{part}.{new.key}.{name}"
                 yield from _leaves(place, old.model_dump(mode="json")[name], value, name in always)
 
 

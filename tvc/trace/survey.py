@@ -245,5 +245,6 @@ def _layout(
         sites=(*vision, Site("projector", True), *language),
         used_vision_blocks=used,
         image_size=size,
+        in_order=identity and not packed,
         **fields,
     )

@@ -180,9 +180,10 @@ def capture_vision(
     inputs = VisionInputs({name: value.to(device) for name, value in inputs.tensors.items()}, inputs.constants)
     module = VisionPath(model, host, sample, inputs)
     arguments = tuple(inputs.tensors.values())
-    every = tuple(dict.fromkeys(range(value.dim()), AUTO) for value in arguments)
-    # Some encoders compute with the image's size in ways that only work for numbers: for them it stays as it is.
+    # Some encoders compute with the image's size in ways that only work for numbers: for them it stays as it is. So it
+    # does where cuts follow each other inside the encoder: every one makes the expression of the length longer.
     first = tuple({0: AUTO} for _ in arguments)
+    every = first if len(sites) > 1 else tuple(dict.fromkeys(range(value.dim()), AUTO) for value in arguments)
     with tracing(model), _marked(model, sites):
         try:
             exported, dynamic = torch.export.export(module, arguments, dynamic_shapes=(every,), strict=False), every

@@ -118,12 +118,8 @@ class EncoderTaps:
         received, start = [], 0
         whole = sum(c.query.shape[0] * c.query.shape[2] for c in calls) if len(calls) > 1 else 0
         for call in calls:
-            batch, count, length, _ = call.query.shape
-            key = call.key.float().repeat_interleave(count // call.key.shape[1], 1)
-            weights = call.query.float() @ key.transpose(2, 3) * call.scale
-            if call.mask is not None:
-                weights = weights.masked_fill(~_boolean(call.mask), float("-inf"))
-            weights = weights.softmax(-1)
+            batch, _, length, _ = call.query.shape
+            weights = _weights(call, heads == "joined")
             rows = torch.ones(batch, length, device=weights.device)
             if of == "cls":
                 rows = (torch.arange(length, device=weights.device) == 0).float().expand(batch, -1)
@@ -133,10 +129,51 @@ class EncoderTaps:
                 rows = rows * _boolean(call.mask).expand(batch, 1, length, length)[:, 0, 0].float()
             by_head = (weights * rows[:, None, :, None]).sum(2)
             by_head = by_head / (whole or rows.sum(1)[:, None, None].clamp(min=1))  # packed images share one mean
-            pooled = {"mean": by_head.mean(1), "sum": by_head.sum(1), "max": by_head.amax(1)}[heads]
+            mean = by_head.mean(1)
+            pooled = {"mean": mean, "joined": mean, "sum": by_head.sum(1), "max": by_head.amax(1)}[heads]
             received.append(pooled.flatten())
             start += batch * length
         return self._pooled(torch.cat(received)[:, None])[:, 0]
+
+    def of_global(self, calls: list[Seen], above: float) -> torch.Tensor:
+        """[visual tokens] the attention that those tokens pay which receive more than `above` times the mean of it.
+
+        Where no token does, the one that receives most pays. Tiles are judged apart, packed images together.
+        """
+        tiles = [
+            (paid, alive) for call in calls for paid, alive in zip(_weights(call).mean(1), _alive(call), strict=True)
+        ]
+        if len(calls) > 1:
+            tiles = [(torch.block_diag(*(paid for paid, _ in tiles)), torch.cat([alive for _, alive in tiles]))]
+        received = []
+        for paid, alive in tiles:
+            mass = paid[alive].mean(0)
+            payers = alive & (mass > above * mass[alive].mean())
+            payers |= alive & (mass == mass[alive].max()) & ~payers.any()
+            received.append(paid[payers].mean(0))
+        return self._pooled(torch.cat(received)[:, None])[:, 0]
+
+
+def _alive(call: Seen) -> torch.Tensor:
+    """[batch, length] bool: tokens that may be attended to, and so were not dropped."""
+    batch, _, length, _ = call.query.shape
+    if call.mask is None:
+        return torch.ones(batch, length, dtype=torch.bool, device=call.query.device)
+    return _boolean(call.mask).expand(batch, 1, length, length)[:, 0, 0]
+
+
+def _weights(call: Seen, joined: bool = False) -> torch.Tensor:
+    """[batch, heads, length, length] what each token pays to each; `joined`: as one head of the full width."""
+    count = call.query.shape[1]
+    key = call.key.float().repeat_interleave(count // call.key.shape[1], 1)
+    weights = call.query.float() @ key.transpose(2, 3) * call.scale
+    mask = None if call.mask is None else _boolean(call.mask)
+    if joined:
+        weights = weights.sum(1, keepdim=True) * count**-0.5
+        mask = None if mask is None else mask.all(1, keepdim=True)
+    if mask is not None:
+        weights = weights.masked_fill(~mask, float("-inf"))
+    return weights.softmax(-1)
 
 
 def _boolean(mask: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,9 @@ from tvc.kernels.op import Attention, Tap
 from tvc.trace.host import feature_owner
 from tvc.trace.layout import blocks
 from tvc.trace.observe import Observer, Seen, observed, replaced
+from tvc.verification.branches import changes, watched
 from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
-from tvc.verification.steps import Outcome, Sample, carry_out
+from tvc.verification.steps import Outcome, Sample, carry_out, text_that_rates
 
 
 @dataclasses.dataclass
@@ -74,6 +75,12 @@ class _Oracle(Observer):
         self.lengths: list[int] = []
         self.samples: list[Sample] = []
         self.tiles: list[Sample] = []
+        self.proportional = False  # sizes of tokens are added to the encoder's logits from here on
+        self.transitions: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {
+            int((tap.layer or "").removeprefix("language.")): [] for tap in taps if tap.kind == "transition"
+        }
+        self.rates = any("raters" in tap.of for tap in taps)
+        self.raters: list[torch.Tensor] = []  # per sample the columns of the text that rates
         self.probing = False
         self.rotary: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
 
@@ -101,6 +108,7 @@ class _Oracle(Observer):
             if rotary is not None:
                 handle = rotary.register_forward_hook(self._rotated, with_kwargs=True)
                 stack.callback(handle.remove)
+            stack.enter_context(watched(self.model, self.transitions))
             steps = self.case.tokens.shape[1] + 1
             if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
                 inputs["logits_to_keep"] = steps
@@ -140,6 +148,8 @@ class _Oracle(Observer):
         if index == 0:
             self._enter_decoder()
             hidden = self._steps_at("projector", hidden, block, arguments)
+            if self.rates:
+                self.raters = [text_that_rates(sample, hidden[sample.row]) for sample in self.samples]
         if f"language.{index}" in self.tapped:
             self.inputs_of[f"language.{index}"] = hidden
         hidden = self._steps_at(f"language.{index}", hidden, block, arguments)
@@ -153,7 +163,7 @@ class _Oracle(Observer):
 
     def attention(self, component: str, index: int, seen: Seen) -> torch.Tensor | None:
         name = f"{component}.{index}"
-        if component == "vision" and self.tiles and name != "vision.0":
+        if component == "vision" and self.tiles and (name != "vision.0" or name in self.steps):
             seen.mask = self._tile_mask(seen)
         if name in self.tapped:
             self.seen.setdefault(name, []).append(dataclasses.replace(seen))
@@ -212,8 +222,16 @@ class _Oracle(Observer):
     def _tile_mask(self, seen: Seen) -> torch.Tensor:
         alive = self.tile_alive[:, None, None, :].to(seen.query.device)
         if seen.mask is None:
-            return alive.expand(-1, 1, seen.query.shape[2], -1)
-        return (seen.mask if seen.mask.dtype == torch.bool else seen.mask >= 0) & alive
+            allowed = alive.expand(-1, 1, seen.query.shape[2], -1)
+        else:
+            allowed = (seen.mask if seen.mask.dtype == torch.bool else seen.mask >= 0) & alive
+        if not self.proportional:
+            return allowed
+        sizes = torch.ones(self.tile_alive.shape, device=seen.query.device)
+        for tile in self.tiles:
+            sizes[tile.row, tile.slots] = tile.size
+        added = sizes.log().to(seen.query.dtype)[:, None, None, :].expand(allowed.shape)
+        return added.masked_fill(~allowed, float("-inf"))
 
     def _enter_decoder(self) -> None:
         ids = self.case.inputs["input_ids"]
@@ -282,6 +300,7 @@ class _Oracle(Observer):
                     hidden[sample.row, outcome.sample.slots] = outcome.feature.to(hidden.dtype)
                 samples[index] = outcome.sample if site != "projector" else outcome.sample.entering()
             self._mark_alive(samples, alive)
+            self.proportional |= step.merge is not None and step.merge.proportional
             self.expected.outcomes.append((number, site, outcomes))
         return hidden
 
@@ -324,6 +343,10 @@ class _Oracle(Observer):
         layer = tap.layer or ""
         if tap.kind == "ordinal":
             return sample.origin[None]
+        if tap.kind == "transition":
+            number = int(layer.removeprefix("language."))
+            there = self.expected.held[number][sample.row, : self.case.prompt].nonzero().flatten()
+            return changes(self.transitions[number], sample, there)[None]
         if not inside and layer.startswith("vision."):
             return self._encoder_tap(tap, primitive, sample)
         if tap.kind in ("feature", "text") and layer in self.inputs_of:
@@ -350,17 +373,22 @@ class _Oracle(Observer):
             return torch.full((1,), self.case.prompt - 1, device=sample.slots.device)
         if of == "text":
             return sample.text
+        if of == "raters":
+            return self.raters[sample.row]
         if of == "visual":
             return sample.slots
         if mask is None:
             return torch.cat([sample.text, sample.slots]).sort().values
-        attended = mask[0, 0].any(0)  # all that the tap's layer held: what any row may attend to
+        allowed = mask if mask.dtype == torch.bool else mask >= 0
+        attended = allowed[0, 0].any(0)  # all that the tap's layer held: what any row may attend to
         return (attended if inside else attended[: self.case.prompt]).nonzero().flatten()
 
     def _encoder_tap(self, tap: Tap, primitive: Any, sample: Sample) -> torch.Tensor:
         visual = self._visual_counts()
         taps, calls = EncoderTaps(self.map, sum(visual)), self.seen[str(tap.layer)]
-        if tap.kind == "attention":
+        if tap.kind == "attention" and primitive.key == "global":
+            values = taps.of_global(calls, primitive.above)
+        elif tap.kind == "attention":
             values = taps.attention(calls, tap.of[0], primitive.heads)
         else:
             values = taps.keys(calls)

@@ -124,7 +124,8 @@ def _gap(
 ) -> float:
     """How far the scores of the tokens that were decided differently lie from the cut of their image."""
     shift = slack * float(score.abs().max())
-    for moved in (score + shift, score - shift):  # thresholds and gates: everything moves at once
+    toward = shift * (wanted.float() - mine.float())  # what a selector makes of scores that rounding moved apart
+    for moved in (score + shift, score - shift, score + toward):  # thresholds and gates: everything moves at once
         index = decide(moved[None])[0]
         if torch.equal(index, wanted.nonzero().flatten()):
             return 0.0
@@ -155,7 +156,11 @@ class _ByHand:
         if not terms:
             return None
         parts = [(self._one(term.primitive), term.weight, term.normalize) for term in terms]
-        return combine(parts, self.sample.segment[None])
+        segment = self.sample.segment[None]
+        if step.exit is None and step.select.terms:
+            joined: torch.Tensor = step.select.joined([combine([part], segment) for part in parts], self.scope)
+            return joined
+        return combine(parts, segment)
 
     def _one(self, primitive: Any) -> torch.Tensor:
         taps = self._taps(primitive)
@@ -168,6 +173,10 @@ class _ByHand:
     def decide(self, score: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """(numbers of the visual tokens that stay, their merged values [K, D], their sizes [K])."""
         step, size = self.step, self.sample.size
+        if step.merge is not None:
+            index, feature, sizes = step.merge.apply(self.feature, size[None], self.scope, **self._taps(step.merge))
+            real = index[0] >= 0
+            return index[0][real], feature[0][real], sizes[0][real]
         if step.exit is not None:
             leaves = bool(step.exit.gate.apply(score, self.scope, **self._taps(step.exit.gate)).all())
             index = torch.arange(0 if leaves else len(size), device=size.device)
@@ -190,6 +199,23 @@ def _planned(step: Any, sample: Sample) -> tuple[int, bool]:
     if step.exit is not None:
         always = step.exit.gate.key == "always"
         return (0 if always else sum(counts)), always
+    if step.merge is not None:
+        return sum(step.merge.kept(counts)), True
     chosen = step.select.kept(counts)
     left = step.rest.kept(counts, chosen) if step.rest is not None else chosen
-    return sum(left), step.select.key != "threshold"
+    return sum(left), step.select.exact and (step.rest is None or step.rest.exact)
+
+
+def text_that_rates(sample: Sample, hidden: torch.Tensor) -> torch.Tensor:
+    """Columns of the text tokens that the visual tokens resemble more than the average one, from hidden states [S, D].
+
+    Text behind the last visual token, or all of it where none is behind. Where none stands out, all of it rates.
+    """
+    asked = sample.text
+    if len(sample.slots) and bool((asked > sample.slots.max()).any()):
+        asked = asked[asked > sample.slots.max()]
+    if not len(sample.slots):
+        return asked
+    shares = (hidden[sample.slots].double() @ hidden[asked].double().T).softmax(1).mean(0)
+    above = asked[shares > shares.mean()]
+    return above if len(above) else asked

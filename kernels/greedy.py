@@ -1,0 +1,115 @@
+"""What the greedy selectors share: directions, the best token of each segment, and the loop that takes them.
+
+Every round takes one token of each segment whose budget is not spent, so a prompt with many images needs no more
+rounds than its largest budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from tvc.kernels.loop import State, repeat
+from tvc.kernels.segments import budgets, pack, per_token
+
+# Rows of a similarity matrix that are in memory at once where only their extremes are wanted.
+BLOCK = 256
+EQUAL = 1e-6
+
+
+def directions(feature: torch.Tensor) -> torch.Tensor:
+    """[B, V, D] float32: rows of length 1; zeros and what is not finite become zeros."""
+    feature = feature.float()
+    ones = torch.ones(feature.shape[2], 1, device=feature.device)
+    # A sum along D as a matrix product: with V = 0 ONNX Runtime leaves a reduced axis in place.
+    length = ((feature * feature) @ ones).sqrt()
+    return torch.nan_to_num(feature / length.clamp(min=1e-12), 0.0, 0.0, 0.0)
+
+
+def rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[B, K, D]: the rows of `values [B, V, D]` at `index [B, K]`."""
+    return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
+
+
+def best(
+    value: torch.Tensor, free: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor, unit: float
+) -> torch.Tensor:
+    """[B, N] int64: in each segment the free token with the highest value [B, V], the first of equals.
+
+    Values count as equal within EQUAL of the highest, or of `unit` where that is larger: duplicates are common, and
+    the last bits of their values differ between runtimes. Means nothing for a segment without a free token; V >= 1.
+    """
+    numbers = torch.arange(counts.shape[1], device=segment.device)[:, None]
+    open_here = (segment[:, None, :] == numbers) & free[:, None, :]
+    value = torch.where(open_here, value[:, None, :], float("-inf"))
+    top = value.amax(2, keepdim=True)
+    return (value >= top - EQUAL * top.abs().clamp(min=unit)).float().argmax(2)
+
+
+def to_picked(unit: torch.Tensor, picked: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+    """[B, V] float32: the cosine of each token of `unit [B, V, D]` with the one picked [B, N] in its segment."""
+    cosine = unit @ rows(unit, picked).transpose(1, 2)  # [B, V, N]
+    return cosine.gather(2, segment.clamp(min=0)[:, :, None]).squeeze(2)
+
+
+def nearest(unit: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+    """[B, V] float32: the highest cosine of each token with another one of its segment; -2 where it is alone.
+
+    Takes O(B V BLOCK) memory.
+    """
+    V = segment.shape[1]
+    place = torch.arange(V, device=segment.device)
+    within = torch.arange(BLOCK, device=segment.device)
+
+    def block(number: torch.Tensor, closest: torch.Tensor) -> State:
+        at = (number * BLOCK + within).clamp(max=V - 1).expand(segment.shape[0], -1)
+        other = (segment.gather(1, at)[:, :, None] == segment[:, None, :]) & (at[:, :, None] != place)
+        cosine = rows(unit, at) @ unit.transpose(1, 2)
+        return (closest.scatter(1, at, torch.where(other, cosine, -2.0).amax(2)),)
+
+    blocks = torch.full((), 1, dtype=torch.int64, device=segment.device) * ((V + BLOCK - 1) // BLOCK)
+    return repeat(block, (torch.zeros(segment.shape, device=segment.device),), blocks)[0]
+
+
+Value = Callable[..., torch.Tensor]
+After = Callable[..., State]
+
+
+def take(
+    value: Value,
+    after: After,
+    state: State,
+    segment: torch.Tensor,
+    counts: torch.Tensor,
+    permille: int,
+    count: int,
+    slots: int,
+    unit: float = 0.0,
+) -> torch.Tensor:
+    """[B, slots] int64: the tokens that a greedy rule takes, ascending, pads (-1) first.
+
+    Args:
+        value: (round, *state) -> [B, V] float32; in each segment the free token with the highest value is taken.
+        after: (round, picked [B, N], *state) -> the state behind the round.
+        state: float tensors that the rule remembers.
+        segment, counts, permille, count, slots: as for every selector.
+        unit: size of the numbers that values are made of, where a value itself may be near 0.
+    """
+    budget = budgets(counts, permille, count)
+    place = torch.arange(segment.shape[1], device=segment.device)
+
+    def one(number: torch.Tensor, free: torch.Tensor, *now: torch.Tensor) -> State:
+        picked = best(value(number, *now), free, segment, counts, unit)
+        taken = (place == per_token(picked, segment)) & (number < per_token(budget, segment))
+        return free & ~taken, *after(number, picked, *now)
+
+    # One column of zeros keeps the largest budget defined for N = 0.
+    rounds = torch.nn.functional.pad(budget, (0, 1)).amax((0, 1))
+    free = repeat(one, (segment >= 0, *state), rounds)[0]
+    return pack((segment >= 0) & ~free, slots)
+
+
+def of_slots(segment: torch.Tensor, slots: int) -> torch.Tensor:
+    """The shape of a selector's result, for its fake kernel."""
+    return segment.new_empty(segment.shape[0], slots)

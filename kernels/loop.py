@@ -1,0 +1,39 @@
+"""repeat: a loop whose number of rounds is a size or a tensor, as one node of a graph.
+
+Greedy selectors take one token after another. Run eagerly that is a Python loop; while a graph is exported it becomes
+one `while_loop` node, which ONNX writes as `Loop` and TorchScript as `while`, so that no graph grows with a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch._higher_order_ops.while_loop import while_loop
+
+State = tuple[torch.Tensor, ...]
+
+
+def repeat(body: Callable[..., State], state: State, rounds: torch.Tensor) -> State:
+    """What `state` is after `rounds` times `state = body(number of the round, *state)`.
+
+    Args:
+        body: a pure function of an int64 scalar tensor and the state; it returns new tensors of the same shapes, dtypes
+            and devices, none of them an argument itself. It may read tensors and sizes around it.
+        state: tensors, none of them a view of another or of what the body reads.
+        rounds: int64 scalar tensor, at least 0. With 0 rounds the state comes back as it is.
+    """
+    if not torch.compiler.is_exporting():
+        for number in range(int(rounds)):
+            state = body(torch.tensor(number, device=state[0].device), *state)
+        return state
+
+    def going_on(number: torch.Tensor, *unused: torch.Tensor) -> torch.Tensor:
+        return number < rounds
+
+    def once(number: torch.Tensor, *now: torch.Tensor) -> State:
+        return number + 1, *body(number, *now)
+
+    first = torch.zeros((), dtype=torch.int64, device=state[0].device)
+    last: State = while_loop(going_on, once, (first, *state))
+    return last[1:]

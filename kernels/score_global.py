@@ -1,0 +1,97 @@
+"""global_score: how much attention each visual token receives from the tokens that receive most of it themselves.
+
+Shapes:  as attention_score: query [B, H, Q, d], key [B, G, N, d], mask [B|1, 1|H, Q, N] bool or None, rows [B, R],
+         columns [B, V, g] -> [B, V] float32. Row q of the query is key N - Q + q.
+Rule:    softmax over all N keys in float32, mean over heads. A row is global where what it receives from the rows,
+         on average, exceeds `above` times the mean over the rows; where none does, the one that receives most is. The
+         score is the mean over the global rows, then over the g keys.
+Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
+Memory:  O(B H R N).
+
+Reference: VFlowOpt, arXiv 2508.05211 (importance map). Deviation: the published code gives NaN where no row is global.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from tvc.kernels.op import Attention, Score, Tap, op, primitive
+
+
+def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
+    torch.manual_seed(0)
+    for batch, heads, groups, length, past, width in ((1, 4, 4, 7, 0, 8), (2, 6, 2, 9, 2, 4), (3, 4, 1, 5, 0, 16)):
+        query, key = torch.randn(batch, heads, length, width), torch.randn(batch, groups, past + length, width)
+        causal = torch.ones(length, past + length, dtype=torch.bool).tril(past)[None, None]
+        every = torch.arange(length).repeat(batch, 1)
+        some = torch.where(every < length - 3, every, -1)
+        single = torch.arange(1, 4)[None, :, None].repeat(batch, 1, 1)
+        paired = torch.tensor([[[-1, -1], [0, 1], [2, 3], [4, -1]]]).repeat(batch, 1, 1)
+        name, scale = f"B{batch}-H{heads}-G{groups}", width**-0.5
+        yield f"{name}-all-rows", (query, key, None, every, single, scale, 1.0)
+        yield f"{name}-some-rows", (query, key, causal, some, paired, scale, 0.5)
+        yield f"{name}-none-above", (query, key, causal, every, paired, scale, 1e3)
+        yield f"{name}-no-rows", (query, key, causal, torch.full((batch, 2), -1), single, scale, 1.0)
+
+
+@op(_cases)
+def global_score(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    scale: float,
+    above: float,
+) -> torch.Tensor:
+    """[B, V] float32: the mean attention that the global ones among `rows` pay to `columns`."""
+    batch, head_count, length, width = query.shape
+    groups, keys, row_count = key.shape[1], key.shape[2], rows.shape[1]
+    row = rows.clamp(min=0)[:, None, :, None]
+    picked = query.gather(2, row.expand(batch, head_count, row_count, width)).float()
+    picked = picked.reshape(batch, groups, head_count // groups * row_count, width)
+    logits = (picked @ key.float().transpose(2, 3) * scale).reshape(batch, head_count, row_count, keys)
+    if mask is not None:
+        allowed = mask.expand(batch, mask.shape[1], mask.shape[2], keys)
+        allowed = allowed.gather(2, row.expand(batch, mask.shape[1], row_count, keys))
+        logits = logits.masked_fill(~allowed, torch.finfo(torch.float32).min)
+    paid = logits.softmax(-1)
+
+    def received(payer: torch.Tensor) -> torch.Tensor:
+        """[B, N]: the mean over the rows that `payer [B, R]` marks, and over heads, which come last: R may be 0."""
+        share = payer / payer.sum(1, keepdim=True).clamp(min=1)
+        return (paid * share[:, None, :, None]).sum(2).mean(1)
+
+    scoring = (rows >= 0).float()
+    own = received(scoring).gather(1, rows.clamp(min=0) + keys - length) * scoring
+    mean = own.sum(1, keepdim=True) / scoring.sum(1, keepdim=True).clamp(min=1)
+    # One more column keeps the highest defined where there are no rows.
+    most = torch.nn.functional.pad(own, (0, 1)).amax(1, keepdim=True)
+    pooled = received(((own > above * mean) | (own == most)).float() * scoring)
+    taken = pooled.gather(1, columns.clamp(min=0).flatten(1)).reshape(columns.shape)
+    present = (columns >= 0).float()
+    # Sums over g are matrix products: with V = 0 ONNX Runtime leaves a reduced axis in place.
+    ones = torch.ones(columns.shape[2], 1, device=columns.device)
+    return ((taken * present) @ ones / (present @ ones).clamp(min=1)).squeeze(2)
+
+
+@primitive
+class GlobalScore(Score):
+    """The attention a visual token receives in one layer from those tokens that gather most of the attention."""
+
+    key: ClassVar[str] = "global"
+    shorthand: ClassVar[str | None] = "above"
+    above: float = Field(28.7, gt=0, allow_inf_nan=False, description="times the mean that a token must receive to pay")
+    of: Literal["all"] = Field("all", description="who may pay: every token of the layer")
+    layer: str = Field("previous", description="previous, self, language.K or vision.K")
+
+    def taps(self) -> dict[str, Tap]:
+        return {"attention": Tap("attention", self.layer, (self.of,))}
+
+    def apply(self, attention: Attention) -> torch.Tensor:
+        query, key, mask, rows, columns, scale = attention
+        return global_score.overload(query, key, mask, rows, columns, scale, self.above)

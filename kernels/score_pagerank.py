@@ -1,0 +1,102 @@
+"""pagerank_score: where attention leads that is followed from token to token.
+
+Shapes:  query [B, H, Q, d], key [B, G, N, d] (G divides H), mask [B|1, 1|H, Q, N] bool or None (everything),
+         rows [B, R] int64 rows of the query between which attention is followed, columns [B, V, g] int64 keys of each
+         visual token -> [B, V] float32
+Rule:    in every head a walker starts at each row alike and moves `rounds` times along the softmax over all N keys of
+         q k scale / temperature, in float32. The score is the root mean square over the heads of the chance to end at
+         a token, mean over the g keys. A walk that leaves the rows (into the cache) is lost; nothing is damped.
+Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
+Memory:  O(B H R N): the rule is about that matrix.
+
+Reference: AIM, arXiv 2412.03248 (temperature 0.1, 5 steps).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from tvc.kernels.op import Attention, Score, Tap, op, primitive
+
+
+def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
+    torch.manual_seed(0)
+    for batch, heads, groups, length, width in ((1, 2, 2, 5, 4), (2, 4, 2, 7, 4), (3, 2, 1, 4, 8)):
+        query, key = torch.randn(batch, heads, length, width), torch.randn(batch, groups, length, width)
+        causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        every = torch.arange(length).repeat(batch, 1)
+        some = torch.where(every < 1, -1, every)
+        single = torch.arange(1, 4)[None, :, None].repeat(batch, 1, 1)
+        paired = torch.tensor([[[-1, -1], [0, 1], [2, 3], [3, -1]]]).repeat(batch, 1, 1)
+        name, scale = f"B{batch}-H{heads}-G{groups}", width**-0.5
+        yield f"{name}-all", (query, key, causal, every, single, scale, 0.5, 5)
+        yield f"{name}-some", (query, key, causal, some, paired, scale, 1.0, 2)
+        yield f"{name}-no-rows", (query, key, None, torch.full((batch, 2), -1), single, scale, 0.5, 3)
+    query, key = torch.randn(2, 2, 3, 4), torch.randn(2, 1, 8, 4)
+    ahead = torch.ones(3, 8, dtype=torch.bool).tril(5)[None, None]
+    columns = torch.tensor([[[5], [6]], [[-1], [7]]])
+    yield "behind-a-cache", (query, key, ahead, torch.arange(3).repeat(2, 1), columns, 0.5, 1.0, 2)
+    yield "no-visual-token", (query, key, ahead, torch.arange(3).repeat(2, 1), columns[:, :0], 0.5, 1.0, 2)
+
+
+@op(_cases)
+def pagerank_score(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    scale: float,
+    temperature: float,
+    rounds: int,
+) -> torch.Tensor:
+    """[B, V] float32: where `rounds` steps along the attention lead."""
+    batch, head_count, _, width = query.shape
+    groups, keys, row_count = key.shape[1], key.shape[2], rows.shape[1]
+    past = keys - query.shape[2]
+    row = rows.clamp(min=0)[:, None, :, None]
+    picked = query.gather(2, row.expand(batch, head_count, row_count, width)).float()
+    picked = picked.reshape(batch, groups, head_count // groups * row_count, width)
+    logits = (picked @ key.float().transpose(2, 3) * (scale / temperature)).reshape(batch, head_count, row_count, keys)
+    if mask is not None:
+        allowed = mask.expand(batch, mask.shape[1], mask.shape[2], keys)
+        allowed = allowed.gather(2, row.expand(batch, mask.shape[1], row_count, keys))
+        # The lowest finite number, not -inf: a row that may attend to nothing stays free of NaN.
+        logits = logits.masked_fill(~allowed, torch.finfo(torch.float32).min)
+    real = (rows >= 0).float()
+    place = rows.clamp(min=0) + past
+    to = place[:, None, None, :].expand(batch, head_count, row_count, row_count)
+    moves = logits.softmax(-1).gather(3, to) * real[:, None, None, :]
+    chance = (real / real.sum(1, keepdim=True).clamp(min=1))[:, None, None, :].expand(batch, head_count, 1, row_count)
+    for _ in range(rounds):
+        chance = chance @ moves
+    rank = chance.square().mean(1).squeeze(1).sqrt() * real  # [B, R]
+    # Column 0 takes the pads and is cut off.
+    spread = torch.zeros(batch, keys + 1, device=query.device).scatter(1, torch.where(rows < 0, 0, place + 1), rank)
+    taken = spread[:, 1:].gather(1, columns.clamp(min=0).flatten(1)).reshape(columns.shape)
+    present = (columns >= 0).float()
+    # Sums over g are matrix products: with V = 0 ONNX Runtime leaves a reduced axis in place.
+    ones = torch.ones(columns.shape[2], 1, device=columns.device)
+    return ((taken * present) @ ones / (present @ ones).clamp(min=1)).squeeze(2)
+
+
+@primitive
+class PageRankScore(Score):
+    """Where attention leads that is followed from token to token for a few steps."""
+
+    key: ClassVar[str] = "pagerank"
+    components: ClassVar[tuple[str, ...]] = ("language",)
+    layer: str = Field("previous", description="the layer of the attention: previous, self or language.K")
+    temperature: float = Field(0.1, gt=0, allow_inf_nan=False)
+    rounds: int = Field(5, ge=1, le=16)
+
+    def taps(self) -> dict[str, Tap]:
+        return {"attention": Tap("attention", self.layer, ("all",))}
+
+    def apply(self, attention: Attention) -> torch.Tensor:
+        score: torch.Tensor = pagerank_score.overload(*attention, self.temperature, self.rounds)
+        return score

@@ -1,0 +1,144 @@
+"""coverage_keep: tokens of each segment that together stand for the text and for all of the segment.
+
+Shapes:  feature [B, V, D] float, text [B, T, D] float, valid [B, T] bool, segment [B, V] int64 (-1 pads),
+         counts [B, N] int64 -> [B, slots] int64 ascending, pads (-1) first
+Rule:    what is to be covered, each with the tokens of one segment that could cover it, by softmax of the cosine:
+           text row t, weight 1 / (valid text rows):        softmax(cos(t, .) / text_temperature)
+           token i of the segment, weight visual / (size):  softmax(cos(i, .) / visual_temperature)
+         The value of a set is the sum over rows of weight x the best covering; each round takes the free token that
+         adds most to it. Float32. A vector without a direction (zeros, NaN) has cosine 0 with all.
+Budget:  `count` tokens of each segment where count > 0, else permille / 1000 of its tokens, rounded down.
+Ties:    the lower index wins, within 1e-6 of the best value; a token is never taken twice.
+Memory:  O(B V (T + V)): the method is defined by this matrix.
+
+Reference: MMTok, arXiv 2508.18264 (multi-modal coverage).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from tvc.kernels.budget import Budget
+from tvc.kernels.greedy import directions, of_slots, take
+from tvc.kernels.loop import State
+from tvc.kernels.op import Scope, Select, Tap, op, primitive
+from tvc.kernels.segments import per_token
+
+
+def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
+    torch.manual_seed(0)
+    segment = torch.tensor([[-1, -1, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0, 0], [-1, 0, 1, 1, 1, 1, 1]])
+    counts = torch.tensor([[3, 2], [7, 0], [1, 5]])
+    feature, text = torch.randn(3, 7, 8), torch.randn(3, 3, 8)
+    valid = torch.tensor([[True, True, False], [True, False, False], [True, True, True]])
+    plain = (feature, text, valid, segment, counts)
+    yield "share-half", (*plain, 0.02, 0.2, 0.5, 500, 0, 3)
+    yield "share-all", (*plain, 0.02, 0.2, 0.5, 1000, 0, 7)
+    yield "count-two", (*plain, 0.5, 0.2, 0.5, 0, 2, 4)
+    yield "count-above-all", (*plain, 0.02, 0.2, 0.5, 0, 9, 18)
+    yield "keep-one", (*plain, 0.02, 0.2, 0.5, 0, 1, 2)
+    yield "text-alone", (*plain, 0.5, 0.2, 0.0, 0, 2, 4)
+    yield "no-text", (feature, text, torch.zeros(3, 3, dtype=torch.bool), segment, counts, 0.02, 0.2, 0.5, 0, 2, 4)
+    yield "all-equal", (torch.ones(3, 7, 8), text, valid, segment, counts, 0.02, 0.2, 0.5, 500, 0, 3)
+    nothing = (feature[:, :0], text, valid, segment[:, :0], torch.zeros(3, 0, dtype=torch.int64))
+    yield "nothing", (*nothing, 0.02, 0.2, 0.5, 250, 0, 0)
+    one = (torch.randn(1, 1, 4), torch.randn(1, 2, 4), torch.ones(1, 2, dtype=torch.bool))
+    yield "one-token", (*one, torch.tensor([[0]]), torch.tensor([[1]]), 0.02, 0.2, 0.5, 0, 1, 1)
+
+
+def _fake(
+    feature: torch.Tensor,
+    text: torch.Tensor,
+    valid: torch.Tensor,
+    segment: torch.Tensor,
+    counts: torch.Tensor,
+    text_temperature: float,
+    visual_temperature: float,
+    visual: float,
+    permille: int,
+    count: int,
+    slots: int,
+) -> torch.Tensor:
+    return of_slots(segment, slots)
+
+
+@op(_cases, fake=_fake)
+def coverage_keep(
+    feature: torch.Tensor,
+    text: torch.Tensor,
+    valid: torch.Tensor,
+    segment: torch.Tensor,
+    counts: torch.Tensor,
+    text_temperature: float,
+    visual_temperature: float,
+    visual: float,
+    permille: int,
+    count: int,
+    slots: int,
+) -> torch.Tensor:
+    """[B, slots] int64: tokens of each segment that together stand for the text and the segment."""
+    unit = directions(feature)
+    same = (segment[:, :, None] == segment[:, None, :]) & (segment >= 0)[:, :, None]
+    # Cosines are at most 1, so exp((cos - 1) / temperature) needs no maximum along an axis that may be empty.
+    power = torch.exp((unit @ unit.transpose(1, 2) - 1.0) / visual_temperature)
+    sizes = per_token(counts, segment).clamp(min=1)
+    share = visual / sizes[:, :, None].float()
+    seen = _row_shares(power, same) * share  # [B, V, V] row i: how well each token covers token i
+    # A text row is to be covered in every segment on its own: its softmax runs over one segment's tokens.
+    power = torch.exp((directions(text) @ unit.transpose(1, 2) - 1.0) / text_temperature)
+    whole = power @ same.float()  # [B, T, V]: the sum over the segment of each column
+    asked = valid.float()[:, :, None] / valid.sum(1).clamp(min=1)[:, None, None]
+    told = torch.where((segment >= 0)[:, None, :], power / whole.clamp(min=1e-30), 0.0) * asked
+    cover = torch.cat([told, seen], 1)  # [B, T + V, V]
+
+    def value(number: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
+        # `covered` of a text row differs by segment and is kept per column: that of the column's own segment.
+        return (cover - covered).clamp(min=0.0).sum(1)
+
+    def after(number: torch.Tensor, picked: torch.Tensor, covered: torch.Tensor) -> State:
+        token = per_token(picked, segment)
+        return (torch.maximum(covered, cover.gather(2, token[:, None, :].expand_as(cover))),)
+
+    return take(value, after, (torch.zeros_like(cover),), segment, counts, permille, count, slots)
+
+
+def _row_shares(power: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
+    power = torch.where(same, power, 0.0)
+    ones = torch.ones(power.shape[2], 1, device=power.device)
+    return power / (power @ ones).clamp(min=1e-30)
+
+
+@primitive
+class Coverage(Select):
+    """Tokens stay that together cover the text and the whole picture best (maximum coverage)."""
+
+    key: ClassVar[str] = "coverage"
+    shorthand: ClassVar[str | None] = "keep"
+    needs_score: ClassVar[bool] = False
+    keep: Budget = Field(description="what stays of each scope")
+    visual: float = Field(0.5, ge=0, description="weight of covering the picture; covering the text weighs 1")
+    text_temperature: float = Field(0.02, gt=0, description="of the softmax over the tokens that cover a text token")
+    visual_temperature: float = Field(0.2, gt=0, description="of the softmax over the tokens that cover a token")
+
+    def taps(self) -> dict[str, Tap]:
+        return {"feature": Tap("feature"), "text": Tap("text")}
+
+    def apply(
+        self,
+        score: torch.Tensor | None,
+        scope: Scope,
+        feature: torch.Tensor,
+        text: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        budget = self.keep
+        slots = budget.slots(scope.segment.shape[1], scope.number)
+        weights = (self.text_temperature, self.visual_temperature, self.visual)
+        arguments = (scope.segment, scope.counts, *weights, budget.permille or 0, budget.count or 0, slots)
+        return coverage_keep.overload(feature, *text, *arguments)
+
+    def kept(self, counts: list[int]) -> list[int]:
+        return [self.keep.kept(count) for count in counts]

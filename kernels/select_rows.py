@@ -1,0 +1,99 @@
+"""rows_keep: whole rows of the grid of each segment, those with the highest sum of scores.
+
+Shapes:  score [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64
+         -> [B, slots] int64 ascending, pads (-1) first
+Rows:    places 0..columns-1 of a segment, the next `columns` of them, and so on. Tokens behind the last whole row
+         are in none and never stay.
+Budget:  `count` tokens of each segment where count > 0, else permille / 1000 of its tokens, rounded down to whole rows.
+Ties:    the upper row wins. A row with a NaN ranks last.
+Slots:   at least what any sample keeps; a sample that keeps less is padded.
+Memory:  O(B V).
+
+Reference: FoPru, arXiv 2411.14164, the row strategy; no published code to compare with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from tvc.kernels.budget import Budget
+from tvc.kernels.op import Scope, Select, op, primitive
+from tvc.kernels.segments import budgets, pack, per_token, ranks, starts
+from tvc.kernels.select_anchors import no_columns
+
+
+def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
+    torch.manual_seed(0)
+    segment = torch.tensor([[-1, -1, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0, 0, 0, 0], [-1, 0, 1, 1, 1, 1, 1, 1, 1]])
+    counts = torch.tensor([[4, 3], [9, 0], [1, 7]])
+    score = torch.randn(3, 9)
+    yield "share-half", (score, segment, counts, 500, 0, 2, 4)
+    yield "share-all", (score, segment, counts, 1000, 0, 3, 9)
+    yield "one-column", (score, segment, counts, 500, 0, 1, 4)
+    yield "count-four", (score, segment, counts, 0, 4, 3, 6)
+    yield "less-than-a-row", (score, segment, counts, 0, 2, 3, 0)
+    yield "count-above-all", (score, segment, counts, 0, 20, 2, 40)
+    yield "equal-scores", (torch.zeros(3, 9), segment, counts, 500, 0, 2, 4)
+    yield (
+        "tied-rows",
+        (torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0, 1.0, 0.0, 3.0, 0.0]]).repeat(3, 1), segment, counts, 0, 4, 2, 8),
+    )
+    yield "nan", (score.masked_fill(torch.rand(3, 9) > 0.8, float("nan")), segment, counts, 500, 0, 2, 4)
+    interleaved = torch.tensor([[1, 0, 1, 0, -1, 1, 0, 0, 0, 1]])
+    yield "interleaved", (torch.randn(1, 10), interleaved, torch.tensor([[5, 4]]), 0, 3, 2, 4)
+    nothing = (score[:, :0], segment[:, :0], torch.zeros(3, 0, dtype=torch.int64))
+    yield "no-visual-token", (*nothing, 500, 0, 2, 0)
+    whole = torch.zeros(1, 576, dtype=torch.int64)
+    yield "V576", (torch.randn(1, 576), whole, torch.tensor([[576]]), 250, 0, 24, 144)
+
+
+@op(_cases)
+def rows_keep(
+    score: torch.Tensor,
+    segment: torch.Tensor,
+    counts: torch.Tensor,
+    permille: int,
+    count: int,
+    columns: int,
+    slots: int,
+) -> torch.Tensor:
+    """[B, slots] int64: the best rows of each segment."""
+    width, number = segment.shape[1], counts // columns
+    place, start = ranks(segment, counts), starts(segment, counts)
+    member = (segment >= 0) & (place // columns < per_token(number, segment))
+    head = member & (place % columns == 0)
+    # The spot of each token's row is that of its first token; one more column takes the others.
+    row = torch.where(member, start + place // columns * columns, width)
+    empty = torch.zeros(segment.shape[0], width + 1, device=segment.device)
+    total = empty.scatter_add(1, row, torch.where(member, score.float(), 0.0)).gather(1, row)
+    rank = ranks(torch.where(head, segment, -1), number, total)
+    of_row = torch.zeros_like(empty, dtype=torch.int64).scatter(1, torch.where(head, row, width), rank)
+    stay = per_token(budgets(counts, permille, count) // columns, segment)
+    return pack(member & (of_row.gather(1, row) < stay), slots)
+
+
+@primitive
+class Rows(Select):
+    """Whole rows of the grid stay: those whose tokens have the highest sum of scores."""
+
+    key: ClassVar[str] = "rows"
+    shorthand: ClassVar[str | None] = "keep"
+    keep: Budget = Field(description="what stays of each scope, rounded down to whole rows")
+    columns: int | None = Field(None, gt=0, description="tokens in a row of the grid; default: those of the model")
+
+    def apply(self, score: torch.Tensor | None, scope: Scope) -> torch.Tensor:
+        if self.columns is None:
+            raise no_columns("rows")
+        budget = self.keep
+        slots = budget.slots(scope.segment.shape[1], scope.number) // self.columns * self.columns
+        rule = (budget.permille or 0, budget.count or 0, self.columns, slots)
+        return rows_keep.overload(score, scope.segment, scope.counts, *rule)
+
+    def kept(self, counts: list[int]) -> list[int]:
+        if self.columns is None:
+            raise no_columns("rows")
+        return [self.keep.kept(count) // self.columns * self.columns for count in counts]
