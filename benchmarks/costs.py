@@ -27,7 +27,9 @@ TEXT_TOKENS = 64
 
 def llava(vision: dict[str, Any], text: dict[str, Any]) -> torch.nn.Module:
     """LLaVA's architecture in these sizes, without weights."""
-    config = transformers.LlavaConfig(vision_config=vision, text_config={"model_type": "llama", **text})
+    strategy = "default" if vision["model_type"].startswith("clip") else "full"  # without the CLS token, or all
+    parts = {"vision_config": vision, "text_config": {"model_type": "llama", **text}}
+    config = transformers.LlavaConfig(**parts, vision_feature_select_strategy=strategy)
     with torch.device("meta"):
         return transformers.LlavaForConditionalGeneration(config)
 

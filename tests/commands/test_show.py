@@ -23,7 +23,8 @@ class Keeper:
         self.config = support.build_model(family).config
         merge, drop = types.SimpleNamespace(key="merge"), types.SimpleNamespace(key="drop")
         steps = [
-            types.SimpleNamespace(site=site, rest=rest) for site, rest in (("language.2", merge), ("language.4", drop))
+            types.SimpleNamespace(site=site, rest=rest, merge=None)
+            for site, rest in (("language.2", merge), ("language.4", drop))
         ]
         self.policy = types.SimpleNamespace(steps=steps)
 

@@ -124,17 +124,21 @@ def _gap(
 ) -> float:
     """How far the scores of the tokens that were decided differently lie from the cut of their image."""
     shift = slack * float(score.abs().max())
-    toward = shift * (wanted.float() - mine.float())  # what a selector makes of scores that rounding moved apart
-    for moved in (score + shift, score - shift, score + toward):  # thresholds and gates: everything moves at once
-        index = decide(moved[None])[0]
-        if torch.equal(index, wanted.nonzero().flatten()):
-            return 0.0
+
+    def explains(moved: torch.Tensor) -> bool:
+        return torch.equal(decide(moved[None])[0], wanted.nonzero().flatten())
+
+    if explains(score + shift) or explains(score - shift):  # thresholds and gates: everything moves at once
+        return 0.0
     worst = 0.0
     for image in sample.segment[mine != wanted].unique():
         here = sample.segment == image
         kept = score[here & mine]
         cut = kept.min() if len(kept) else score[here].max()
         worst = max(worst, float((score[here & (mine != wanted)] - cut).abs().max()))
+    # A selector that is more than a cut of the ranking: what it makes of scores that rounding moved apart.
+    if worst > shift and explains(score + shift * (wanted.float() - mine.float())):
+        return 0.0
     return worst
 
 
