@@ -50,6 +50,25 @@ def test_previous_self_and_negatives_become_layers() -> None:
     assert [_score(s)["layer"] for s in resolved.steps] == ["language.1", "language.6", "language.9"]
 
 
+@pytest.mark.parametrize(
+    ("layer", "refused"), [("language.1", True), ("language.2", False), ("previous", False), ("vision.1", False)]
+)
+def test_a_layer_in_front_of_an_earlier_cut_is_refused(layer: str, refused: bool) -> None:
+    """Its attention is of tokens that have left since; a layer that runs on what the cut left is fine."""
+    attention = "score: {{attention: {{of: {}, layer: {}}}}}\n    select: {{top: 50%}}"
+    rows = "all" if layer.startswith("vision") else "last"
+    text = policy(
+        step("language.2", attention.format("last", "previous")), step("language.4", attention.format(rows, layer))
+    )
+    if not refused:
+        assert len(resolve(load_policy(text), layout(language=12)).steps) == 2
+        return
+    with pytest.raises(SiteError) as caught:
+        resolve(load_policy(text), layout(language=12))
+    assert caught.value.slug == "layer-before-a-cut"
+    assert "steps[1]" in str(caught.value.where)
+
+
 @given(st.integers(2, 200), st.integers(0, 99))
 def test_a_depth_is_the_floor_of_its_share(blocks: int, percent: int) -> None:
     text = policy(step(f"language.{percent}%", "select: {stride: 50%}"))

@@ -69,6 +69,7 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
         for one in _each_site(policy, layout, number, step)
     )
     _ordered(policy, steps)
+    _behind_cuts(policy, steps)
     steps = with_averages(policy, with_spreads(steps, layout), layout)
     check_nothing_emptied(policy, steps, layout)
     data: dict[str, Any] = {"version": policy.version, "name": policy.name}
@@ -256,6 +257,29 @@ def _ordered(policy: Policy, steps: tuple[Step, ...]) -> None:
             fix="move one of them to another layer, or remove it" if same else "swap the two steps",
             slug="same-site" if same else "step-order",
         )
+
+
+def _behind_cuts(policy: Policy, steps: tuple[Step, ...]) -> None:
+    """Refuses queries and keys of a decoder layer in front of an earlier cut: they are of tokens that have left."""
+    cut = None
+    for step in steps:
+        if step.site.component != "language":
+            continue
+        taps = [tap for primitive in step.primitives() for tap in primitive.taps().values()]
+        for tap in taps:
+            layer = parse_site(tap.layer or "") if tap.kind in ("attention", "key") else None
+            if cut is None or layer is None or layer.component != "language" or _rank(layer) >= _rank(cut.site):
+                continue
+            raise _refusal(
+                policy,
+                ("steps", step.number),
+                f"{layer} runs in front of {cut.at}, where another step has removed tokens",
+                got=f"layer: {layer} at {step.at}",
+                want=f"a layer from {cut.at} on, or one of the vision encoder",
+                fix="write layer: previous",
+                slug="layer-before-a-cut",
+            )
+        cut = step
 
 
 def _rank(site: SiteName) -> tuple[int, int]:
