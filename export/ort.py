@@ -25,6 +25,12 @@ from tvc.export.base import DEFAULTS, Options, ordered, register
 from tvc.program import Component, Program
 
 MAXIMUM_OPSET = 26  # ONNX Runtime 1.31 refuses 27
+_FLOATS = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(bfloat16)": torch.bfloat16,
+    "tensor(double)": torch.float64,
+}
 _REFUSALS = (
     native.Fail,
     native.InvalidArgument,
@@ -172,11 +178,13 @@ class OrtRunner:
 
     def __call__(self, component: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         names, session = self.names[component], self.session(component)
-        taken, binding = {value.name for value in session.get_inputs()}, session.io_binding()
+        taken, binding = {value.name: value.type for value in session.get_inputs()}, session.io_binding()
         tensors = ordered(component, names["inputs"], inputs)
         for name, tensor in zip(names["inputs"], tensors, strict=True):
             if name in taken:
-                plain = tensor.detach().to(self.device).contiguous()
+                # As models do with their pixels: a processor writes float32 whatever the model computes in.
+                kind = _FLOATS.get(taken[name], tensor.dtype) if tensor.is_floating_point() else tensor.dtype
+                plain = tensor.detach().to(self.device, kind).contiguous()
                 binding.bind_ortvalue_input(name, _to_runtime(plain))
         for name in names["outputs"]:
             binding.bind_output(name, self.device.type, self.device.index or 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pathlib
 import re
 
 import pytest
@@ -143,3 +144,13 @@ def test_half_precision_is_asked_for_by_name(model, tmp_path):
     loaded = tvc.load(tmp_path / "out")
     assert loaded.dtype == torch.bfloat16
     assert loaded(**support.inputs("llava")).logits.dtype == torch.bfloat16
+
+
+def test_a_model_in_half_precision_runs_in_onnx_runtime(tmp_path, photo):
+    """The bundled model is stored in float16, a processor writes float32: the runtime takes its pixels all the same."""
+    bundled = pathlib.Path(__file__).parents[2] / "examples" / "models" / "tiny-llava"
+    settings = ("-p", "uniform", "--set", "keep=50%", "--target", "ort")
+    out, _ = run("compile", bundled, *settings, "-o", tmp_path / "out")
+    assert "verified" in out
+    answer, _ = run("run", tmp_path / "out", "--image", photo, "--prompt", "what is this?")
+    assert answer.strip()
