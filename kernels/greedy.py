@@ -1,4 +1,4 @@
-"""What the greedy selectors share: directions, the best token of each segment, and the loop that takes them.
+"""What the greedy selectors share: settings, directions, the best token of each segment, the loop that takes them.
 
 Every round takes one token of each segment whose budget is not spent, so a prompt with many images needs no more
 rounds than its largest budget.
@@ -7,10 +7,14 @@ rounds than its largest budget.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
+from pydantic import Field
 
+from tvc.kernels.budget import Budget
 from tvc.kernels.loop import State, repeat
+from tvc.kernels.op import Scope, Select, Tap
 from tvc.kernels.segments import budgets, pack, per_token
 
 # Rows of a similarity matrix that are in memory at once where only their extremes are wanted.
@@ -113,3 +117,21 @@ def take(
 def of_slots(segment: torch.Tensor, slots: int) -> torch.Tensor:
     """The shape of a selector's result, for its fake kernel."""
     return segment.new_empty(segment.shape[0], slots)
+
+
+class Greedy(Select):
+    """A selector that looks at features and has one budget."""
+
+    shorthand: ClassVar[str | None] = "keep"
+    keep: Budget = Field(description="what stays of each scope")
+
+    def taps(self) -> dict[str, Tap]:
+        return {"feature": Tap("feature")}
+
+    def room(self, scope: Scope) -> tuple[torch.Tensor, torch.Tensor, int, int, int]:
+        """What every op of this kind ends with: segment, counts, permille, count, slots."""
+        slots = self.keep.slots(scope.segment.shape[1], scope.number)
+        return scope.segment, scope.counts, self.keep.permille or 0, self.keep.count or 0, slots
+
+    def kept(self, counts: list[int]) -> list[int]:
+        return [self.keep.kept(count) for count in counts]

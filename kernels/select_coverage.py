@@ -22,10 +22,9 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from tvc.kernels.budget import Budget
-from tvc.kernels.greedy import directions, of_slots, take
+from tvc.kernels.greedy import Greedy, directions, of_slots, take
 from tvc.kernels.loop import State
-from tvc.kernels.op import Scope, Select, Tap, op, primitive
+from tvc.kernels.op import Scope, Tap, op, primitive
 from tvc.kernels.segments import per_token
 
 
@@ -113,19 +112,17 @@ def _row_shares(power: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
 
 
 @primitive
-class Coverage(Select):
+class Coverage(Greedy):
     """Tokens stay that together cover the text and the whole picture best (maximum coverage)."""
 
     key: ClassVar[str] = "coverage"
-    shorthand: ClassVar[str | None] = "keep"
     needs_score: ClassVar[bool] = False
-    keep: Budget = Field(description="what stays of each scope")
     visual: float = Field(0.5, ge=0, description="weight of covering the picture; covering the text weighs 1")
     text_temperature: float = Field(0.02, gt=0, description="of the softmax over the tokens that cover a text token")
     visual_temperature: float = Field(0.2, gt=0, description="of the softmax over the tokens that cover a token")
 
     def taps(self) -> dict[str, Tap]:
-        return {"feature": Tap("feature"), "text": Tap("text")}
+        return {**super().taps(), "text": Tap("text")}
 
     def apply(
         self,
@@ -134,11 +131,6 @@ class Coverage(Select):
         feature: torch.Tensor,
         text: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
-        budget = self.keep
-        slots = budget.slots(scope.segment.shape[1], scope.number)
         weights = (self.text_temperature, self.visual_temperature, self.visual)
-        arguments = (scope.segment, scope.counts, *weights, budget.permille or 0, budget.count or 0, slots)
-        return coverage_keep.overload(feature, *text, *arguments)
-
-    def kept(self, counts: list[int]) -> list[int]:
-        return [self.keep.kept(count) for count in counts]
+        segment, counts, *budget = self.room(scope)
+        return coverage_keep.overload(feature, *text, segment, counts, *weights, *budget)

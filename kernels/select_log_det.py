@@ -21,12 +21,10 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 
-from tvc.kernels.budget import Budget
-from tvc.kernels.greedy import directions, of_slots, take, to_picked
+from tvc.kernels.greedy import Greedy, directions, of_slots, take, to_picked
 from tvc.kernels.loop import State
-from tvc.kernels.op import Scope, Select, Tap, op, primitive
+from tvc.kernels.op import Scope, op, primitive
 from tvc.kernels.segments import per_token
 
 # Below this share of a token's own variance what is left of it is rounding.
@@ -103,24 +101,13 @@ def log_det_keep(
 
 
 @primitive
-class LogDet(Select):
+class LogDet(Greedy):
     """Tokens that span the largest volume stay, weighted by the score if there is one (determinantal point process)."""
 
     key: ClassVar[str] = "log_det"
-    shorthand: ClassVar[str | None] = "keep"
     needs_score: ClassVar[bool] = False
     weighs_score: ClassVar[bool] = True
-    keep: Budget = Field(description="what stays of each scope")
-
-    def taps(self) -> dict[str, Tap]:
-        return {"feature": Tap("feature")}
 
     def apply(self, score: torch.Tensor | None, scope: Scope, feature: torch.Tensor) -> torch.Tensor:
-        budget = self.keep
         relevance = torch.ones(scope.segment.shape, device=scope.segment.device) if score is None else score
-        slots = budget.slots(scope.segment.shape[1], scope.number)
-        arguments = (scope.segment, scope.counts, budget.permille or 0, budget.count or 0, slots)
-        return log_det_keep.overload(feature, relevance, *arguments)
-
-    def kept(self, counts: list[int]) -> list[int]:
-        return [self.keep.kept(count) for count in counts]
+        return log_det_keep.overload(feature, relevance, *self.room(scope))

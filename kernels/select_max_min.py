@@ -19,12 +19,10 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 
-from tvc.kernels.budget import Budget
-from tvc.kernels.greedy import directions, nearest, of_slots, take, to_picked
+from tvc.kernels.greedy import Greedy, directions, nearest, of_slots, take, to_picked
 from tvc.kernels.loop import State
-from tvc.kernels.op import Scope, Select, Tap, op, primitive
+from tvc.kernels.op import Scope, op, primitive
 
 
 def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -71,22 +69,11 @@ def max_min_keep(
 
 
 @primitive
-class MaxMin(Select):
+class MaxMin(Greedy):
     """Tokens that lie far apart stay: each next one is the farthest from those taken so far (max-min diversity)."""
 
     key: ClassVar[str] = "max_min"
-    shorthand: ClassVar[str | None] = "keep"
     needs_score: ClassVar[bool] = False
-    keep: Budget = Field(description="what stays of each scope")
-
-    def taps(self) -> dict[str, Tap]:
-        return {"feature": Tap("feature")}
 
     def apply(self, score: torch.Tensor | None, scope: Scope, feature: torch.Tensor) -> torch.Tensor:
-        budget = self.keep
-        slots = budget.slots(scope.segment.shape[1], scope.number)
-        arguments = (scope.segment, scope.counts, budget.permille or 0, budget.count or 0, slots)
-        return max_min_keep.overload(feature, *arguments)
-
-    def kept(self, counts: list[int]) -> list[int]:
-        return [self.keep.kept(count) for count in counts]
+        return max_min_keep.overload(feature, *self.room(scope))

@@ -17,12 +17,10 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
-from pydantic import Field
 
-from tvc.kernels.budget import Budget
-from tvc.kernels.greedy import directions, of_slots, take, to_picked
+from tvc.kernels.greedy import Greedy, directions, of_slots, take, to_picked
 from tvc.kernels.loop import State
-from tvc.kernels.op import Scope, Select, Tap, op, primitive
+from tvc.kernels.op import Scope, op, primitive
 
 
 def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -82,21 +80,10 @@ def max_sum_keep(
 
 
 @primitive
-class MaxSum(Select):
+class MaxSum(Greedy):
     """The best-scored token stays, and then those least like all that stay already (max-sum dispersion)."""
 
     key: ClassVar[str] = "max_sum"
-    shorthand: ClassVar[str | None] = "keep"
-    keep: Budget = Field(description="what stays of each scope")
-
-    def taps(self) -> dict[str, Tap]:
-        return {"feature": Tap("feature")}
 
     def apply(self, score: torch.Tensor | None, scope: Scope, feature: torch.Tensor) -> torch.Tensor:
-        budget = self.keep
-        slots = budget.slots(scope.segment.shape[1], scope.number)
-        arguments = (scope.segment, scope.counts, budget.permille or 0, budget.count or 0, slots)
-        return max_sum_keep.overload(feature, score, *arguments)
-
-    def kept(self, counts: list[int]) -> list[int]:
-        return [self.keep.kept(count) for count in counts]
+        return max_sum_keep.overload(feature, score, *self.room(scope))

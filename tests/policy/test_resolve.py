@@ -103,16 +103,23 @@ def test_features_without_a_layer_stay_the_steps_own() -> None:
 
 
 def test_keeping_everything_is_fine() -> None:
-    resolve(load_policy("fastv", set=["keep=100%"]), layout(visual=(1,)))
+    (only,) = resolve(load_policy("fastv", set=["keep=100%"]), layout(visual=(1,))).steps
+    assert only.select is not None
+    assert only.select.kept([1]) == [1]
 
 
 def test_an_image_without_tokens_empties_nothing() -> None:
-    resolve(load_policy("fastv"), layout(visual=(0, 64)))
+    (only,) = resolve(load_policy("fastv"), layout(visual=(0, 64))).steps
+    assert only.select is not None
+    assert only.select.kept([0, 64]) == [0, 32]
 
 
 def test_the_scope_decides_what_competes() -> None:
     text = policy(step("language.2", "scope: sequence\n    select: {stride: 10%}"))
-    resolve(load_policy(text), layout(visual=(64, 9)))  # 9 tokens alone would round down to none
+    assert resolve(load_policy(text), layout(visual=(64, 9))).steps[0].scope == "sequence"
+    with pytest.raises(SiteError) as caught:  # 9 tokens alone round down to none
+        resolve(load_policy(text.replace("scope: sequence\n    ", "")), layout(visual=(64, 9)))
+    assert caught.value.slug == "keeps-nothing"
 
 
 # Averages -------------------------------------------------------------------------------------------------------------
