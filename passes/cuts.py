@@ -26,6 +26,7 @@ class ChunkState:
     size: fx.Node
     origin: fx.Node  # [B, V] where each visual token stood among those that entered the decoder
     key_positions: fx.Node  # the placeholder of this stage's cached positions
+    spans: fx.Node | None = None  # [B, S, 2] of each slot, where the model has spans
     kept: fx.Node | None = None  # [B, S'] slots of the stage before that make this one
     chosen: fx.Node | None = None  # [B, V'] visual tokens of the stage before that make this one's
 
@@ -109,6 +110,17 @@ def cut_function(step: Any, renumber: bool, name: str) -> Callable[..., tuple[to
 
     cut.__name__ = cut.__qualname__ = name
     return cut
+
+
+def gather_tokens(values: torch.Tensor, kept: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
+    """`values` with batch axis 0 gathered along each of `axes` by `kept` [B, S']."""
+    for axis in axes:
+        shape = [1] * values.dim()
+        shape[0], shape[axis] = kept.shape
+        index = kept.clamp(min=0).reshape(shape)
+        sizes = [kept.shape[1] if d == axis else size for d, size in enumerate(values.shape)]
+        values = values.gather(axis, index.expand(sizes))
+    return values
 
 
 def _gather_last(position_ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from tvc.chunks import PAST_POSITIONS, TAP
+from tvc.chunks import PAST_POSITIONS, SPANS, TAP
 from tvc.errors import SiteError, TraceError
 from tvc.graphs import annotate, find_blocks, first_node, identifier, open_draft, placeholders
 from tvc.passes.base import Pass
 from tvc.passes.branches import branches
-from tvc.passes.cuts import RESULTS, ChunkState, Cut, cut_function, start_sizes
+from tvc.passes.cuts import RESULTS, ChunkState, Cut, cut_function, gather_tokens, start_sizes
 from tvc.passes.insert_projector import add_projector
 from tvc.passes.insert_vision import VisionInsertion
 from tvc.passes.taps import DecoderTaps, crosses, crossing, rater_mask, tap_name, transitions
@@ -158,6 +158,7 @@ class _DecoderInsertion:
             size,
             origin,
             named[identifier(f"{PAST_POSITIONS}0")],
+            named.get(SPANS),
         )
 
     def _placeholder(self, name: str, after: fx.Node, axes: int = 2) -> fx.Node:
@@ -171,13 +172,17 @@ class _DecoderInsertion:
 
     def _residual(self, first: fx.Node) -> fx.Node:
         """The hidden states that cross the cut: the newest [B, S, D] value made from the embeddings."""
-        embeds = self.inputs["inputs_embeds"].meta["val"]
+        entry = self.inputs["inputs_embeds"]
+        embeds = entry.meta["val"]
         found = None
-        seen_first = False
+        made = {entry}
         for node in self.graph.nodes:
-            seen_first = seen_first or node is first
+            if node is first:
+                break
+            if not made.isdisjoint(node.all_input_nodes):
+                made.add(node)
             value = node.meta.get("val")
-            if seen_first or not isinstance(value, torch.Tensor) or value.dim() != 3:
+            if node not in made or not isinstance(value, torch.Tensor) or value.dim() != 3:
                 continue
             same = value.shape[2] == embeds.shape[2] and _same_size(value.shape[1], embeds.shape[1])
             if same and any(_not_before(user, first) for user in node.users):
@@ -227,9 +232,11 @@ class _DecoderInsertion:
             )
             annotate(node, note)
             parts = {name: self.graph.call_function(operator.getitem, (node, i)) for i, name in enumerate(RESULTS)}
+            if state.spans is not None:
+                parts["spans"] = self.graph.call_function(gather_tokens, (state.spans, parts["kept"], (1,)))
         for name, part in parts.items():
             annotate(part, note)
-            if name in ("residual", "position_ids", "query_positions"):  # stale sizes tell where the token axis is
+            if name in ("residual", "position_ids", "query_positions", "spans"):  # stale sizes tell where the token axis is
                 part.meta["val"] = getattr(state, name).meta["val"]
         self.changes.append(Change("decoder", node.name, f"reduction before block {step.at}", step.where))
         return ChunkState(key_positions=key_positions, **parts)

@@ -12,7 +12,7 @@ import torch.fx as fx
 
 from tvc.graphs import annotate, backward_closure, clone
 from tvc.passes.base import Pass
-from tvc.passes.cuts import ChunkState, Cut
+from tvc.passes.cuts import ChunkState, Cut, gather_tokens
 from tvc.program import Change, Component, Program
 
 A = torch.ops.aten
@@ -97,7 +97,7 @@ class _Rebinding:
 
     def _known(self, new_size: fx.Node) -> dict[fx.Node, fx.Node]:
         """What stands for the chunk's positions and indices; sizes of other axes stand for themselves."""
-        names = ("position_ids", "query_positions", "text_index", "visual_index", "segment", "counts")
+        names = ("position_ids", "query_positions", "text_index", "visual_index", "segment", "counts", "spans")
         pairs = {getattr(self.before, name): getattr(self.after, name) for name in names}
         for node in self.graph.nodes:
             value = node.meta.get("val")
@@ -111,22 +111,12 @@ class _Rebinding:
         )
         mask = self._note(
             self.graph.call_function(
-                torch.ops.tvc.attention_mask.default, (self.after.query_positions, keys, node.args[2])
+                torch.ops.tvc.attention_mask.default,
+                (self.after.query_positions, keys, node.args[2], self.after.spans),
             )
         )
         mask.meta["val"] = node.meta["val"]
         return mask
-
-
-def gather_tokens(values: torch.Tensor, kept: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:
-    """`values` with batch axis 0 gathered along each of `axes` by `kept` [B, S']."""
-    for axis in axes:
-        shape = [1] * values.dim()
-        shape[0], shape[axis] = kept.shape
-        index = kept.clamp(min=0).reshape(shape)
-        sizes = [kept.shape[1] if d == axis else size for d, size in enumerate(values.shape)]
-        values = values.gather(axis, index.expand(sizes))
-    return values
 
 
 def _made_by_cut(node: fx.Node, state: ChunkState) -> bool:

@@ -179,7 +179,7 @@ class DecoderTaps:
         state = self.states[-1]
         window = mask.args[2]  # type: ignore[union-attr]
         keys = self.call(_joined, self.key_positions, state.query_positions)
-        mask = self.call(torch.ops.tvc.attention_mask.default, state.query_positions, keys, window)
+        mask = self.call(torch.ops.tvc.attention_mask.default, state.query_positions, keys, window, state.spans)
         return copies.get(query, query), copies.get(key, key), mask, scale, len(self.states) - 1  # type: ignore
 
     def _transition(self, layer: int) -> fx.Node:

@@ -7,6 +7,9 @@ text_index             [B, T] int64 slots of the text tokens, -1 pads
 visual_index           [B, V] int64 slots of the visual tokens, -1 pads; V = 0 in a decode step
 visual_segment         [B, V] int64 image of the sample that each visual token belongs to, -1 pads
 visual_counts          [B, N] int64 visual tokens of each image, 0 pads; N = 0 where no image came with the chunk
+query_spans            [B, S, 2] int64 first and last place of the span that a slot attends to in both directions, only
+                       for models that have such spans (see kernels/attention_mask.py)
+extra.*                [B, S, ...] what else the model hands to its decoder for every slot (see `Extra`)
 tap.*                  [B, V] or [B, V, d] what the vision path says of each visual token
 past_key_positions.s   [B, P_s] int64 places of the tokens cached by stage s, -1 pads
 past_key.i past_value.i  [B, G, P_s, d] the cache of layer i, as long as its stage's
@@ -31,6 +34,25 @@ CHUNK_INPUTS = (
 PAST_POSITIONS = "past_key_positions."
 PAST_KEY, PAST_VALUE = "past_key.", "past_value."
 TAP = "tap."
+SPANS = "query_spans"
+EXTRA = "extra."
+
+
+@dataclasses.dataclass(frozen=True)
+class Extra:
+    """An argument of the decoder beside embeddings and positions that says something of every slot of the chunk.
+
+    Attributes:
+        name: Its input: `extra.` and the argument's name, with the place inside a list or mapping behind it.
+        visual: The model gives a row for each visual token; the graph takes one for each slot, zeros at text tokens.
+        trailing: Sizes behind [B, S].
+        dtype: Name of a torch type, or "" for that of the decoder.
+    """
+
+    name: str
+    visual: bool
+    trailing: tuple[int, ...]
+    dtype: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +64,13 @@ class DecoderShape:
     caches: tuple[tuple[int, int, int], ...]  # (groups, key width, value width) of each layer
     dtype: torch.dtype
     device: torch.device
+    spans: bool = False  # some tokens attend to later ones
+    extras: tuple[Extra, ...] = ()
+
+    @property
+    def chunk_inputs(self) -> tuple[str, ...]:
+        """The inputs that describe the chunk, caches and taps apart."""
+        return (*CHUNK_INPUTS, *([SPANS] if self.spans else []), *(extra.name for extra in self.extras))
 
 
 def varying_axes(name: str, shape: DecoderShape) -> tuple[int, ...]:
@@ -49,6 +78,11 @@ def varying_axes(name: str, shape: DecoderShape) -> tuple[int, ...]:
     if name.startswith((PAST_KEY, PAST_VALUE)):
         return (0, 2)
     return (1, 2) if name == "position_ids" and shape.axes else (0, 1)
+
+
+def blank(extra: Extra, batch: int, slots: int, dtype: torch.dtype) -> torch.Tensor:
+    """What a chunk without the extra says in its place: zeros."""
+    return torch.zeros(batch, slots, *extra.trailing, dtype=getattr(torch, extra.dtype) if extra.dtype else dtype)
 
 
 def sample_inputs(
@@ -71,6 +105,8 @@ def sample_inputs(
         "visual_index": (torch.arange(visual) + 1).repeat(batch, 1),
         "visual_segment": (torch.arange(visual) >= half).long().repeat(batch, 1),
         "visual_counts": torch.tensor([half, visual - half]).repeat(batch, 1),
+        SPANS: positions.unsqueeze(2).repeat(1, 1, 2),
+        **{extra.name: blank(extra, batch, slots, shape.dtype) for extra in shape.extras},
     }
 
     def make(name: str) -> torch.Tensor:

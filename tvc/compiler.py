@@ -33,7 +33,7 @@ def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, prog
     progress("trace vision")
     vision = capture_vision(model, survey.host, survey.sample, sites)
     progress("trace decoder")
-    decoder = capture_decoder(model, survey.boundary, shape)
+    decoder = capture_decoder(model, survey.boundary, shape, survey.arguments)
     components = {"vision": vision, "embed": capture_embedding(model), "decoder": decoder}
     return Program(survey.layout, components, facts=frozenset({"traced"}))
 
@@ -81,6 +81,7 @@ def interface_of(program: Program, policy: ResolvedPolicy, survey: Survey) -> In
         shape=parts["decoder"].meta["shape"],
         visual_token_ids=survey.visual_token_ids,
         taps=taps,
+        windows=tuple(sorted({layer.window for layer in program.layout.language})),
     )
 
 

@@ -37,6 +37,10 @@ class StagedCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """The model's own code makes masks over the whole sequence, whatever the layers have left of it."""
+        return self.seen + query_length, 0
+
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
         self.key_positions = [positions[indices] for positions in self.key_positions]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 
@@ -19,6 +20,7 @@ class Chunk:
     images: int  # images of a sample at most
     seen: int  # sequence places before this chunk
     order: torch.Tensor | None = None  # [B, S] sequence place of each slot; set by `left_packed`
+    extras: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # further inputs [B, S, ...] by name
 
 
 def ragged(mask: torch.Tensor) -> torch.Tensor:
@@ -52,7 +54,14 @@ def left_packed(chunk: Chunk) -> Chunk:
         images=chunk.images,
         seen=chunk.seen,
         order=torch.where(valid, places.gather(1, index), -1),
+        extras={name: _gathered(value, index) for name, value in chunk.extras.items()},
     )
+
+
+def _gathered(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """values [B, S, ...] at index [B, W] -> [B, W, ...]."""
+    trailing = values.shape[2:]
+    return values.gather(1, index.reshape(*index.shape, *[1] * len(trailing)).expand(*index.shape, *trailing))
 
 
 def chunk_inputs(chunk: Chunk) -> dict[str, torch.Tensor]:
@@ -68,4 +77,5 @@ def chunk_inputs(chunk: Chunk) -> dict[str, torch.Tensor]:
         "visual_index": visual_index,
         "visual_segment": segment,
         "visual_counts": (segment.unsqueeze(2) == images).sum(1),
+        **chunk.extras,
     }

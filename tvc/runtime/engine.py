@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from tvc.chunks import PAST_KEY, PAST_POSITIONS, PAST_VALUE, TAP, DecoderShape
+from tvc.chunks import PAST_KEY, PAST_POSITIONS, PAST_VALUE, SPANS, TAP, DecoderShape, Extra
 from tvc.errors import InputError
 from tvc.runtime.cache import StagedCache
 from tvc.runtime.chunk import Chunk, chunk_inputs, left_packed, ragged, take
 from tvc.runtime.inputs import check_call, count_mismatch, placeholders
+from tvc.trace.attention import NAME as TRACED_ATTENTION
+from tvc.trace.attention import attention_as
 from tvc.trace.exporters import prepare_vision_inputs
-from tvc.trace.host import PIXEL_NAMES, Host
+from tvc.trace.extras import laid_out
+from tvc.trace.host import PIXEL_NAMES, DecoderCall, Host
+from tvc.trace.spans import read_spans
 
 Runner = Callable[[str, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 PLACE = "visual_place"  # vision output [n, F]: row of each original token among those that stay, -1 where dropped
@@ -31,6 +36,7 @@ class Interface:
     shape: DecoderShape
     visual_token_ids: tuple[int, ...]
     taps: Mapping[str, int] = dataclasses.field(default_factory=dict)  # width of each tap; 0: one number a token
+    windows: tuple[int, ...] = ()  # sliding windows of the decoder's layers; needed where the model has spans
 
     @property
     def stages(self) -> int:
@@ -46,14 +52,21 @@ class Interface:
         shape = data["shape"]
         caches = tuple((int(g), int(k), int(v)) for g, k, v in shape["caches"])
         dtype = getattr(torch, shape["dtype"])
+        extras = tuple(
+            Extra(str(e["name"]), bool(e["visual"]), tuple(map(int, e["trailing"])), str(e["dtype"]))
+            for e in shape["extras"]
+        )
         return cls(
             inputs={name: tuple(names) for name, names in data["inputs"].items()},
             outputs={name: tuple(names) for name, names in data["outputs"].items()},
             sites=dict(data["sites"]),
             stage_of_layer=tuple(data["stage_of_layer"]),
-            shape=DecoderShape(int(shape["width"]), int(shape["axes"]), caches, dtype, device),
+            shape=DecoderShape(
+                int(shape["width"]), int(shape["axes"]), caches, dtype, device, bool(shape["spans"]), extras
+            ),
             visual_token_ids=tuple(data["visual_token_ids"]),
             taps=dict(data["taps"]),
+            windows=tuple(map(int, data["windows"])),
         )
 
 
@@ -129,7 +142,8 @@ class Engine:
     ) -> Chunk:
         self.host.feature_lengths = []
         try:
-            call = self.host.reach_decoder(**{**inputs, "past_key_values": past, "use_cache": True})
+            with self._masks_made(ids):
+                call = self.host.reach_decoder(**{**inputs, "past_key_values": past, "use_cache": True})
         except ValueError as problem:
             tokens, lengths = placeholders(ids, self.interface.visual_token_ids), self.host.feature_lengths
             if not lengths or sum(lengths) == tokens:
@@ -144,7 +158,28 @@ class Engine:
         segment, images = _segments(visual, self.host.feature_lengths if has_pixels else [])
         positions = _positions(call.position_ids, inputs, mask, seen, self.interface.shape.axes, ids)
         embeds = call.inputs_embeds.to(self.interface.shape.dtype)
-        return Chunk(embeds, positions, mask, visual, segment, images, seen)
+        return Chunk(
+            embeds, positions, mask, visual, segment, images, seen, extras=self._extras(call, mask, visual, seen)
+        )
+
+    def _masks_made(self, ids: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        """The model's own masks are tensors inside the block, where they say more than positions do."""
+        wanted = self.interface.shape.spans and ids.shape[1] > 1  # one token by itself sees nothing ahead
+        return attention_as(self.host.model, TRACED_ATTENTION) if wanted else contextlib.nullcontext()
+
+    def _extras(
+        self, call: DecoderCall, mask: torch.Tensor, visual: torch.Tensor, seen: int
+    ) -> dict[str, torch.Tensor]:
+        shape = self.interface.shape
+        made = laid_out(call.extra, shape.extras, visual, shape.dtype)
+        if shape.spans:
+            spans = None
+            if mask.shape[1] > 1:
+                spans = read_spans(call.extra.get("attention_mask"), mask, seen, self.interface.windows)
+            places = torch.arange(mask.shape[1], device=mask.device) + seen
+            own = places[:, None].expand(*mask.shape, 2).contiguous()
+            made[SPANS] = own if spans is None else spans
+        return made
 
     def _packed_taps(self, inputs: dict[str, Any], chunk: Chunk) -> dict[str, torch.Tensor]:
         """Taps [B, V(, d)], packed the way the family packs features: its own code runs again on them."""
@@ -161,7 +196,8 @@ class Engine:
             piece = joined[..., begin : begin + width]
             padded = torch.nn.functional.pad(piece, (0, width - piece.shape[-1]))
             padded = _restored(padded, place) if place is not None else padded
-            with self.host.bound(vision=_giving(padded)), self.host.without_constants():
+            giving = _giving(padded, len(self.host.boundary.features))
+            with self.host.bound(vision=giving), self.host.without_constants():
                 features = self.host.image_features(inputs)
             rows.append(_flat_features(features, width)[:, : piece.shape[-1]])
         table = torch.cat(rows, -1)  # [tokens of all samples, channels]
@@ -316,8 +352,9 @@ def _rows(tap: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return tap.gather(1, index) if tap.dim() == 2 else tap.gather(1, index.unsqueeze(2).expand(-1, -1, tap.shape[2]))
 
 
-def _giving(features: torch.Tensor) -> Callable[[dict[str, Any]], list[torch.Tensor]]:
-    return lambda _pending: [features]
+def _giving(features: torch.Tensor, times: int) -> Callable[[dict[str, Any]], list[torch.Tensor]]:
+    """A vision path of `times` outputs that gives `features` for each of them."""
+    return lambda _pending: [features] * times
 
 
 def _flat_features(output: Any, width: int) -> torch.Tensor:

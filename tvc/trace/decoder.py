@@ -7,14 +7,18 @@ named by `visual_index`; a decode step has none and every reduction is then the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from transformers import DynamicCache
 
 import tvc.kernels.attention_mask  # noqa: F401  registers torch.ops.tvc.attention_mask
-from tvc.chunks import CHUNK_INPUTS, PAST_KEY, PAST_POSITIONS, PAST_VALUE, DecoderShape, sample_inputs, varying_axes
+from tvc.chunks import PAST_KEY, PAST_POSITIONS, PAST_VALUE, SPANS, DecoderShape, sample_inputs, varying_axes
 from tvc.graphs import drop_checks
 from tvc.program import Component
 from tvc.trace.attention import decoder_masks
+from tvc.trace.extras import arguments, on_all_slots
 from tvc.trace.host import Boundary
 from tvc.trace.vision import AUTO, export, tracing
 
@@ -22,40 +26,41 @@ from tvc.trace.vision import AUTO, export, tracing
 class DecoderPath(torch.nn.Module):
     """The model's own forward from embeddings to the last slot's logits, with caches as plain tensors."""
 
-    def __init__(self, model: torch.nn.Module, boundary: Boundary, layers: int):
-        super().__init__()
-        self.model, self.layers = model, layers
-        self._decoder_path = boundary.decoder
-
-    def forward(
+    def __init__(
         self,
-        inputs_embeds: torch.Tensor,
-        position_ids: torch.Tensor,
-        query_positions: torch.Tensor,
-        text_index: torch.Tensor,
-        visual_index: torch.Tensor,
-        visual_segment: torch.Tensor,
-        visual_counts: torch.Tensor,
-        key_positions: torch.Tensor,
-        *past: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        cache = _cache(past)
-        keys = torch.cat([key_positions, query_positions], 1)
+        model: torch.nn.Module,
+        boundary: Boundary,
+        shape: DecoderShape,
+        names: tuple[str, ...],
+        nesting: Mapping[str, Any],
+    ):
+        super().__init__()
+        self.model = model
+        self._decoder_path, self._shape, self._names, self._nesting = boundary.decoder, shape, names, nesting
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = dict(zip(self._names, tensors, strict=True))
+        position_ids, query_positions = given["position_ids"], given["query_positions"]
+        cache = _cache(tuple(value for name, value in given.items() if name.startswith((PAST_KEY, PAST_VALUE))))
+        keys = torch.cat([given[f"{PAST_POSITIONS}0"], query_positions], 1)
         masks: dict[int, torch.Tensor] = {}
 
         def mask(window: int) -> torch.Tensor:
             if window not in masks:
-                masks[window] = torch.ops.tvc.attention_mask(query_positions, keys, window)
+                masks[window] = torch.ops.tvc.attention_mask(query_positions, keys, window, given.get(SPANS))
             return masks[window]
 
-        def own_mask(_module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return args, {**kwargs, "attention_mask": mask(0), "position_ids": position_ids}
+        extras = self._shape.extras
+        own = {"position_ids": position_ids, **arguments(extras, given, self._nesting)}
 
-        handle = self.model.get_submodule(self._decoder_path).register_forward_pre_hook(own_mask, with_kwargs=True)
+        def own_arguments(_module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return args, {**kwargs, "attention_mask": mask(0), **own}
+
+        handle = self.model.get_submodule(self._decoder_path).register_forward_pre_hook(own_arguments, with_kwargs=True)
         try:
-            with decoder_masks(mask):
+            with decoder_masks(mask), on_all_slots(extras):
                 out = self.model(
-                    inputs_embeds=inputs_embeds,
+                    inputs_embeds=given["inputs_embeds"],
                     position_ids=position_ids,
                     past_key_values=cache,
                     use_cache=True,
@@ -79,20 +84,21 @@ def _cache(past: tuple[torch.Tensor, ...]) -> DynamicCache:
     return cache
 
 
-def capture_decoder(model: torch.nn.Module, boundary: Boundary, shape: DecoderShape) -> Component:
-    """The decoder component, one stage long."""
+def capture_decoder(
+    model: torch.nn.Module, boundary: Boundary, shape: DecoderShape, nesting: Mapping[str, Any]
+) -> Component:
+    """The decoder component, one stage long; `nesting` says how the decoder takes its extras."""
     layers = len(shape.caches)
     names = (
-        *CHUNK_INPUTS,
+        *shape.chunk_inputs,
         f"{PAST_POSITIONS}0",
         *(name for i in range(layers) for name in (f"{PAST_KEY}{i}", f"{PAST_VALUE}{i}")),
     )
     sample = sample_inputs(names, shape, [0] * layers, {})
     dynamic = tuple(dict.fromkeys(varying_axes(name, shape), AUTO) for name in names)
-    module = DecoderPath(model, boundary, layers)
-    fixed = len(CHUNK_INPUTS) + 1
+    module = DecoderPath(model, boundary, shape, names, nesting)
     with tracing(model):
-        exported = export("decoder", module, sample, (*dynamic[:fixed], dynamic[fixed:]))
+        exported = export("decoder", module, sample, (dynamic,))
     drop_checks(exported)
     outputs = ("logits", "key_positions.0", *(name for i in range(layers) for name in (f"key.{i}", f"value.{i}")))
     return Component("decoder", exported, names, outputs, sample, dynamic, meta={"shape": shape})

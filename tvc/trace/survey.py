@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 
-from tvc.chunks import DecoderShape
+from tvc.chunks import DecoderShape, Extra
 from tvc.errors import ModelError
 from tvc.program import Layout, Site
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
+from tvc.trace.extras import read_extras, structure
 from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
 from tvc.trace.layout import blocks, cost_fields, used_vision_blocks
 from tvc.trace.sample import default_size, doubled, pixel_inputs, visual_token_ids, with_text
+from tvc.trace.spans import read_spans
 
 
 @dataclasses.dataclass
@@ -28,13 +30,16 @@ class Survey:
     caches: tuple[tuple[int, int, int], ...]
     axes: int
     visual_token_ids: tuple[int, ...]
+    spans: bool  # some tokens attend to later ones
+    extras: tuple[Extra, ...]
+    arguments: Mapping[str, Any]  # how the decoder's arguments nest the extras
 
     @property
     def boundary(self) -> Boundary:
         return self.host.boundary
 
     def shape(self, dtype: torch.dtype, device: torch.device) -> DecoderShape:
-        return DecoderShape(self.layout.hidden_size, self.axes, self.caches, dtype, device)
+        return DecoderShape(self.layout.hidden_size, self.axes, self.caches, dtype, device, self.spans, self.extras)
 
 
 def survey(
@@ -83,11 +88,15 @@ def survey(
         host.bound(vision=lambda _p: [torch.zeros(f, dtype=dtype) for f in host.boundary.features], embed=embed),
     ):
         call = _reach(host, sample)
-    _check_causal(meta, call.extra.get("attention_mask"))
-    _check_arguments(meta, call.extra)
+    ids = sample["input_ids"]
+    valid = sample["attention_mask"].bool() if "attention_mask" in sample else torch.ones_like(ids, dtype=torch.bool)
+    visual = sum((ids == token for token in tokens), torch.zeros_like(ids, dtype=torch.bool)) & valid
+    windows = {layer.window for layer in fields["language"]}
+    spans = read_spans(call.extra.get("attention_mask"), valid, 0, windows) is not None
+    extras = read_extras(call.extra, visual)
     axes = call.position_ids.shape[0] if call.position_ids is not None and call.position_ids.dim() == 3 else 0
     layout = _layout(meta, fields, entering[0], host.boundary.features[0], identity, lengths, size)
-    return Survey(layout, host, sample, caches, axes, tokens)
+    return Survey(layout, host, sample, caches, axes, tokens, spans, extras, structure(call.extra))
 
 
 def _reach(host: Host, sample: Mapping[str, Any]) -> DecoderCall:
@@ -103,41 +112,6 @@ def _reach(host: Host, sample: Mapping[str, Any]) -> DecoderCall:
             fix="check the configuration (widths of vision and text), or pass inputs made by the model's processor",
             slug="sample-refused",
         ) from problem
-
-
-def _check_causal(meta: torch.nn.Module, mask: Any) -> None:
-    """Masks are rebuilt from positions, which says nothing of tokens that look ahead."""
-    for given in mask.values() if isinstance(mask, dict) else [mask]:
-        if not isinstance(given, torch.Tensor) or given.dim() != 4:
-            continue
-        allowed = given if given.dtype == torch.bool else given == 0
-        if bool(allowed.triu(1 + given.shape[3] - given.shape[2]).any()):
-            raise ModelError(
-                "some tokens of this model attend to later ones",
-                where=type(meta).__name__,
-                got="a prefix or image block with attention in both directions",
-                want="causal attention in the decoder",
-                fix="models with bidirectional spans cannot be compiled yet",
-                slug="not-causal",
-            )
-
-
-# What a decoder may be given beside embeddings and positions without its layers computing anything else.
-_HARMLESS = ("attention_mask", "past_key_values", "cache_position", "input_ids")
-
-
-def _check_arguments(meta: torch.nn.Module, extra: Mapping[str, Any]) -> None:
-    for name, value in extra.items():
-        held = value if isinstance(value, (list, tuple)) else [value]
-        if name not in _HARMLESS and any(isinstance(item, torch.Tensor) for item in held):
-            raise ModelError(
-                "the decoder takes visual values beside its embeddings",
-                where=type(meta).__name__,
-                got=f"{name} reaches the decoder",
-                want="a decoder that runs on embeddings and positions alone",
-                fix="models that add visual features inside the decoder cannot be compiled yet",
-                slug="decoder-extra-input",
-            )
 
 
 def _per_sample(lengths: list[int], samples: int) -> list[int]:

@@ -128,7 +128,7 @@ def export(
         TraceError: the module cannot be traced.
     """
     try:
-        return torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False)
+        return functional(torch.export.export(module, arguments, dynamic_shapes=dynamic, strict=False))
     except REFUSALS as problem:
         lines = str(problem).strip().splitlines() or [""]
         raise TraceError(
@@ -138,6 +138,15 @@ def export(
             want="modelling code without branches on values",
             fix="try a newer transformers release, or another attention implementation of the model",
         ) from problem
+
+
+def functional(exported: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The program without writes into tensors that other nodes read: a pass may then move and copy any node."""
+    written = any(
+        node.op == "call_function" and getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+        for node in exported.graph.nodes
+    )
+    return exported.run_decompositions({}) if written else exported
 
 
 @contextlib.contextmanager
@@ -186,7 +195,8 @@ def capture_vision(
     every = first if len(sites) > 1 else tuple(dict.fromkeys(range(value.dim()), AUTO) for value in arguments)
     with tracing(model), _marked(model, sites):
         try:
-            exported, dynamic = torch.export.export(module, arguments, dynamic_shapes=(every,), strict=False), every
+            exported = functional(torch.export.export(module, arguments, dynamic_shapes=(every,), strict=False))
+            dynamic = every
         except REFUSALS:
             exported, dynamic = export("vision", module, arguments, (first,)), first
     drop_checks(exported)

@@ -126,7 +126,10 @@ class _Oracle(Observer):
                 inputs[name] = torch.cat([value, more], 1)
         inputs["attention_mask"] = self.mask.long()
         if not self.case.axes:  # what `generate` passes: places without the padding in front
-            inputs["position_ids"] = (self.mask.long().cumsum(1) - 1).clamp(min=0)
+            places = (self.mask.long().cumsum(1) - 1).clamp(min=0)
+            rest = {name: value for name, value in inputs.items() if name != "input_ids"}
+            prepared = self.model.prepare_inputs_for_generation(inputs["input_ids"], **rest, position_ids=places)
+            inputs["position_ids"] = prepared.get("position_ids", places)  # some families count from 1
         self.alive = self.mask.clone()
         return inputs
 
@@ -179,7 +182,10 @@ class _Oracle(Observer):
             own = torch.ones(size, size, dtype=torch.bool, device=self.alive.device).tril()[None, None]
         if own.dtype != torch.bool:
             own = own >= 0
-        return own & self.alive[:, None, None, :]
+        # Tokens that were generated came one by one: no token has seen them before they were there.
+        places = torch.arange(own.shape[3], device=own.device)
+        there = (places < self.case.prompt) | (places <= places[-own.shape[2] :, None])
+        return own & there & self.alive[:, None, None, :]
 
     def _cut_before(self, index: int) -> bool:
         sites = [at for at in self.steps if at.startswith("language.")]
