@@ -81,6 +81,7 @@ def interface_of(program: Program, policy: ResolvedPolicy, survey: Survey) -> In
         shape=parts["decoder"].meta["shape"],
         visual_token_ids=survey.visual_token_ids,
         taps=taps,
+        by_image=parts["vision"].meta["by_image"],
         windows=tuple(sorted({layer.window for layer in program.layout.language})),
     )
 

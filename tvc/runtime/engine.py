@@ -20,6 +20,7 @@ from tvc.trace.exporters import prepare_vision_inputs
 from tvc.trace.extras import laid_out
 from tvc.trace.host import PIXEL_NAMES, DecoderCall, Host
 from tvc.trace.spans import read_spans
+from tvc.trace.vision import PIXELS, each_image
 
 Runner = Callable[[str, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 PLACE = "visual_place"  # vision output [n, F]: row of each original token among those that stay, -1 where dropped
@@ -37,6 +38,7 @@ class Interface:
     visual_token_ids: tuple[int, ...]
     taps: Mapping[str, int] = dataclasses.field(default_factory=dict)  # width of each tap; 0: one number a token
     windows: tuple[int, ...] = ()  # sliding windows of the decoder's layers; needed where the model has spans
+    by_image: bool = False  # the vision graph takes one image at a time
 
     @property
     def stages(self) -> int:
@@ -67,6 +69,7 @@ class Interface:
             visual_token_ids=tuple(data["visual_token_ids"]),
             taps=dict(data["taps"]),
             windows=tuple(map(int, data["windows"])),
+            by_image=bool(data["by_image"]),
         )
 
 
@@ -129,7 +132,10 @@ class Engine:
                 fix="pass everything the processor returned",
                 slug="missing-input",
             )
-        outputs = self.run("vision", {name: prepared[name] for name in names})
+        if self.interface.by_image:
+            outputs = _side_by_side([self.run("vision", {PIXELS: image}) for image in each_image(prepared)])
+        else:
+            outputs = self.run("vision", {name: prepared[name] for name in names})
         features = [outputs[name] for name in self.interface.outputs["vision"] if name.startswith("visual_features")]
         self._state.raw = {name: value for name, value in outputs.items() if name.startswith(TAP)}
         self._state.place = outputs.get(PLACE)
@@ -276,6 +282,13 @@ class Engine:
                 before = inputs[f"past_{source}"].shape[1]
                 kept[site] = outputs[source][:, before:]
         return Answer(outputs["logits"], cache, kept)
+
+
+def _side_by_side(outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The outputs of several images as those of one sequence: features [..., F, D], taps [1, F(, d)]."""
+    return {
+        name: torch.cat([each[name] for each in outputs], 1 if name.startswith(TAP) else -2) for name in outputs[0]
+    }
 
 
 def _mask(mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:

@@ -36,17 +36,41 @@ class _Done(Exception):
         self.features = features
 
 
+PIXELS, SIZES = "pixel_values", "image_sizes"
+
+
 @dataclasses.dataclass(frozen=True)
 class VisionInputs:
-    """The entry module's arguments: tensors become graph inputs, everything else is a constant of the trace."""
+    """The entry module's arguments: tensors become graph inputs, everything else is a constant of the trace.
+
+    Some encoders loop over images padded to one size, each with its own size beside it: `by_image`. Their graph is that
+    of one image, whose size is that of its pixels; a runtime runs it once an image.
+    """
 
     tensors: dict[str, torch.Tensor]
     constants: dict[str, Any]
+    by_image: bool = False
 
 
 def split_inputs(arguments: Mapping[str, Any]) -> VisionInputs:
     tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-    return VisionInputs(tensors, {name: value for name, value in arguments.items() if name not in tensors})
+    constants = {name: value for name, value in arguments.items() if name not in tensors}
+    if not lists_sizes(arguments):
+        return VisionInputs(tensors, constants)
+    one = next(each_image(arguments))
+    return VisionInputs({PIXELS: one}, {name: value for name, value in constants.items() if name != SIZES}, True)
+
+
+def lists_sizes(arguments: Mapping[str, Any]) -> bool:
+    """Whether an encoder is given images padded to one size, and the size of each as whole numbers."""
+    pixels, sizes = arguments.get(PIXELS), arguments.get(SIZES)
+    return isinstance(pixels, torch.Tensor) and pixels.dim() == 4 and isinstance(sizes, list) and bool(sizes)
+
+
+def each_image(arguments: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    """[1, C, h, w] the pixels of one image after the other, without its padding."""
+    for pixels, (height, width) in zip(arguments[PIXELS], arguments[SIZES], strict=True):
+        yield pixels[None, :, :height, :width].contiguous()
 
 
 class VisionPath(torch.nn.Module):
@@ -68,6 +92,11 @@ class VisionPath(torch.nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         boundary = self._host.boundary
         arguments = {**dict(zip(self._inputs.tensors, tensors, strict=True)), **self._inputs.constants}
+        sample = self._sample
+        if self._inputs.by_image:
+            height, width = arguments[PIXELS].shape[2:]
+            arguments[SIZES] = [(height, width)]
+            sample = {**sample, PIXELS: arguments[PIXELS], SIZES: arguments[SIZES]}
         outside = contextlib.ExitStack()  # open while the family's code before the tower runs untraced
 
         def entry(_pending: dict[str, Any]) -> Any:
@@ -85,7 +114,7 @@ class VisionPath(torch.nn.Module):
             outside.enter_context(_disable_current_modes())
             try:
                 with self._host.bound(entry=entry, between=between, leave=leave):
-                    self._host.image_features(self._sample)
+                    self._host.image_features(sample)
             except _Done as done:
                 return tuple(done.features)
         raise TraceError(
@@ -186,13 +215,15 @@ def capture_vision(
     """The vision component of `model`; `sample` must hold at least two images, so that their number stays symbolic."""
     device = next(model.parameters()).device
     inputs = entry_inputs(host, sample)
-    inputs = VisionInputs({name: value.to(device) for name, value in inputs.tensors.items()}, inputs.constants)
+    inputs = dataclasses.replace(inputs, tensors={name: value.to(device) for name, value in inputs.tensors.items()})
     module = VisionPath(model, host, sample, inputs)
     arguments = tuple(inputs.tensors.values())
     # Some encoders compute with the image's size in ways that only work for numbers: for them it stays as it is. So it
     # does where cuts follow each other inside the encoder: every one makes the expression of the length longer.
     first = tuple({0: AUTO} for _ in arguments)
     every = first if len(sites) > 1 else tuple(dict.fromkeys(range(value.dim()), AUTO) for value in arguments)
+    if inputs.by_image:
+        first = every = ({2: AUTO, 3: AUTO},)
     with tracing(model), _marked(model, sites):
         try:
             exported = functional(torch.export.export(module, arguments, dynamic_shapes=(every,), strict=False))
@@ -202,4 +233,5 @@ def capture_vision(
     drop_checks(exported)
     count = len(exported.graph_signature.user_outputs)
     outputs = (OUTPUT, *(f"{OUTPUT}.{i}" for i in range(1, count)))
-    return Component("vision", exported, tuple(inputs.tensors), outputs, arguments, dynamic)
+    meta = {"by_image": inputs.by_image}
+    return Component("vision", exported, tuple(inputs.tensors), outputs, arguments, dynamic, meta=meta)
