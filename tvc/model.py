@@ -73,6 +73,7 @@ def generating(engine: Engine, generation_config: GenerationConfig | None, devic
         "__module__": family.__module__,
     }
     host.__class__ = type(family.__name__, (family,), members)
+    engine.host.device = device
     if generation_config is not None:
         host.generation_config = generation_config
     return host

@@ -44,6 +44,7 @@ class Boundary:
     exit_structure: Any  # the exit's output with `Leaf(i)` where the graph's i-th output goes, meta tensors elsewhere
     features: tuple[torch.Size, ...]  # shapes of the sample's features, [..., D] each
     junk: Mapping[str, Any]  # what entry and the modules between return while the host runs: meta tensors
+    images: int  # first size of the entry's first tensor in the sample
 
     @property
     def vision(self) -> tuple[str, ...]:
@@ -135,6 +136,7 @@ def _map_outputs(value: Any, function: Callable[[Any], Any]) -> Any:
 class _Call:
     path: str
     output: Any
+    images: int  # first size of the first tensor that went in
 
 
 @contextlib.contextmanager
@@ -142,6 +144,7 @@ def _observed(model: torch.nn.Module, device: str) -> Iterator[list[_Call]]:
     """Lists the outermost module calls made inside the block; they run on `device`, their callers see the CPU."""
     calls: list[_Call] = []
     depth = [0]
+    images = [0]
     handles = []
 
     def before(module: torch.nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -149,6 +152,7 @@ def _observed(model: torch.nn.Module, device: str) -> Iterator[list[_Call]]:
         if depth[0] > 1:
             return args, kwargs
         prepared = prepare_vision_inputs(module, _flat_arguments(inspect.signature(module.forward), args, kwargs))
+        images[0] = _images(prepared)
         return (), _to(prepared, device)
 
     def after(path: str) -> Callable[..., Any]:
@@ -156,7 +160,7 @@ def _observed(model: torch.nn.Module, device: str) -> Iterator[list[_Call]]:
             depth[0] -= 1
             if depth[0]:
                 return None
-            calls.append(_Call(path, output))
+            calls.append(_Call(path, output, images[0]))
             return _to(output, "cpu")
 
         return hook
@@ -209,7 +213,13 @@ def find_boundary(model: torch.nn.Module, sample: Mapping[str, Any]) -> Boundary
         exit_structure=structure,
         features=tuple(feature.shape for feature in features),
         junk=junk,
+        images=calls[0].images,
     )
+
+
+def _images(arguments: Mapping[str, Any]) -> int:
+    """The first size of the first tensor among `arguments`: as many images, or tiles, as go in."""
+    return next((value.shape[0] for value in arguments.values() if isinstance(value, torch.Tensor) and value.dim()), 0)
 
 
 # Fields of a vision output that hold the tower's inside; where a pooled output exists they are not features.
@@ -247,9 +257,11 @@ class Host:
         self.hf_forward = model.forward  # bound here: a runtime may put another forward in its place
         self.entry_module = model.get_submodule(boundary.entry)
         self.feature_lengths: list[int] = []  # visual tokens of each image in the last call
+        self.device = torch.device("cpu")  # where the values are that the family's code works on
         self._stubs = _Stubs()
         self._install()
         self._watch_lengths()
+        self._say_device()
 
     def _install(self) -> None:
         stubs, boundary = self._stubs, self.boundary
@@ -261,7 +273,7 @@ class Host:
             if stubs.entry is not None:
                 return stubs.entry(bound)
             stubs.pending = bound
-            return finish() if boundary.entry == boundary.exit else boundary.junk[boundary.entry]
+            return finish() if boundary.entry == boundary.exit else _junk(stubs, boundary, boundary.entry)
 
         def finish(*_args: Any, **_kwargs: Any) -> Any:
             if stubs.exit is not None:
@@ -272,7 +284,9 @@ class Host:
             )
 
         def decoder(*args: Any, **kwargs: Any) -> Any:
-            raise _Reached(_flat_arguments(decoder_signature, args, kwargs))
+            given = _flat_arguments(decoder_signature, args, kwargs)
+            # What its forward does not name came along from the processor, and is passed on to nobody who reads it.
+            raise _Reached({name: value for name, value in given.items() if name in decoder_signature.parameters})
 
         self.model.get_submodule(boundary.entry).forward = entry
         for path in boundary.between:
@@ -295,6 +309,12 @@ class Host:
             return output
 
         owner.get_image_features = get_image_features
+
+    def _say_device(self) -> None:
+        """Family code moves values to `self.device`, which would be where the weights are: nowhere."""
+        family = type(self.owner)
+        members = {"device": property(lambda _: self.device), "__module__": family.__module__}
+        self.owner.__class__ = type(family.__name__, (family,), members)
 
     def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         if self._stubs.embed is None:
@@ -395,6 +415,18 @@ def _flat_arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dic
 
 def _between(stubs: _Stubs, boundary: Boundary, path: str) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return stubs.between[path](*args, **kwargs) if path in stubs.between else boundary.junk[path]
+        return stubs.between[path](*args, **kwargs) if path in stubs.between else _junk(stubs, boundary, path)
 
     return forward
+
+
+def _junk(stubs: _Stubs, boundary: Boundary, path: str) -> Any:
+    """What the module at `path` would return for the images under way: family code looks at its shape."""
+    images = _images(stubs.pending)
+
+    def sized(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.dim() or value.shape[0] != boundary.images:
+            return value
+        return value.new_empty(images, *value.shape[1:])
+
+    return _map_outputs(boundary.junk[path], sized)
