@@ -236,7 +236,12 @@ class _DecoderInsertion:
                 parts["spans"] = self.graph.call_function(gather_tokens, (state.spans, parts["kept"], (1,)))
         for name, part in parts.items():
             annotate(part, note)
-            if name in ("residual", "position_ids", "query_positions", "spans"):  # stale sizes tell where the token axis is
+            if name in (
+                "residual",
+                "position_ids",
+                "query_positions",
+                "spans",
+            ):  # stale sizes tell where the token axis is
                 part.meta["val"] = getattr(state, name).meta["val"]
         self.changes.append(Change("decoder", node.name, f"reduction before block {step.at}", step.where))
         return ChunkState(key_positions=key_positions, **parts)

@@ -80,7 +80,12 @@ class _Rebinding:
             return known[node]
         value = node.meta.get("val")
         if isinstance(value, torch.SymInt):
-            return new_size if str(value) == str(self.size) else None
+            if str(value) == str(self.size):
+                return new_size
+            if value.node.expr.free_symbols.isdisjoint(self.size.node.expr.free_symbols):
+                return None
+            # Batch times tokens, for instance, where a mixture of experts looks at all tokens in one row.
+            return clone(backward_closure([node], stop=known), known, self.note)[node]
         if not isinstance(value, torch.Tensor):
             return None
         if node.target is torch.ops.tvc.attention_mask.default:

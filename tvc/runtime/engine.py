@@ -286,9 +286,7 @@ class Engine:
 
 def _side_by_side(outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The outputs of several images as those of one sequence: features [..., F, D], taps [1, F(, d)]."""
-    return {
-        name: torch.cat([each[name] for each in outputs], 1 if name.startswith(TAP) else -2) for name in outputs[0]
-    }
+    return {name: torch.cat([each[name] for each in outputs], 1 if name.startswith(TAP) else -2) for name in outputs[0]}
 
 
 def _mask(mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,21 @@ def tracing_patches(backend: str = "dynamo") -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def any_experts(model: torch.nn.Module) -> Iterator[None]:
+    """Mixtures of experts run in a form that needs no weights of a certain type (nor any: the meta device)."""
+    if not getattr(model, "_can_set_experts_implementation", lambda: False)():
+        yield
+        return
+    holder: Any = model
+    before = holder.get_experts_implementation()
+    holder.set_experts_implementation("batched_mm")
+    try:
+        yield
+    finally:
+        holder.set_experts_implementation(before)
+
+
 def prepare_vision_inputs(tower: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """The tower's keyword inputs plus the data-dependent tensors that its forward would compute by itself."""
     prepared = dict(inputs)

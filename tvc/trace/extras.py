@@ -2,8 +2,8 @@
 
 Some models add features of the vision encoder again behind early layers, or feed every layer embeddings of its own. Any
 argument that says something of every slot, or of every visual token, travels with the chunk and is cut with it. Rows of
-visual tokens are laid out over the slots first, so that picking them out by a mask and putting them back, as the model's
-code does, becomes arithmetic on all slots while that code is traced.
+visual tokens are laid out over the slots first: picking them out by a mask and putting them back, as the model's code
+does, becomes arithmetic on all slots while that code is traced.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def laid_out(
     return made
 
 
-def arguments(extras: tuple[Extra, ...], values: Mapping[str, torch.Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+def arguments(
+    extras: tuple[Extra, ...], values: Mapping[str, torch.Tensor], given: Mapping[str, Any]
+) -> dict[str, Any]:
     """The decoder's arguments with the values of the extras in them, nested as the model's own code nests them."""
     return {name: _nested(name, value, values) for name, value in given.items() if _held(name, extras)}
 

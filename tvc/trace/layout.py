@@ -7,6 +7,7 @@ decoder) projects features into the decoder's space.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Iterator
@@ -98,6 +99,11 @@ def encoder(model: torch.nn.Module) -> torch.nn.Module | None:
         if id(part) not in inside and not holds_decoder and _stack(part) is not None:
             return part
     return None
+
+
+def residual_argument(block: torch.nn.Module) -> str:
+    """The name under which a block takes its hidden states: that of its first parameter."""
+    return next(iter(inspect.signature(block.forward).parameters))
 
 
 def _missing(model: torch.nn.Module, what: str, got: str) -> ModelError:

@@ -13,9 +13,10 @@ from tvc.errors import ModelError
 from tvc.program import Layout, Site
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
-from tvc.trace.extras import read_extras, structure
+from tvc.trace.exporters import any_experts
+from tvc.trace.extras import arguments, laid_out, on_all_slots, read_extras, structure
 from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
-from tvc.trace.layout import blocks, cost_fields, used_vision_blocks
+from tvc.trace.layout import blocks, cost_fields, residual_argument, used_vision_blocks
 from tvc.trace.sample import default_size, doubled, pixel_inputs, visual_token_ids, with_text
 from tvc.trace.spans import read_spans
 
@@ -65,7 +66,6 @@ def survey(
         )
     size = image_size or default_size(meta)
     fields = cost_fields(meta)
-    caches = _cache_shapes(meta, fields["hidden_size"])
     sample: dict[str, torch.Tensor] = (
         (doubled(inputs) if double else dict(inputs)) if inputs is not None else pixel_inputs(meta, processor, size)
     )
@@ -74,7 +74,8 @@ def survey(
     entering: list[torch.Size] = []
     vision_blocks = blocks(meta)[1]
     handle = vision_blocks[0].register_forward_pre_hook(
-        lambda _m, args, kwargs: entering.append((args[0] if args else kwargs["hidden_states"]).shape), with_kwargs=True
+        lambda m, args, kwargs: entering.append((args[0] if args else kwargs[residual_argument(m)]).shape),
+        with_kwargs=True,
     )
     host = Host(meta, find_boundary(meta, sample))
     handle.remove()
@@ -94,6 +95,7 @@ def survey(
     windows = {layer.window for layer in fields["language"]}
     spans = read_spans(call.extra.get("attention_mask"), valid, 0, windows) is not None
     extras = read_extras(call.extra, visual)
+    caches = _cache_shapes(meta, call, extras, visual)
     axes = call.position_ids.shape[0] if call.position_ids is not None and call.position_ids.dim() == 3 else 0
     layout = _layout(meta, fields, entering[0], host.boundary.features[0], identity, lengths, size)
     return Survey(layout, host, sample, caches, axes, tokens, spans, extras, structure(call.extra))
@@ -129,13 +131,23 @@ def _materialise(module: torch.nn.Module) -> None:
             setattr(module, name, torch.nn.Parameter(torch.zeros(value.shape, dtype=value.dtype), requires_grad=False))
 
 
-def _cache_shapes(meta: torch.nn.Module, width: int) -> tuple[tuple[int, int, int], ...]:
+def _cache_shapes(
+    meta: torch.nn.Module, call: DecoderCall, extras: tuple[Extra, ...], visual: torch.Tensor
+) -> tuple[tuple[int, int, int], ...]:
     decoder = meta.get_decoder()  # type: ignore[operator]
-    dtype = next(decoder.parameters()).dtype
-    with torch.no_grad(), attention_as(meta, TRACED_ATTENTION):
-        positions = torch.zeros(1, 2, dtype=torch.long, device="meta")
-        out = decoder(
-            inputs_embeds=torch.zeros(1, 2, width, dtype=dtype, device="meta"), position_ids=positions, use_cache=True
+    batch, slots, width = call.inputs_embeds.shape
+    given = {
+        name: value.to("meta") for name, value in laid_out(call.extra, extras, visual, call.inputs_embeds.dtype).items()
+    }
+    own = arguments(extras, given, structure(call.extra))
+    with torch.no_grad(), attention_as(meta, TRACED_ATTENTION), any_experts(meta), on_all_slots(extras):
+        out = type(decoder).forward(  # the instance's own leads back to the host
+            decoder,
+            inputs_embeds=torch.zeros(batch, slots, width, dtype=call.inputs_embeds.dtype, device="meta"),
+            position_ids=call.position_ids.to("meta") if call.position_ids is not None else None,
+            attention_mask=torch.ones(batch, 1, slots, slots, dtype=torch.bool, device="meta"),
+            use_cache=True,
+            **own,
         )
     shapes = []
     for layer in out.past_key_values.layers:

@@ -23,7 +23,7 @@ from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
 from tvc.trace.exporters import prepare_vision_inputs, tracing_patches
 from tvc.trace.host import Host, exit_leaves
-from tvc.trace.layout import blocks
+from tvc.trace.layout import blocks, residual_argument
 
 AUTO = torch.export.Dim.AUTO
 OUTPUT = "visual_features"
@@ -191,10 +191,11 @@ def _marked(model: torch.nn.Module, sites: Sequence[str]) -> Iterator[None]:
     layers = blocks(model)[1]
 
     def mark(number: int) -> Callable[..., Any]:
-        def hook(_module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
             if args:
                 return (torch.ops.tvc.cut_marker(args[0], number), *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": torch.ops.tvc.cut_marker(kwargs["hidden_states"], number)}
+            name = residual_argument(module)
+            return args, {**kwargs, name: torch.ops.tvc.cut_marker(kwargs[name], number)}
 
         return hook
 

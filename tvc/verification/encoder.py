@@ -10,7 +10,7 @@ import torch
 
 from tvc.errors import TraceError
 from tvc.trace.host import feature_owner, keywords
-from tvc.trace.layout import used_vision_blocks
+from tvc.trace.layout import residual_argument, used_vision_blocks
 from tvc.trace.observe import Observer, Seen, observed
 
 _BASE = 8  # one digit of a visual token's number is read off a ratio of gradients, so it must be small
@@ -27,8 +27,9 @@ class _Leaf(Observer):
 
     def entering(self, component: str, index: int, block: torch.nn.Module, arguments: dict[str, Any]) -> None:
         if component == "vision" and index == self.block:
-            self.leaf = arguments["hidden_states"].detach().requires_grad_()
-            arguments["hidden_states"] = self.leaf
+            name = residual_argument(block)
+            self.leaf = arguments[name].detach().requires_grad_()
+            arguments[name] = self.leaf
 
 
 def token_map(model: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor:

@@ -18,7 +18,7 @@ import torch
 from tvc.errors import TraceError
 from tvc.kernels.op import Attention, Tap
 from tvc.trace.host import feature_owner
-from tvc.trace.layout import blocks
+from tvc.trace.layout import blocks, residual_argument
 from tvc.trace.observe import Observer, Seen, observed, replaced
 from tvc.verification.branches import changes, watched
 from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
@@ -140,11 +140,12 @@ class _Oracle(Observer):
     # Blocks -----------------------------------------------------------------------------------------------------------
 
     def entering(self, component: str, index: int, block: torch.nn.Module, arguments: dict[str, Any]) -> None:
-        hidden = arguments["hidden_states"]
+        name = residual_argument(block)
+        hidden = arguments[name]
         if component == "vision":
             if index == 0 and hidden.dim() == 3:
                 self._enter_encoder(hidden)
-            arguments["hidden_states"] = self._steps_at(f"vision.{index}", hidden, block, arguments)
+            arguments[name] = self._steps_at(f"vision.{index}", hidden, block, arguments)
             self.seen.pop(f"vision.{index}", None)  # a probe of this block
             return
         own = arguments["attention_mask"]
@@ -156,7 +157,7 @@ class _Oracle(Observer):
         if f"language.{index}" in self.tapped:
             self.inputs_of[f"language.{index}"] = hidden
         hidden = self._steps_at(f"language.{index}", hidden, block, arguments)
-        arguments["hidden_states"] = hidden
+        arguments[name] = hidden
         arguments["attention_mask"] = self._narrowed(own)
         if self.policy.positions == "renumber" and self._cut_before(index):
             arguments["position_embeddings"] = self._renumbered()
@@ -336,7 +337,7 @@ class _Oracle(Observer):
 
     def _probe(self, block: torch.nn.Module, arguments: dict[str, Any], hidden: torch.Tensor, inside: bool) -> None:
         """Runs the block once on all tokens, for its own query and key."""
-        given = {**arguments, "hidden_states": hidden}
+        given = {**arguments, residual_argument(block): hidden}
         if not inside:
             given["attention_mask"] = self._narrowed(arguments["attention_mask"])
         self.probing = True
