@@ -43,7 +43,16 @@ class Pass(abc.ABC):
             stages=list(program.stages),
             history=list(program.history),
         )
-        changes = self.run(fresh)
+        try:
+            changes = self.run(fresh)
+        except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError) as problem:
+            raise PassError(
+                f"{self.name} cannot deal with a graph of this model",
+                where=self.name,
+                got=f"{type(problem).__name__}: {problem}",
+                want="a graph that this pass can rewrite",
+                fix="try another site or method, and report the model and the policy",
+            ) from problem
         if not changes and not self.may_be_idle:
             raise PassError(
                 f"{self.name} found nothing to do",

@@ -13,12 +13,12 @@ from tvc.chunks import PAST_KEY, PAST_POSITIONS, PAST_VALUE, SPANS, TAP, Decoder
 from tvc.errors import InputError
 from tvc.runtime.cache import StagedCache
 from tvc.runtime.chunk import Chunk, chunk_inputs, left_packed, ragged, take
-from tvc.runtime.inputs import check_call, count_mismatch, placeholders
+from tvc.runtime.inputs import check_call, count_mismatch, no_video, placeholders, video_inside_encoder
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
 from tvc.trace.exporters import prepare_vision_inputs
 from tvc.trace.extras import laid_out
-from tvc.trace.host import PIXEL_NAMES, DecoderCall, Host
+from tvc.trace.host import PIXEL_NAMES, VIDEO, DecoderCall, Host
 from tvc.trace.spans import read_spans
 from tvc.trace.vision import PIXELS, each_image
 
@@ -111,6 +111,8 @@ class Engine:
             chunk = self._chunk(inputs, ids, mask, past, seen)
             kept: dict[str, torch.Tensor] = {}
             taps: dict[str, torch.Tensor] = {}
+            if inputs.get(VIDEO) is not None and (self._state.raw or self._state.place is not None):
+                raise video_inside_encoder()
             if self._state.raw:
                 taps = self._packed_taps(inputs, chunk)
             chunk, taps = self._before_decoder(chunk, taps, kept)
@@ -146,22 +148,25 @@ class Engine:
     def _chunk(
         self, inputs: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor, past: StagedCache | None, seen: int
     ) -> Chunk:
-        self.host.feature_lengths = []
+        self.host.feature_lengths = {}
         try:
             with self._masks_made(ids):
                 call = self.host.reach_decoder(**{**inputs, "past_key_values": past, "use_cache": True})
-        except ValueError as problem:
-            tokens, lengths = placeholders(ids, self.interface.visual_token_ids), self.host.feature_lengths
-            if not lengths or sum(lengths) == tokens:
-                raise
-            raise count_mismatch(tokens, lengths) from problem
+        except (ValueError, RuntimeError, TypeError, LookupError) as problem:
+            lengths = [length for each in self.host.feature_lengths.values() for length in each]
+            tokens = placeholders(ids, self.interface.visual_token_ids)
+            if isinstance(problem, ValueError) and lengths and sum(lengths) != tokens:
+                raise count_mismatch(tokens, lengths) from problem
+            if inputs.get(VIDEO) is not None:
+                raise no_video(problem) from problem
+            raise
         has_pixels = any(inputs.get(name) is not None for name in PIXEL_NAMES)
         visual = torch.zeros_like(ids, dtype=torch.bool)
         if has_pixels:
             for token in self.interface.visual_token_ids:
                 visual |= ids == token
             visual &= mask
-        segment, images = _segments(visual, self.host.feature_lengths if has_pixels else [])
+        segment, images = _segments(ids, visual, self.interface.visual_token_ids, self.host.feature_lengths)
         positions = _positions(call.position_ids, inputs, mask, seen, self.interface.shape.axes, ids)
         embeds = call.inputs_embeds.to(self.interface.shape.dtype)
         return Chunk(
@@ -296,18 +301,31 @@ def _mask(mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
     return mask[:, -ids.shape[1] :].bool()
 
 
-def _segments(visual: torch.Tensor, lengths: list[int]) -> tuple[torch.Tensor, int]:
-    """[B, S] image number (within its sample) of each visual slot, -1 elsewhere; and images of a sample at most."""
+def _segments(
+    ids: torch.Tensor, visual: torch.Tensor, tokens: tuple[int, ...], lengths: Mapping[str, list[int]]
+) -> tuple[torch.Tensor, int]:
+    """[B, S] number (within its sample, in order) of the image or video of each visual slot, -1 elsewhere; and how many
+    a sample has at most. Images and videos have placeholders of their own; `lengths` lists the tokens of each by kind.
+    """
     segment = torch.full(visual.shape, -1, dtype=torch.int64, device=visual.device)
-    total = int(visual.sum())
-    if total == 0:
+    found = 0
+    for token in tokens:
+        own = visual & (ids == token)
+        total = int(own.sum())
+        # Where the family does not say, every sample's tokens are one image.
+        each = next((given for given in lengths.values() if sum(given) == total), own.sum(1).tolist())
+        owner = torch.repeat_interleave(torch.arange(len(each)), torch.tensor(each, dtype=torch.int64))
+        segment[own] = owner.to(visual.device) + found
+        found += len(each)
+    if not bool(visual.any()):
         return segment, 0
-    if sum(lengths) != total:
-        lengths = visual.sum(1).tolist()  # the family does not say: every sample's tokens are one image
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(visual.device)
-    segment[visual] = owner
-    first = torch.where(visual, segment, len(lengths)).amin(1, keepdim=True)
-    segment = torch.where(visual, segment - first, -1)
+    place = torch.arange(visual.numel(), device=visual.device)
+    first = torch.full((found,), visual.numel(), device=visual.device)
+    first = first.scatter_reduce(0, segment[visual], place[visual.reshape(-1)], "amin")
+    rank = first.argsort().argsort()
+    segment = torch.where(visual, rank[segment.clamp(min=0)], -1)
+    before = torch.where(visual, segment, found).amin(1, keepdim=True)
+    segment = torch.where(visual, segment - before, -1)
     return segment, int(segment.max()) + 1
 
 

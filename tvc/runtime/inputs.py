@@ -82,6 +82,30 @@ def count_mismatch(tokens: int, lengths: Sequence[int], where: str = "forward") 
     )
 
 
+def no_video(problem: Exception) -> InputError:
+    """The error for a family whose videos go another way than its images."""
+    return InputError(
+        "videos of this model do not pass through the vision path that was compiled",
+        where="forward",
+        got=f"pixel_values_videos, and {type(problem).__name__}: {problem}",
+        want="images; or a model whose videos take the same encoder and projector as its images",
+        fix="pass the frames as images",
+        slug="no-video",
+    )
+
+
+def video_inside_encoder() -> InputError:
+    """The error for a policy that looks into the encoder, or cuts it, when a video comes."""
+    return InputError(
+        "this policy takes scores from inside the vision encoder, or cuts it, which is done for images alone",
+        where="forward",
+        got="pixel_values_videos",
+        want="images, or a policy whose steps and scores are the decoder's",
+        fix="pass the frames as images, or compile with a policy such as fastv",
+        slug="video-inside-encoder",
+    )
+
+
 def unplaced(problem: Exception) -> InputError:
     """The error for images that a family fails to lay out over the tokens' positions."""
     return InputError(

@@ -29,7 +29,8 @@ from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
 from tvc.trace.exporters import prepare_vision_inputs
 
-PIXEL_NAMES = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+VIDEO = "pixel_values_videos"
+PIXEL_NAMES = ("pixel_values", "pixel_values_images", VIDEO)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +257,7 @@ class Host:
         self.owner = feature_owner(model)
         self.hf_forward = model.forward  # bound here: a runtime may put another forward in its place
         self.entry_module = model.get_submodule(boundary.entry)
-        self.feature_lengths: list[int] = []  # visual tokens of each image in the last call
+        self.feature_lengths: dict[str, list[int]] = {}  # visual tokens of each image and video in the last call
         self.device = torch.device("cpu")  # where the values are that the family's code works on
         self._stubs = _Stubs()
         self._install()
@@ -297,18 +298,30 @@ class Host:
         self.model.get_submodule(boundary.embeddings).forward = self._embed
 
     def _watch_lengths(self) -> None:
-        owner: Any = self.owner
-        original = owner.get_image_features
+        for kind in ("image", "video"):
+            name = f"get_{kind}_features"
+            if hasattr(self.owner, name):
+                setattr(self.owner, name, self._watched(kind, getattr(self.owner, name)))
 
+    def _watched(self, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
+        def get_features(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             pooled = getattr(output, "pooler_output", output)
+            if pooled is None:
+                raise ModelError(
+                    f"get_{kind}_features gives no features",
+                    where=type(self.owner).__name__,
+                    got="no pooler_output",
+                    want="the visual tokens as the decoder takes them",
+                    fix="models that make them outside of it cannot be compiled",
+                    slug="no-visual-features",
+                )
             parts = list(pooled) if isinstance(pooled, (list, tuple)) or pooled.dim() == 3 else [pooled]
-            self.feature_lengths = [part.shape[0] for part in parts]
+            self.feature_lengths[kind] = [part.shape[0] for part in parts]
             return output
 
-        owner.get_image_features = get_image_features
+        return get_features
 
     def _say_device(self) -> None:
         """Family code moves values to `self.device`, which would be where the weights are: nowhere."""

@@ -53,7 +53,30 @@ def survey(
     """Reads a model on the meta device; `meta` becomes the host and is changed in place.
 
     `inputs` are doubled along their first axis unless `double` is False, for inputs that come from an earlier survey.
+
+    Raises:
+        ModelError, TraceError: the model is of a kind that cannot be compiled; which one, it says.
     """
+    try:
+        return _survey(meta, processor, inputs, image_size, double)
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as problem:
+        raise ModelError(
+            "the model's own code cannot be followed from images to its decoder",
+            where=type(meta).__name__,
+            got=f"{type(problem).__name__}: {problem}",
+            want="a vision path and a decoder that run on shapes alone, without weights",
+            fix="pass inputs made by the model's processor; if they were, this model cannot be compiled",
+            slug="not-surveyed",
+        ) from problem
+
+
+def _survey(
+    meta: torch.nn.Module,
+    processor: Any,
+    inputs: Mapping[str, Any] | None,
+    image_size: tuple[int, int] | None,
+    double: bool,
+) -> Survey:
     tokens = visual_token_ids(meta)
     if not tokens:
         raise ModelError(
@@ -180,7 +203,7 @@ def _probe_packing(host: Host, sample: Mapping[str, Any]) -> tuple[bool, list[in
     parts = list(pooled) if isinstance(pooled, (list, tuple)) else [pooled]
     flat = torch.cat([part.reshape(-1, shape[-1])[:, 0] for part in parts])
     identity = flat.shape[0] == rows and bool((flat == torch.arange(rows) + 1.0).all())
-    return identity, list(host.feature_lengths)
+    return identity, list(host.feature_lengths["image"])
 
 
 def _layout(

@@ -72,7 +72,7 @@ class _Oracle(Observer):
         self.seen: dict[str, list[Seen]] = {}
         self.inputs_of: dict[str, torch.Tensor] = {}  # hidden states that enter a tapped decoder layer
         self.expected = Expected(torch.empty(0))
-        self.lengths: list[int] = []
+        self.lengths: dict[str, list[int]] = {}  # visual tokens of each image and of each video
         self.samples: list[Sample] = []
         self.tiles: list[Sample] = []
         self.proportional = False  # sizes of tokens are added to the encoder's logits from here on
@@ -92,18 +92,22 @@ class _Oracle(Observer):
             with _kept_state(self.model):
                 self.map = token_map(self.model, self.case.inputs)
         owner: Any = feature_owner(self.model)
-        original = owner.get_image_features
 
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
-            output = original(*args, **kwargs)
-            self.lengths = [len(part) for part in feature_parts(output)]
-            return output
+        def noting(name: str, original: Any) -> Any:
+            def get_features(*args: Any, **kwargs: Any) -> Any:
+                output = original(*args, **kwargs)
+                self.lengths[name] = [len(part) for part in feature_parts(output)]
+                return output
+
+            return get_features
 
         decoder = self.model.get_decoder()
         rotary = getattr(decoder, "rotary_emb", None)
         with contextlib.ExitStack() as stack:
             stack.enter_context(_kept_state(self.model))
-            stack.enter_context(replaced(owner, "get_image_features", get_image_features))
+            for name in ("get_image_features", "get_video_features"):
+                if hasattr(owner, name):
+                    stack.enter_context(replaced(owner, name, noting(name, getattr(owner, name))))
             stack.enter_context(observed(self.model, self))
             if rotary is not None:
                 handle = rotary.register_forward_hook(self._rotated, with_kwargs=True)
@@ -247,18 +251,28 @@ class _Oracle(Observer):
             visual |= ids == token
         mask = self.case.inputs["attention_mask"].bool()
         visual &= mask
-        lengths = self.lengths
-        if sum(lengths) != int(visual.sum()):
-            lengths = visual.sum(1).tolist()
-        image = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(ids.device)
-        start = 0
+        owner = self._owners(ids, visual)
         for row in range(len(ids)):
             slots = visual[row].nonzero().flatten()
-            segment = image[start : start + len(slots)]
-            segment = segment - segment[0] if len(segment) else segment
+            known: dict[int, int] = {}  # numbers in the order in which the sample shows its images
+            numbers = [known.setdefault(image, len(known)) for image in owner[row, slots].tolist()]
+            segment = torch.tensor(numbers, dtype=torch.int64, device=ids.device)
             self.samples.append(Sample.fresh(row, (mask[row] & ~visual[row]).nonzero().flatten(), slots, segment))
-            start += len(slots)
         self._drop_of_encoder()
+
+    def _owners(self, ids: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+        """[B, S] which image or video of the batch each visual token is of."""
+        owner = torch.full_like(ids, -1)
+        found = 0
+        for token in self.case.visual_token_ids:
+            places = (visual & (ids == token)).nonzero()
+            lengths = next((each for each in self.lengths.values() if sum(each) == len(places)), None)
+            if lengths is None:
+                lengths = [int((places[:, 0] == row).sum()) for row in range(len(ids))]
+            for part in places.split(lengths):
+                owner[part[:, 0], part[:, 1]] = found
+                found += 1
+        return owner
 
     def _drop_of_encoder(self) -> None:
         """Visual tokens whose encoder token was dropped never reach the decoder."""
