@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tvc.errors import ArgumentError
-from tvc.trace.host import PIXEL_NAMES, feature_owner, keywords
+from tvc.trace.host import PIXEL_NAMES, VIDEO, feature_owner, keywords
 from tvc.trace.sample import default_size, pixel_inputs, visual_token_ids, with_text
 from tvc.verification.encoder import feature_parts
 
@@ -34,9 +34,10 @@ def placed(inputs: Mapping[str, Any], model: Any) -> Inputs:
 
 
 def image_lengths(model: Any, inputs: Mapping[str, Any]) -> list[int]:
-    """Visual tokens of each image (or tile), by the model's own code."""
+    """Visual tokens of each image (or tile), or of each video where the inputs hold videos, by the model's own code."""
     owner: Any = feature_owner(model)
-    return [len(part) for part in feature_parts(owner.get_image_features(**keywords(owner.get_image_features, inputs)))]
+    function = owner.get_image_features if inputs.get(VIDEO) is None else owner.get_video_features
+    return [len(part) for part in feature_parts(function(**keywords(function, inputs)))]
 
 
 def left_padded(inputs: Inputs) -> Inputs:
