@@ -20,6 +20,8 @@ from transformers.exporters import utils as _utils
 # Attention is traced through `tvc.trace.attention`, which needs neither of these.
 _UNWANTED = ("_patch_chunked_vision_attention", "_patch_sdpa")
 
+_EXPERTS = "_experts_implementation_internal"
+
 
 @contextlib.contextmanager
 def tracing_patches(backend: str = "dynamo") -> Iterator[None]:
@@ -37,16 +39,15 @@ def tracing_patches(backend: str = "dynamo") -> Iterator[None]:
 @contextlib.contextmanager
 def any_experts(model: torch.nn.Module) -> Iterator[None]:
     """Mixtures of experts run in a form that needs no weights of a certain type (nor any: the meta device)."""
-    if not getattr(model, "_can_set_experts_implementation", lambda: False)():
-        yield
-        return
-    holder: Any = model
-    before = holder.get_experts_implementation()
-    holder.set_experts_implementation("batched_mm")
+    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), _EXPERTS)}
+    before = {key: getattr(config, _EXPERTS) for key, config in configs.items()}
+    for config in configs.values():
+        setattr(config, _EXPERTS, "batched_mm")
     try:
         yield
     finally:
-        holder.set_experts_implementation(before)
+        for key, config in configs.items():
+            setattr(config, _EXPERTS, before[key])
 
 
 def prepare_vision_inputs(tower: torch.nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:

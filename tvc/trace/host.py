@@ -152,7 +152,12 @@ def _observed(model: torch.nn.Module, device: str) -> Iterator[list[_Call]]:
         depth[0] += 1
         if depth[0] > 1:
             return args, kwargs
-        prepared = prepare_vision_inputs(module, _flat_arguments(inspect.signature(module.forward), args, kwargs))
+        signature = inspect.signature(module.forward)
+        given = _flat_arguments(signature, args, kwargs)
+        # What is prepared for one kind of encoder need not be known to a module between encoder and projector.
+        prepared = prepare_vision_inputs(module, given)
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
+            prepared = {name: value for name, value in prepared.items() if name in signature.parameters}
         images[0] = _images(prepared)
         return (), _to(prepared, device)
 

@@ -69,20 +69,18 @@ def _name(source: object) -> str:
 
 
 def blocks(model: torch.nn.Module) -> tuple[torch.nn.ModuleList, torch.nn.ModuleList]:
-    """The transformer blocks of the language model and of the vision encoder.
+    """The transformer blocks of the language model and of the vision encoder (none where that is no transformer).
 
     Raises:
-        ModelError: one of the two was not found.
+        ModelError: the language model has none.
     """
     decoder = model.get_decoder()  # type: ignore[operator]
     language = _stack(decoder)
     if language is None:
         raise _missing(model, "language model", type(decoder).__name__)
     tower = encoder(model)
-    vision = None if tower is None else _stack(tower)
-    if vision is None:
-        raise _missing(model, "vision encoder", type(tower).__name__)
-    return language, vision
+    vision = _stack(tower) if tower is not None else None
+    return language, vision if vision is not None else torch.nn.ModuleList()
 
 
 def encoder(model: torch.nn.Module) -> torch.nn.Module | None:
@@ -112,7 +110,7 @@ def _missing(model: torch.nn.Module, what: str, got: str) -> ModelError:
         where=f"model class {type(model).__name__}",
         got=got,
         want="a ModuleList whose entries contain attention",
-        fix="use a model whose vision encoder and language model are transformers",
+        fix="use a model whose language model is a transformer",
         slug="no-blocks",
     )
 
@@ -239,7 +237,7 @@ def cost_fields(model: torch.nn.Module) -> dict[str, Any]:
     text_config, image_config = decoder.config, getattr(tower, "config", None)
     assigned = dict(tower.named_modules()) if tower is not None else {}
     names = list(assigned)
-    start = next(i for i, part in enumerate(assigned.values()) if part is vision)
+    start = next((i for i, part in enumerate(assigned.values()) if part is vision), 0)
     before = ((name, assigned[name]) for name in names[:start])
     held = {id(child) for child in vision.modules()}
     after = ((name, assigned[name]) for name in names[start:] if id(assigned[name]) not in held)

@@ -34,7 +34,8 @@ def default_size(model: torch.nn.Module) -> tuple[int, int]:
         return int(size[0]), int(size[1])
     if isinstance(size, int):
         return size, size
-    patch = getattr(vision, "patch_size", 14) * getattr(vision, "spatial_merge_size", 1)
+    patch = getattr(vision, "patch_size", 14)
+    patch = (max(patch) if isinstance(patch, (list, tuple)) else patch) * getattr(vision, "spatial_merge_size", 1)
     side = patch * max(4, 448 // patch)
     return side, side
 

@@ -19,6 +19,7 @@ from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
 from tvc.trace.layout import blocks, cost_fields, residual_argument, used_vision_blocks
 from tvc.trace.sample import default_size, doubled, pixel_inputs, visual_token_ids, with_text
 from tvc.trace.spans import read_spans
+from tvc.trace.vision import entry_inputs
 
 
 @dataclasses.dataclass
@@ -95,13 +96,16 @@ def _survey(
     for parameter_owner in (getattr(meta, "base_model", meta), meta):
         _materialise(parameter_owner)
     entering: list[torch.Size] = []
-    vision_blocks = blocks(meta)[1]
-    handle = vision_blocks[0].register_forward_pre_hook(
-        lambda m, args, kwargs: entering.append((args[0] if args else kwargs[residual_argument(m)]).shape),
-        with_kwargs=True,
-    )
+    handles = [
+        block.register_forward_pre_hook(
+            lambda m, args, kwargs: entering.append((args[0] if args else kwargs[residual_argument(m)]).shape),
+            with_kwargs=True,
+        )
+        for block in blocks(meta)[1][:1]
+    ]
     host = Host(meta, find_boundary(meta, sample))
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     identity, lengths = _probe_packing(host, sample)
     if inputs is None:
         sample = with_text(meta, sample, _per_sample(lengths, 2))
@@ -120,7 +124,14 @@ def _survey(
     extras = read_extras(call.extra, visual)
     caches = _cache_shapes(meta, call, extras, visual)
     axes = call.position_ids.shape[0] if call.position_ids is not None and call.position_ids.dim() == 3 else 0
-    layout = _layout(meta, fields, entering[0], host.boundary.features[0], identity, lengths, size)
+    features = host.boundary.features[0]
+    # An encoder without transformer blocks is seen from behind: by the visual tokens that it gives.
+    first = (
+        entering[0]
+        if entering
+        else torch.Size((host.boundary.images, features[:-1].numel() // host.boundary.images, 1))
+    )
+    layout = _layout(meta, fields, first, features, identity, lengths, size, entry_inputs(host, sample).by_image)
     return Survey(layout, host, sample, caches, axes, tokens, spans, extras, structure(call.extra))
 
 
@@ -214,6 +225,7 @@ def _layout(
     identity: bool,
     lengths: list[int],
     size: tuple[int, int],
+    by_image: bool,
 ) -> Layout:
     packed = len(entering) == 2
     tiles = 1 if packed else entering[0]
@@ -232,6 +244,8 @@ def _layout(
             "the tiles' features are stitched into one grid behind the projector (unpadding, newline tokens), "
             "so every tile has to be whole"
         )
+    elif by_image:
+        reason = "the encoder takes images of several sizes one by one"
     elif packed:
         reason = "the encoder packs all images into one sequence with fixed boundaries"
     used = used_vision_blocks(meta)
@@ -254,6 +268,6 @@ def _layout(
         sites=(*vision, Site("projector", True), *language),
         used_vision_blocks=used,
         image_size=size,
-        in_order=identity and not packed,
+        in_order=identity and not packed and not by_image,
         **fields,
     )
