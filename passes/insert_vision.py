@@ -121,7 +121,7 @@ class VisionInsertion:
         component.meta = {**component.meta, "key_widths": self._key_widths()}
 
     def _key_widths(self) -> dict[str, int]:
-        return {f"vision.{b.index}": int(b.attention.args[1].meta["val"].shape[-1]) for b in self.blocks}  # type: ignore
+        return {f"vision.{b.index}": int(b.attention.args[1].meta["val"].shape[-1]) for b in self.blocks if b.attention}  # type: ignore
 
     # Cuts ---------------------------------------------------------------------------------------------------------
 

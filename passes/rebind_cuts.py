@@ -145,7 +145,7 @@ def _stage_outputs(component: Component) -> None:
                 stages[-1] = joined
             else:
                 stages.append(joined)
-    layers = [name for name in component.outputs if name.startswith(("key.", "value."))]
+    layers = [name for name in component.outputs if name.startswith(("key.", "value.", "state."))]
     names = ("logits", *(f"key_positions.{s}" for s in range(len(stages))), *layers)
     output.args = ((values["logits"], *stages, *(values[name] for name in layers)),)
     component.outputs = names

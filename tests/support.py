@@ -17,6 +17,7 @@ import torch
 import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tvc.trace.processor import image_only
 
@@ -62,6 +63,25 @@ _TEMPLATE = """\
 {% if add_generation_prompt %}ASSISTANT:{% endif %}"""
 
 
+class _ConvolutionalTower(transformers.PreTrainedModel):
+    """Stands in for Gemma 3n's MobileNet, which needs timm: a map of channels in a sixteenth of the picture's sides."""
+
+    config_class = transformers.Gemma3nVisionConfig
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        width = config.hidden_size
+        self.stem = torch.nn.Conv2d(3, width, 8, 8)
+        self.mix = torch.nn.Conv2d(width, width, 3, 2, 1)
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor, **_options: Any) -> Any:
+        return BaseModelOutputWithPooling(last_hidden_state=self.mix(torch.nn.functional.gelu(self.stem(pixel_values))))
+
+
+transformers.AutoModel.register(transformers.Gemma3nVisionConfig, _ConvolutionalTower, exist_ok=True)
+
+
 def family_record(family: str) -> Family:
     return FAMILIES[family] if family in FAMILIES else FURTHER[family]
 
@@ -78,7 +98,7 @@ def build_model(family: str, seed: int = 0) -> Any:
 def build_processor(family: str) -> Any:
     """The family's processor over a tokenizer of a few hundred byte-level pieces, padding on the left.
 
-    None where it needs a package that is not installed; `inputs` are then made by hand.
+    None where the record names none; `inputs` are then made by hand.
     """
     record = family_record(family)
     if not record.processor:
@@ -139,15 +159,20 @@ def inputs(
 
 def _inputs_by_hand(family: str, pictures: list[list[Image.Image]], text: list[str]) -> dict[str, torch.Tensor]:
     record = family_record(family)
-    expanded, tensors = getattr(by_hand, record.by_hand)(pictures, **record.image_options)
+    options = dict(record.image_options)
+    if record.image_processor:
+        options["processor"] = record.image_processor
+    expanded, tensors = getattr(by_hand, record.by_hand)(pictures, **options)
     left = iter(expanded)
     for number, sample in enumerate(text):
         first, *rest = sample.split(record.placeholder)
         text[number] = first + "".join(next(left) + part for part in rest)
     tokens = tokenizer(family)(text, padding=True, return_tensors="pt")
-    visual = visual_mask(family, tokens["input_ids"]).long()
-    made = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"], **tensors}
-    return made | dict.fromkeys(record.marks, visual)
+    ids = tokens["input_ids"]
+    made = {"input_ids": ids, "attention_mask": tokens["attention_mask"], **tensors}
+    for name, marked in record.marks.items():
+        made[name] = torch.isin(ids, torch.tensor(tokenizer(family).convert_tokens_to_ids(list(marked)))).long()
+    return made
 
 
 def photo(index: int, size: tuple[int, int] | None = None) -> Image.Image:
@@ -220,4 +245,6 @@ def _resolved(record: Family, value: Any, ids: Any) -> Any:
         if "num_key_value_heads" in made:
             made.setdefault("vocab_size", len(ids))
         return made
+    if isinstance(value, list):
+        return [_resolved(record, item, ids) for item in value]
     return ids.convert_tokens_to_ids(value) if isinstance(value, str) and value in record.specials else value

@@ -13,9 +13,9 @@ import support
 def test_pictures_change_the_logits(family: str) -> None:
     model, given = support.build_model(family), support.inputs(family, batch=3)
     visual = support.visual_mask(family, given["input_ids"])
-    blind = {**given, "attention_mask": given["attention_mask"].masked_fill(visual, 0)}
+    other = {name: -value if "pixel_values" in name else value for name, value in given.items()}
     with torch.no_grad():
-        seen, unseen = model(**given).logits[:, -1], model(**blind).logits[:, -1]
+        seen, unseen = model(**given).logits[:, -1], model(**other).logits[:, -1]
     assert visual.any(1).all()
     assert seen.std() > 0.1
     assert ((seen - unseen).abs().amax(1) > 1e-2).all()
@@ -34,4 +34,5 @@ def test_saved_directory_holds_the_same_model(family: str, tmp_path) -> None:
     directory, given = support.save_model(family, tmp_path), support.inputs(family)
     loaded = transformers.AutoModelForImageTextToText.from_pretrained(directory)
     with torch.no_grad():
-        assert torch.equal(loaded(**given).logits, support.build_model(family)(**given).logits)
+        # Loaded weights may lie differently in memory, which changes the order of sums.
+        torch.testing.assert_close(loaded(**given).logits, support.build_model(family)(**given).logits)

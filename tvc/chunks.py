@@ -13,6 +13,7 @@ extra.*                [B, S, ...] what else the model hands to its decoder for 
 tap.*                  [B, V] or [B, V, d] what the vision path says of each visual token
 past_key_positions.s   [B, P_s] int64 places of the tokens cached by stage s, -1 pads
 past_key.i past_value.i  [B, G, P_s, d] the cache of layer i, as long as its stage's
+past_state.i           [B, C, L] the cache of a layer without attention: the last L inputs of its convolution
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CHUNK_INPUTS = (
     "visual_counts",
 )
 PAST_POSITIONS = "past_key_positions."
-PAST_KEY, PAST_VALUE = "past_key.", "past_value."
+PAST_KEY, PAST_VALUE, PAST_STATE = "past_key.", "past_value.", "past_state."
 TAP = "tap."
 SPANS = "query_spans"
 EXTRA = "extra."
@@ -61,7 +62,7 @@ class DecoderShape:
 
     width: int
     axes: int  # rotary position axes; 0 for plain [B, S] positions
-    caches: tuple[tuple[int, int, int], ...]  # (groups, key width, value width) of each layer
+    caches: tuple[tuple[int, ...], ...]  # of each layer (groups, key width, value width); (channels, length) of a state
     dtype: torch.dtype
     device: torch.device
     spans: bool = False  # some tokens attend to later ones
@@ -72,9 +73,26 @@ class DecoderShape:
         """The inputs that describe the chunk, caches and taps apart."""
         return (*CHUNK_INPUTS, *([SPANS] if self.spans else []), *(extra.name for extra in self.extras))
 
+    def holds_state(self, layer: int) -> bool:
+        """Whether the layer keeps a state of fixed length in the place of keys and values."""
+        return len(self.caches[layer]) == 2
+
+    def cached(self, layer: int) -> tuple[str, ...]:
+        """The outputs that hold a layer's cache; its inputs are the same behind `past_`."""
+        return (f"state.{layer}",) if self.holds_state(layer) else (f"key.{layer}", f"value.{layer}")
+
+    def empty_cache(self, name: str, batch: int, length: int) -> torch.Tensor:
+        """Zeros for the cache input `name` of a layer that holds `length` tokens."""
+        sizes = self.caches[int(name.split(".")[1])]
+        if name.startswith(PAST_STATE):
+            return torch.zeros(batch, *sizes, dtype=self.dtype)
+        return torch.zeros(batch, sizes[0], length, sizes[1 + name.startswith(PAST_VALUE)], dtype=self.dtype)
+
 
 def varying_axes(name: str, shape: DecoderShape) -> tuple[int, ...]:
     """The axes of an input that may differ from call to call."""
+    if name.startswith(PAST_STATE):
+        return (0,)
     if name.startswith((PAST_KEY, PAST_VALUE)):
         return (0, 2)
     return (1, 2) if name == "position_ids" and shape.axes else (0, 1)
@@ -117,9 +135,6 @@ def sample_inputs(
         if name.startswith(TAP):
             tap = torch.rand(batch, visual, max(tap_widths[name], 1))
             return tap if tap_widths[name] else tap[..., 0].clone()
-        layer = int(name.split(".")[1])
-        groups, *widths = shape.caches[layer]
-        length = past + 3 * stage_of_layer[layer]
-        return torch.zeros(batch, groups, length, widths[name.startswith(PAST_VALUE)], dtype=shape.dtype)
+        return shape.empty_cache(name, batch, past + 3 * stage_of_layer[int(name.split(".")[1])])
 
     return tuple(make(name).to(shape.device) for name in names)

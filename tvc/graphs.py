@@ -93,10 +93,10 @@ def drop_unused_attributes(draft: fx.GraphModule) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """One transformer block of a graph: its number and its attention call."""
+    """One block of a graph: its number and its attention call, None where it mixes tokens in another way."""
 
     index: int
-    attention: fx.Node
+    attention: fx.Node | None
     prefix: str  # module path of the block list
 
     def holds(self, node: fx.Node) -> bool:
@@ -116,9 +116,10 @@ def is_attention(node: fx.Node) -> bool:
 
 
 def find_blocks(graph: fx.Graph) -> list[Block]:
-    """The transformer blocks of a graph, read off the module paths of its attention calls.
+    """The blocks of a graph, read off the module paths of its attention calls.
 
-    Of several block lists (an encoder and a resampler, say) the longest is meant.
+    Of several block lists (an encoder and a resampler, say) the longest is meant. Its blocks without attention, between
+    those with, are found by their paths.
     """
     lists: dict[str, dict[int, fx.Node]] = {}
     for node in graph.nodes:
@@ -132,7 +133,10 @@ def find_blocks(graph: fx.Graph) -> list[Block]:
     if not lists:
         return []
     prefix, found = max(lists.items(), key=lambda item: len(item[1]))
-    return [Block(index, found[index], prefix) for index in sorted(found)]
+    numbered = re.compile(rf"{re.escape(prefix)}\.(\d+)(\.|$)")
+    paths = (path for node in graph.nodes for path in module_paths(node))
+    others = {int(match[1]) for path in paths if (match := numbered.match(path))}
+    return [Block(index, found.get(index), prefix) for index in sorted(others | set(found))]
 
 
 def first_node(graph: fx.Graph, block: Block) -> fx.Node:

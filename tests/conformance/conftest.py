@@ -1,4 +1,4 @@
-"""Makes `import matrix` work here: the script is also run by itself."""
+"""Makes `import matrix` and its neighbours work here: the scripts are also run by themselves."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import importlib.util
 import pathlib
 import sys
 
-_PATH = pathlib.Path(__file__).parent / "matrix.py"
+HERE = pathlib.Path(__file__).parent
 
-if "matrix" not in sys.modules:
-    _spec = importlib.util.spec_from_file_location("matrix", _PATH)
-    assert _spec is not None
-    assert _spec.loader is not None
-    sys.modules["matrix"] = importlib.util.module_from_spec(_spec)
-    _spec.loader.exec_module(sys.modules["matrix"])
+for _name in ("matrix", "random_cases", "random_sweep"):
+    if _name not in sys.modules:
+        _spec = importlib.util.spec_from_file_location(_name, HERE / f"{_name}.py")
+        assert _spec is not None
+        assert _spec.loader is not None
+        sys.modules[_name] = importlib.util.module_from_spec(_spec)
+        _spec.loader.exec_module(sys.modules[_name])

@@ -10,7 +10,7 @@ HERE = pathlib.Path(__file__).parent
 
 ORACLES = ("oracles", *(f"oracles_{group}" for group in ("folding", "encoder", "decoder", "pairs", "greedy")))
 
-for name in (*ORACLES, "one_graph"):
+for name in (*ORACLES, "one_graph", "provider_cases"):
     spec = importlib.util.spec_from_file_location(f"kernel_{name}", HERE / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

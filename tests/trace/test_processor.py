@@ -13,7 +13,7 @@ from tvc.errors import ModelError
 from tvc.trace.processor import image_only, load_processor
 
 
-@pytest.mark.parametrize("family", [*support.FAMILIES, *support.FURTHER])
+@pytest.mark.parametrize("family", support.PROCESSED)
 def test_load_processor_gives_back_what_was_saved(family: str, tmp_path: pathlib.Path) -> None:
     directory = support.save_model(family, tmp_path / "model")
     loaded = load_processor(str(directory))

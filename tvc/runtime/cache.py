@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
+from tvc.chunks import DecoderShape
 from tvc.errors import InputError
 
 
 class StagedCache(Cache):
     """Keys and values per layer, key positions per stage.
 
-    `layers[i].keys` is [B, G, P_s, d] with P_s the length of the stage that layer i belongs to. `get_seq_length()` is
-    the number of sequence places seen so far, reduced tokens counted in: positions and masks go on from there.
+    `layers[i].keys` is [B, G, P_s, d] with P_s the length of the stage that layer i belongs to; a layer without
+    attention holds `conv_states[0]` [B, C, L]. `get_seq_length()` is the number of sequence places seen so far, reduced
+    tokens counted in: positions and masks go on from there.
     """
 
     def __init__(
         self,
-        keys: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
+        shape: DecoderShape,
+        held: Mapping[str, torch.Tensor],
         key_positions: Sequence[torch.Tensor],
         seen: int,
     ):
-        layers = []
-        for key, value in zip(keys, values, strict=True):
-            layer = DynamicLayer()
-            layer.keys, layer.values, layer.is_initialized = key, value, True
-            layer.dtype, layer.device = key.dtype, key.device
-            layers.append(layer)
-        super().__init__(layers=layers)
+        """`held` has the cache of every layer by the names of `DecoderShape.cached`."""
+        super().__init__(layers=[_layer([held[name] for name in shape.cached(i)]) for i in range(len(shape.caches))])
         self.key_positions = list(key_positions)  # [B, P_s] int64 sequence place of every cached token, -1 pads
         self.seen = seen
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """What the cache input `past_key.i`, `past_value.i` or `past_state.i` takes."""
+        kind, _, layer = name.partition(".")
+        held: dict[str, torch.Tensor] = _tensors(self.layers[int(layer)])
+        return held[kind.removeprefix("past_")]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.seen
@@ -42,18 +46,20 @@ class StagedCache(Cache):
         return self.seen + query_length, 0
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.key_positions = [positions[indices] for positions in self.key_positions]
+        self._pick(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.key_positions = [positions.repeat_interleave(repeats, dim=0) for positions in self.key_positions]
+        self._pick(torch.arange(len(self.key_positions[0])).repeat_interleave(repeats))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        for layer in self.layers:
-            layer.keys = layer.keys.index_select(0, beam_idx.to(layer.keys.device))
-            layer.values = layer.values.index_select(0, beam_idx.to(layer.values.device))
-        self.key_positions = [p.index_select(0, beam_idx.to(p.device)) for p in self.key_positions]
+        self._pick(beam_idx)
+
+    def _pick(self, rows: torch.Tensor) -> None:
+        def picked(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.index_select(0, rows.to(tensor.device))
+
+        self.layers = [_layer([picked(tensor) for tensor in _tensors(layer).values()]) for layer in self.layers]
+        self.key_positions = [picked(positions) for positions in self.key_positions]
 
     def crop(self, tokens_to_remove: int) -> None:
         raise InputError(
@@ -64,3 +70,23 @@ class StagedCache(Cache):
             fix="use greedy search, sampling or beam search; assisted decoding rolls its cache back",
             slug="no-rollback",
         )
+
+
+def _layer(held: Sequence[torch.Tensor]) -> DynamicLayer | LinearAttentionLayer:
+    if len(held) == 2:
+        layer = DynamicLayer()
+        layer.keys, layer.values = held
+        layer.is_initialized, layer.dtype, layer.device = True, held[0].dtype, held[0].device
+        return layer
+    state = LinearAttentionLayer()
+    state.conv_states[0] = held[0]
+    state.is_conv_states_initialized[0] = state.has_previous_state[0] = True
+    state.conv_kernel_size[0], state.dtype, state.device = held[0].shape[2], held[0].dtype, held[0].device
+    return state
+
+
+def _tensors(layer: Any) -> dict[str, torch.Tensor]:
+    """What a layer holds, by kind, in the order of `DecoderShape.cached`."""
+    if isinstance(layer, LinearAttentionLayer):
+        return {"state": layer.conv_states[0]}
+    return {"key": layer.keys, "value": layer.values}

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tvc.chunks import PAST_KEY, PAST_POSITIONS, PAST_VALUE, SPANS, TAP, DecoderShape, Extra
+from tvc.chunks import PAST_KEY, PAST_POSITIONS, PAST_STATE, PAST_VALUE, SPANS, TAP, DecoderShape, Extra
 from tvc.errors import InputError
 from tvc.runtime.cache import StagedCache
 from tvc.runtime.chunk import Chunk, chunk_inputs, left_packed, ragged, take
@@ -52,7 +52,7 @@ class Interface:
     @classmethod
     def from_json(cls, data: Mapping[str, Any], device: torch.device) -> Interface:
         shape = data["shape"]
-        caches = tuple((int(g), int(k), int(v)) for g, k, v in shape["caches"])
+        caches = tuple(tuple(map(int, sizes)) for sizes in shape["caches"])
         dtype = getattr(torch, shape["dtype"])
         extras = tuple(
             Extra(str(e["name"]), bool(e["visual"]), tuple(map(int, e["trailing"])), str(e["dtype"]))
@@ -272,13 +272,13 @@ class Engine:
                 stage = int(name.removeprefix(PAST_POSITIONS))
                 empty = torch.zeros(batch, 0, dtype=torch.int64, device=chunk.embeds.device)
                 inputs[name] = past.key_positions[stage] if past is not None else empty
-            elif name.startswith((PAST_KEY, PAST_VALUE)):
-                inputs[name] = _past_tensor(name, past, interface.shape, batch, chunk.embeds.device)
+            elif name.startswith((PAST_KEY, PAST_VALUE, PAST_STATE)):
+                held = past.tensor(name) if past is not None else interface.shape.empty_cache(name, batch, 0)
+                inputs[name] = held.to(chunk.embeds.device)
         outputs = self.run("decoder", {name: inputs[name] for name in names})
-        layers = range(len(interface.stage_of_layer))
         cache = StagedCache(
-            [outputs[f"key.{i}"] for i in layers],
-            [outputs[f"value.{i}"] for i in layers],
+            interface.shape,
+            outputs,
             [outputs[f"key_positions.{s}"] for s in range(interface.stages)],
             seen,
         )
@@ -399,14 +399,3 @@ def _no_tap(name: str, visual_index: torch.Tensor, interface: Interface) -> torc
     width = interface.taps[name]
     shape = (*visual_index.shape, width) if width else tuple(visual_index.shape)
     return torch.zeros(shape, device=visual_index.device)
-
-
-def _past_tensor(
-    name: str, past: StagedCache | None, shape: DecoderShape, batch: int, device: torch.device
-) -> torch.Tensor:
-    layer = int(name.split(".")[1])
-    is_value = name.startswith(PAST_VALUE)
-    if past is not None:
-        return past.layers[layer].values if is_value else past.layers[layer].keys
-    groups, *widths = shape.caches[layer]
-    return torch.zeros(batch, groups, 0, widths[is_value], dtype=shape.dtype, device=device)

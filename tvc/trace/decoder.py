@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.cache_utils import LinearAttentionLayer
 
 import tvc.kernels.attention_mask  # noqa: F401  registers torch.ops.tvc.attention_mask
-from tvc.chunks import PAST_KEY, PAST_POSITIONS, PAST_VALUE, SPANS, DecoderShape, sample_inputs, varying_axes
+from tvc.chunks import PAST_POSITIONS, SPANS, DecoderShape, sample_inputs, varying_axes
 from tvc.graphs import drop_checks
 from tvc.program import Component
 from tvc.trace.attention import decoder_masks
@@ -41,7 +42,8 @@ class DecoderPath(torch.nn.Module):
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         given = dict(zip(self._names, tensors, strict=True))
         position_ids, query_positions = given["position_ids"], given["query_positions"]
-        cache = _cache(tuple(value for name, value in given.items() if name.startswith((PAST_KEY, PAST_VALUE))))
+        valid = query_positions >= 0
+        cache = _cache(self._shape, given, valid)
         keys = torch.cat([given[f"{PAST_POSITIONS}0"], query_positions], 1)
         masks: dict[int, torch.Tensor] = {}
 
@@ -51,10 +53,11 @@ class DecoderPath(torch.nn.Module):
             return masks[window]
 
         extras = self._shape.extras
+        by_kind = _by_kind(self.model.get_submodule(self._decoder_path), mask(0), valid)
         own = {"position_ids": position_ids, **arguments(extras, given, self._nesting)}
 
         def own_arguments(_module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return args, {**kwargs, "attention_mask": mask(0), **own}
+            return args, {**kwargs, "attention_mask": by_kind, **own}
 
         handle = self.model.get_submodule(self._decoder_path).register_forward_pre_hook(own_arguments, with_kwargs=True)
         try:
@@ -68,20 +71,57 @@ class DecoderPath(torch.nn.Module):
                 )
         finally:
             handle.remove()
-        present = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-        return out.logits, keys, *present
+        return out.logits, keys, *(tensor for layer in cache.layers for tensor in _held(layer))
 
 
-def _cache(past: tuple[torch.Tensor, ...]) -> DynamicCache:
-    """A cache that already holds `past`: key and value of every layer, in turn, [B, G, P, d]."""
+def _by_kind(decoder: torch.nn.Module, mask: torch.Tensor, valid: torch.Tensor) -> Any:
+    """What the decoder takes as attention mask: one for all layers, or by kind where some only ask what is padding."""
+    kinds = set(getattr(decoder.config, "layer_types", None) or ())
+    blind = {kind for kind in kinds if "attention" not in kind or kind.startswith("linear")}
+    return {kind: valid if kind in blind else mask for kind in kinds} if blind else mask
+
+
+class _State(LinearAttentionLayer):
+    """The cache of a convolution, without writes: `past` [B, C, L] holds its last inputs, `valid` [B, S] says which
+    slots of the chunk are no padding. The past stands next to the first real slot, padding in front of both.
+    """
+
+    def __init__(self, past: torch.Tensor, valid: torch.Tensor):
+        super().__init__()
+        self.present, self.valid = past, valid
+
+    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **_options: Any) -> torch.Tensor:
+        """[B, C, L + S] the past and the chunk, from which the convolution takes its windows."""
+        past = self.present
+        length = past.shape[2]
+        joined = torch.cat([past, conv_states], 2)
+        pads = (~self.valid).sum(1, keepdim=True)
+        place = torch.arange(joined.shape[2], device=past.device).unsqueeze(0)
+        moved = torch.where(place < pads, place + length, torch.where(place < pads + length, place - pads, place))
+        joined = joined.gather(2, moved.unsqueeze(1).expand(-1, joined.shape[1], -1))
+        self.present = joined[:, :, joined.shape[2] - length :]
+        return joined
+
+
+def _cache(shape: DecoderShape, given: Mapping[str, torch.Tensor], valid: torch.Tensor) -> DynamicCache:
+    """A cache that already holds the past of every layer."""
     cache = DynamicCache()
     cache.layers = []
-    for index in range(0, len(past), 2):
+    for index in range(len(shape.caches)):
+        past = [given[f"past_{name}"] for name in shape.cached(index)]
+        if shape.holds_state(index):
+            cache.layers.append(_State(past[0], valid))
+            continue
         layer = cache.layer_class_to_replicate()
-        layer.keys, layer.values = past[index], past[index + 1]
-        layer.dtype, layer.device, layer.is_initialized = past[index].dtype, past[index].device, True
+        layer.keys, layer.values = past
+        layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
         cache.layers.append(layer)
     return cache
+
+
+def _held(layer: Any) -> tuple[torch.Tensor, ...]:
+    """The tensors of one layer's cache, in the order of `DecoderShape.cached`."""
+    return (layer.present.clone(),) if isinstance(layer, _State) else (layer.keys, layer.values)
 
 
 def capture_decoder(
@@ -89,18 +129,15 @@ def capture_decoder(
 ) -> Component:
     """The decoder component, one stage long; `nesting` says how the decoder takes its extras."""
     layers = len(shape.caches)
-    names = (
-        *shape.chunk_inputs,
-        f"{PAST_POSITIONS}0",
-        *(name for i in range(layers) for name in (f"{PAST_KEY}{i}", f"{PAST_VALUE}{i}")),
-    )
+    present = tuple(name for layer in range(layers) for name in shape.cached(layer))
+    names = (*shape.chunk_inputs, f"{PAST_POSITIONS}0", *(f"past_{name}" for name in present))
     sample = sample_inputs(names, shape, [0] * layers, {})
     dynamic = tuple(dict.fromkeys(varying_axes(name, shape), AUTO) for name in names)
     module = DecoderPath(model, boundary, shape, names, nesting)
     with tracing(model):
         exported = export("decoder", module, sample, (dynamic,))
     drop_checks(exported)
-    outputs = ("logits", "key_positions.0", *(name for i in range(layers) for name in (f"key.{i}", f"value.{i}")))
+    outputs = ("logits", "key_positions.0", *present)
     return Component("decoder", exported, names, outputs, sample, dynamic, meta={"shape": shape})
 
 

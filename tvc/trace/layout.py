@@ -99,6 +99,10 @@ def encoder(model: torch.nn.Module) -> torch.nn.Module | None:
     return None
 
 
+def has_attention(block: torch.nn.Module) -> bool:
+    return _attention(block) is not None
+
+
 def residual_argument(block: torch.nn.Module) -> str:
     """The name under which a block takes its hidden states: that of its first parameter."""
     return next(iter(inspect.signature(block.forward).parameters))
@@ -120,7 +124,7 @@ def _stack(module: torch.nn.Module) -> torch.nn.ModuleList | None:
     found = [
         part
         for part in module.modules()
-        if isinstance(part, torch.nn.ModuleList) and len(part) and _attention(part[0]) is not None
+        if isinstance(part, torch.nn.ModuleList) and any(_attention(block) is not None for block in part)
     ]
     return max(found, key=len, default=None)
 
@@ -156,11 +160,11 @@ def read_layer(block: torch.nn.Module, config: PretrainedConfig | None = None, i
     query and key projections settle the number of key-value heads where neither says it.
 
     Raises:
-        ModelError: the block has no attention, or the number of its heads is written nowhere.
+        ModelError: the number of its heads is written nowhere.
     """
     attention = _attention(block)
-    if attention is None:
-        raise _unreadable(block, "a module named after attention")
+    if attention is None:  # tokens are mixed by a short convolution, which costs next to nothing
+        return Layer(linear_weights(block), 0, 0, 0)
     near = getattr(attention, "config", None) or getattr(block, "config", None) or config
     heads = _first(attention, near, names=("num_heads", "num_attention_heads", "n_heads", "n_head"))
     width = _first(near, names=("hidden_size", "embed_dim", "d_model"))

@@ -29,7 +29,7 @@ class Survey:
     layout: Layout
     host: Host
     sample: dict[str, torch.Tensor]
-    caches: tuple[tuple[int, int, int], ...]
+    caches: tuple[tuple[int, ...], ...]
     axes: int
     visual_token_ids: tuple[int, ...]
     spans: bool  # some tokens attend to later ones
@@ -167,7 +167,7 @@ def _materialise(module: torch.nn.Module) -> None:
 
 def _cache_shapes(
     meta: torch.nn.Module, call: DecoderCall, extras: tuple[Extra, ...], visual: torch.Tensor
-) -> tuple[tuple[int, int, int], ...]:
+) -> tuple[tuple[int, ...], ...]:
     decoder = meta.get_decoder()  # type: ignore[operator]
     batch, slots, width = call.inputs_embeds.shape
     given = {
@@ -185,17 +185,28 @@ def _cache_shapes(
         )
     shapes = []
     for layer in out.past_key_values.layers:
+        state = _state(layer)
+        if state is not None:
+            shapes.append(tuple(state.shape[1:]))
+            continue
         if getattr(layer, "keys", None) is None:
             raise ModelError(
                 "a decoder layer keeps no keys and values",
                 where=type(decoder).__name__,
                 got=type(layer).__name__,
-                want="attention in every layer",
-                fix="models with convolution or state-space layers cannot be compiled yet",
+                want="attention in every layer, or short convolutions",
+                fix="models with recurrent (linear attention, state-space) layers cannot be compiled",
                 slug="no-kv-layer",
             )
         shapes.append((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]))
     return tuple(shapes)
+
+
+def _state(layer: Any) -> torch.Tensor | None:
+    """[B, C, L] what a layer without attention remembers, where that is the last inputs of one convolution alone."""
+    states = getattr(layer, "conv_states", None)
+    recurrent = any(value is not None for value in getattr(layer, "recurrent_states", {}).values())
+    return states[0] if states and len(states) == 1 and not recurrent else None
 
 
 def _zero_embedding(width: int, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:

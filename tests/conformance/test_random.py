@@ -1,0 +1,87 @@
+"""Any policy either does what it says on any model or is refused by name: a few of them by default, many on request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import random_cases
+import random_sweep
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tvc.errors import TvcError
+from tvc.policy import load_policy, resolve
+from tvc.report.cost import one_image
+from tvc.report.schedule import make_plan
+
+# Two that can be cut inside the encoder, of which one has tiles, and one that cannot.
+READ = ("llava", "smolvlm", "qwen2_5_vl")
+# Slow draws and many refusals are what these strategies are made of.
+DRAWN = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
+
+
+@pytest.fixture(scope="module")
+def layouts() -> dict[str, tuple[Any, Any]]:
+    """Blocks and layout of each family that policies are resolved against."""
+    models = [random_cases.Model(family, {}, 0) for family in READ]
+    return {model.family: (model.blocks, random_sweep.Bench(model).prepared.survey.layout) for model in models}
+
+
+@pytest.fixture(scope="module")
+def bench() -> tuple[Any, Any]:
+    """The cheapest model that can be cut everywhere."""
+    small = {"text_config": {"num_hidden_layers": 3}, "vision_config": {"num_hidden_layers": 3}}
+    model = random_cases.Model("llava", small, 0)
+    return model, random_sweep.Bench(model)
+
+
+@settings(max_examples=150, **DRAWN)
+@given(data=st.data(), family=st.sampled_from(READ))
+def test_any_policy_is_planned_or_refused_by_name(layouts: Any, data: Any, family: str) -> None:
+    blocks, layout = layouts[family]
+    drawn = data.draw(random_cases.policies(blocks))
+    try:
+        policy = load_policy(drawn)
+        assert load_policy(policy.to_yaml()) == policy
+        resolved = resolve(policy, layout)
+    except TvcError:
+        return
+    assert make_plan(resolved, one_image(layout)).layers
+    assert resolve(load_policy(resolved.to_yaml()), layout).digest() == resolved.digest()
+
+
+@settings(max_examples=3, phases=[Phase.generate], **DRAWN)
+@given(data=st.data(), calls=st.lists(random_cases.inputs(), min_size=2, max_size=3))
+def test_random_policies_equal_their_definition(bench: Any, data: Any, calls: list[Any]) -> None:
+    model, made = bench
+    policy = data.draw(random_cases.policies(model.blocks).filter(made.resolves))
+    outcome = made.run(policy, calls)
+    assert outcome.fine, f"{outcome.label()} {outcome.where}\n{outcome.trace}"
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("family", random_cases.FAMILIES)
+def test_random_policies_equal_their_definition_everywhere(
+    family: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(random_sweep, "RESULTS", tmp_path / "cases.jsonl")
+    random_sweep.sweep(cases=20, seed=0, minutes=10, families=(family,))
+    rows = random_sweep.read()
+    assert rows
+    bad = [row for row in rows if row["outcome"] in ("failed", "crashed")]
+    assert not bad, random_sweep.summary(rows)
+
+
+def test_the_sweep_goes_on_where_it_stopped(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(random_sweep, "RESULTS", tmp_path / "cases.jsonl")
+    monkeypatch.setattr(random_sweep.Bench, "run", lambda *_: random_sweep.Outcome("passed", comparisons=5))
+    random_sweep.sweep(cases=4, seed=3, minutes=1, families=("llava",))
+    before = random_sweep.read()
+    random_sweep.sweep(cases=6, seed=3, minutes=1, families=("llava",))
+    rows = random_sweep.read()
+    assert rows[:4] == before
+    assert [row["number"] for row in rows] == list(range(6))
+    assert "6 cases, 30 comparisons" in random_sweep.summary(rows)
+    case = random_sweep.Case.from_json(rows[5])
+    assert case.to_json() == {key: rows[5][key] for key in ("policy", "inputs", "target")}

@@ -1,0 +1,127 @@
+"""Every provider against its op's reference, on the CPU. `test_providers.py` runs this file with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from kernel_provider_cases import EXTRA, SIZES, refused
+
+from tvc.kernels import OPS
+from tvc.kernels.providers import PROVIDED, dispatched, provider, support
+from tvc.kernels.providers._triton import INTERPRETED
+from tvc.kernels.tolerances import TOLERANCES, tolerance
+
+LARGE = (1000, 2500)
+
+
+def _cases(sizes: tuple[int, ...], own: bool) -> Iterator[Any]:
+    for name in sorted(PROVIDED):
+        torch.manual_seed(0)
+        given = [*OPS[name].cases(), *EXTRA[name](sizes)] if own else EXTRA[name](sizes)
+        for case, arguments in given:
+            yield pytest.param(name, arguments, id=f"{name}-{case}")
+
+
+def _converted(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Floats in another type; strides stay."""
+    return tuple(a.to(dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments)
+
+
+def _poisoned(made: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def make(*arguments: Any, **named: Any) -> torch.Tensor:
+        values = made(*arguments, **named)
+        return values.fill_(float("nan") if values.is_floating_point() else 99)
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that nobody wrote holds NaN, or an index out of range."""
+    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+
+
+def _outputs(result: Any) -> tuple[torch.Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _run(name: str, arguments: tuple[Any, ...]) -> tuple[tuple[torch.Tensor, ...], bool]:
+    """What the op gives on CUDA, and whether its reference computed it."""
+    calls = []
+
+    def reference(*given: Any) -> Any:
+        calls.append(given)
+        return OPS[name].reference(*given)
+
+    return _outputs(dispatched(name, reference)(*arguments)), bool(calls)
+
+
+def _compare(name: str, arguments: tuple[Any, ...]) -> None:
+    before = [a.clone() if torch.is_tensor(a) else a for a in arguments]
+    got, by_reference = _run(name, arguments)
+    assert not by_reference, support(name, *arguments).reason
+    for value, expected in zip(got, _outputs(OPS[name].reference(*arguments)), strict=True):
+        assert (value.dtype, value.shape, value.is_contiguous()) == (expected.dtype, expected.shape, True)
+        if value.is_floating_point():
+            bar = tolerance(name, value.dtype)
+            torch.testing.assert_close(value.double(), expected.double(), rtol=bar.rtol, atol=bar.atol, equal_nan=True)
+        else:
+            assert value.tolist() == expected.tolist()
+    for was, now in zip(before, arguments, strict=True):
+        if torch.is_tensor(now):
+            torch.testing.assert_close(now, was, rtol=0, atol=0, equal_nan=True)
+
+
+def test_kernels_are_interpreted() -> None:
+    assert INTERPRETED
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+@pytest.mark.parametrize(("name", "arguments"), _cases(SIZES, own=True))
+def test_provider_equals_reference(name: str, arguments: tuple[Any, ...], dtype: torch.dtype) -> None:
+    if dtype != torch.float32 and not any(torch.is_tensor(a) and a.is_floating_point() for a in arguments):
+        return  # without floats there is one type
+    _compare(name, _converted(arguments, dtype))
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize(("name", "arguments"), _cases(LARGE, own=False))
+def test_provider_equals_reference_at_larger_sizes(name: str, arguments: tuple[Any, ...]) -> None:
+    if support(name, *arguments).ok:
+        _compare(name, arguments)
+    else:
+        assert _run(name, arguments)[1]
+
+
+@pytest.mark.parametrize("name", sorted(PROVIDED))
+def test_what_a_provider_refuses_the_reference_computes(name: str) -> None:
+    cases = list(refused(name))
+    assert cases
+    for case, arguments in cases:
+        found = support(name, *arguments)
+        assert not found.ok, case
+        assert found.reason, case
+    got, by_reference = _run(name, cases[0][1])
+    assert by_reference
+    for value, expected in zip(got, _outputs(OPS[name].reference(*cases[0][1])), strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+def test_attention_score_takes_the_way_that_fits_its_rows() -> None:
+    ways = {}
+    for rows, heads in ((1, "mean"), (32, "mean"), (33, "mean"), (64, "joined"), (65, "joined")):
+        query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 3, 8)
+        which = torch.zeros(1, rows, dtype=torch.int64)
+        ways[rows, heads] = provider("attention_score").variant(query, key, which, heads)
+    assert ways == {
+        (1, "mean"): "rows",
+        (32, "mean"): "rows",
+        (33, "mean"): "columns",
+        (64, "joined"): "rows",
+        (65, "joined"): "columns",
+    }
