@@ -6,28 +6,32 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from tvc import artifact, compiler, placement
+from tvc.errors import ExportError, ModelError, TraceError, TvcError
 from tvc.export.base import target as find_target
 from tvc.model import CompiledModel
 from tvc.policy import Policy, ResolvedPolicy, load_policy, resolve
-from tvc.program import Program
+from tvc.program import Layout, Program
 from tvc.report.cost import one_image
 from tvc.report.plan import Plan
 from tvc.report.schedule import make_plan, plan_policy
 from tvc.runtime.engine import Engine
 from tvc.runtime.inputs import check_sample
-from tvc.trace.load import Source, in_evaluation
+from tvc.trace.load import Source, in_evaluation, meta_copy
 from tvc.trace.load import load as load_source
 from tvc.trace.survey import Survey, survey
+from tvc.trace.untraced import Borrowed
 from tvc.verification.check import check
 
 ModelLike = str | os.PathLike[str] | torch.nn.Module
 PolicyLike = str | os.PathLike[str] | Mapping[str, Any] | Policy
 Progress = Callable[[str], None]
+_T = TypeVar("_T")
 
 
 def _silent(_line: str) -> None:
@@ -46,9 +50,7 @@ def inspect(
     Raises:
         ModelError: it is no vision-language model. TraceError: `torch.export` cannot trace it.
     """
-    source = load_source(model, processor=processor)
-    with in_evaluation(source.model):
-        return compiler.trace(source.model, _survey(source, inputs), progress=progress)
+    return Prepared(model, inputs=inputs, processor=processor, progress=progress).program(progress)
 
 
 def plan(
@@ -129,9 +131,14 @@ class Prepared:
         progress("load")
         self.source, self.inputs = load_source(model, device=device, dtype=dtype, processor=processor), inputs
         progress("survey")
-        with in_evaluation(self.source.model):
-            self.survey = _survey(self.source, inputs)
         self._traces: dict[tuple[str, ...], Program] = {}
+        with in_evaluation(self.source.model):
+            try:
+                self.survey = _survey(self.source, inputs)
+            except ModelError as problem:
+                if problem.slug not in UNTRACED:
+                    raise
+                self._leave_vision(problem)
 
     def compile(
         self, policy: PolicyLike, target: str = "torch", *, verify: bool = True, progress: Progress = _silent
@@ -141,8 +148,10 @@ class Prepared:
         loaded = load_policy(policy)
         clock = progress if isinstance(progress, _Clock) else _Clock(progress)
         with in_evaluation(self.source.model):
-            resolved = resolve(loaded, self.survey.layout)
-            program = compiler.reduce(self._traced(resolved, clock), resolved, clock)
+            traced, resolved = self._traced(loaded, clock)
+            if self.survey.layout.untraced and target != "torch":
+                raise _needs_graph(self.survey.layout, f"target {target}")
+            program = compiler.reduce(traced, resolved, clock)
             given, seconds = self.inputs is not None, clock.seconds
             parts = (self.source, self.survey, resolved, program)
             compiled = finish(*parts, target, clock, given_sample=given, timings=seconds)
@@ -152,14 +161,63 @@ class Prepared:
         clock("done")
         return compiled
 
-    def _traced(self, resolved: ResolvedPolicy, progress: Progress) -> Program:
-        """The components before any reduction; a cut inside the encoder is marked while that is traced."""
-        cuts = tuple(step.at for step in resolved.steps if step.at.startswith("vision."))
+    def _leave_vision(self, problem: TvcError) -> None:
+        """From here on the vision path is the model's own code."""
+        model = self.source.model
+        if model is None:
+            raise problem
+        self.source = dataclasses.replace(self.source, meta=meta_copy(model))
+        borrowed = Borrowed(model, f"torch.export cannot follow the vision path ({problem.got})")
+        self.survey = survey(self.source.meta, self.source.processor, self.inputs, borrowed=borrowed)
+
+    def program(self, progress: Progress = _silent) -> Program:
+        """The components before any reduction."""
+        with in_evaluation(self.source.model):
+            return self._following(lambda: self._components((), None, progress))
+
+    def _traced(self, policy: Policy, progress: Progress) -> tuple[Program, ResolvedPolicy]:
+        """The components before any reduction (a cut inside the encoder is marked while that is traced), and the policy
+        on this model.
+        """
+
+        def attempt() -> tuple[Program, ResolvedPolicy]:
+            resolved = resolve(policy, self.survey.layout)
+            cuts = tuple(step.at for step in resolved.steps if step.at.startswith("vision."))
+            return self._components(cuts, resolved, progress), resolved
+
+        return self._following(attempt)
+
+    def _following(self, attempt: Callable[[], _T]) -> _T:
+        """What `attempt` gives; a vision path that it fails to trace is left to the model's own code."""
+        try:
+            return attempt()
+        except TraceError as problem:
+            if problem.where != "vision" or self.survey.layout.untraced:
+                raise
+            self._leave_vision(problem)
+            return attempt()
+
+    def _components(self, cuts: tuple[str, ...], resolved: ResolvedPolicy | None, progress: Progress) -> Program:
         if cuts not in self._traces:
             self._traces[cuts] = compiler.trace(self.source.model, self.survey, resolved, progress)
         traced = self._traces[cuts]
         parts = {name: dataclasses.replace(part, meta=dict(part.meta)) for name, part in traced.components.items()}
         return dataclasses.replace(traced, components=parts)
+
+
+# Mistakes of a survey that only mean that the vision path cannot be run on shapes alone.
+UNTRACED = ("not-surveyed", "sample-refused", "no-vision-path")
+
+
+def _needs_graph(layout: Layout, where: str) -> ExportError:
+    return ExportError(
+        f"the vision path of {layout.model_type} is no graph that could be written to a file",
+        where=where,
+        got=layout.untraced,
+        want="the target torch, in this process, where the model's own code runs the vision path",
+        fix="compile with target torch and use the model that it returns",
+        slug="untraced-vision",
+    )
 
 
 class _Clock:
@@ -208,16 +266,22 @@ def finish(
         device=shape.device,
         folder=folder,
     )
-    compiled.saver = lambda place, overwrite: artifact.save(
-        place,
-        lowered,
-        compiled,
-        source,
-        surveyed,
-        given_sample=given_sample,
-        overwrite=overwrite,
-        timings=timings or {},
-    )
+
+    def save(place: Path, overwrite: bool) -> None:
+        if surveyed.layout.untraced:
+            raise _needs_graph(surveyed.layout, "save_pretrained")
+        artifact.save(
+            place,
+            lowered,
+            compiled,
+            source,
+            surveyed,
+            given_sample=given_sample,
+            overwrite=overwrite,
+            timings=timings or {},
+        )
+
+    compiled.saver = save
     return compiled
 
 

@@ -30,11 +30,13 @@ def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, prog
     parameter = next(model.parameters())
     shape = survey.shape(parameter.dtype, parameter.device)
     sites = [step.at for step in policy.steps if step.at.startswith("vision.")] if policy is not None else []
-    progress("trace vision")
-    vision = capture_vision(model, survey.host, survey.sample, sites)
+    components = {}
+    if survey.boundary.traced:
+        progress("trace vision")
+        components["vision"] = capture_vision(model, survey.host, survey.sample, sites)
     progress("trace decoder")
-    decoder = capture_decoder(model, survey.boundary, shape, survey.arguments)
-    components = {"vision": vision, "embed": capture_embedding(model), "decoder": decoder}
+    components["embed"] = capture_embedding(model)
+    components["decoder"] = capture_decoder(model, survey.boundary, shape, survey.arguments)
     return Program(survey.layout, components, facts=frozenset({"traced"}))
 
 
@@ -81,7 +83,7 @@ def interface_of(program: Program, policy: ResolvedPolicy, survey: Survey) -> In
         shape=parts["decoder"].meta["shape"],
         visual_token_ids=survey.visual_token_ids,
         taps=taps,
-        by_image=parts["vision"].meta["by_image"],
+        by_image="vision" in parts and parts["vision"].meta["by_image"],
         windows=tuple(sorted({layer.window for layer in program.layout.language})),
     )
 

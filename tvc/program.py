@@ -56,6 +56,7 @@ class Layout:
     sites: tuple[Site, ...]
     used_vision_blocks: int | None = None  # encoder blocks that the features depend on; None: all of them
     image_size: tuple[int, int] = (0, 0)  # (height, width) of the sample image
+    untraced: str = ""  # why the vision path is the model's own code and no graph; empty where it is a graph
     in_order: bool = True  # features leave the encoder tile by tile, row by row; False: packed, or stitched together
 
     def site(self, name: str) -> Site | None:

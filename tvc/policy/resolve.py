@@ -334,6 +334,27 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
                 fix="write at: language.2, and layer: previous",
                 slug="decoder-only",
             )
+        if layer is not None and layer.component == "vision" and layout.untraced:
+            raise _refusal(
+                policy,
+                (*here, "layer"),
+                f"the vision encoder of {layout.model_type} is no graph that a value could be taken from",
+                got=f"{layer}: {layout.untraced}",
+                want="a layer of the decoder",
+                fix="write at: language.2, and layer: previous",
+                slug="untraced-vision",
+            )
+        blind = layer is not None and layer.component == "language" and not layout.language[layer.index or 0].heads
+        if layer is not None and blind and tap.kind in ("attention", "key"):
+            raise _refusal(
+                policy,
+                (*here, "layer"),
+                f"{layer} has no attention: it mixes tokens by a convolution",
+                got=f"layer: {getattr(primitive, 'layer', None) or layer} at {site}",
+                want=f"one of {_ranges(f'language.{i}' for i, one in enumerate(layout.language) if one.heads)}",
+                fix="name a layer with attention that runs before the step",
+                slug="no-attention",
+            )
         if layer is not None and "layer" in type(primitive).model_fields:
             changes["layer"] = str(layer)
         if tap.kind == "text" and (layer or site).component != "language":
@@ -432,7 +453,11 @@ def _layer(
                 fix="write layer: previous",
                 slug="later-layer",
             )
-        return SiteName(site.component, site.index - back)
+        index = site.index - back
+        if back and tap.kind in ("attention", "key") and site.component == "language":
+            # Of layers that mix tokens by convolutions, the last one with attention before them is meant.
+            index = next((i for i in range(index, -1, -1) if layout.language[i].heads), index)
+        return SiteName(site.component, index)
     named = parse_site(written)
     if named is None or (named.index is None and tap.kind != "feature"):
         raise _refusal(

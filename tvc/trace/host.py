@@ -48,6 +48,11 @@ class Boundary:
     images: int  # first size of the entry's first tensor in the sample
 
     @property
+    def traced(self) -> bool:
+        """Whether the vision path is stood in for; else its real modules are the host's."""
+        return bool(self.entry)
+
+    @property
     def vision(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys((self.entry, *self.between, self.exit)))
 
@@ -197,6 +202,29 @@ def find_boundary(model: torch.nn.Module, sample: Mapping[str, Any]) -> Boundary
             fix="report the model class",
             slug="no-vision-path",
         )
+    decoder, embeddings = decoder_paths(model)
+    last = calls[-1].output
+    structure, features = _exit_structure(last)
+    junk = {call.path: _map_outputs(call.output, lambda leaf: leaf) for call in calls[:-1]}
+    return Boundary(
+        entry=paths[0],
+        between=tuple(dict.fromkeys(p for p in paths[1:-1] if p not in (paths[0], paths[-1]))),
+        exit=paths[-1],
+        decoder=decoder,
+        embeddings=embeddings,
+        exit_structure=structure,
+        features=tuple(feature.shape for feature in features),
+        junk=junk,
+        images=calls[0].images,
+    )
+
+
+def decoder_paths(model: Any) -> tuple[str, str]:
+    """Where the text decoder and the token embedding stand.
+
+    Raises:
+        ModelError: there is no decoder of its own.
+    """
     decoder = model.get_decoder()
     if decoder is None or decoder is model:
         raise ModelError(
@@ -207,20 +235,7 @@ def find_boundary(model: torch.nn.Module, sample: Mapping[str, Any]) -> Boundary
             fix="encoder-decoder models are not supported",
             slug="no-decoder",
         )
-    last = calls[-1].output
-    structure, features = _exit_structure(last)
-    junk = {call.path: _map_outputs(call.output, lambda leaf: leaf) for call in calls[:-1]}
-    return Boundary(
-        entry=paths[0],
-        between=tuple(dict.fromkeys(p for p in paths[1:-1] if p not in (paths[0], paths[-1]))),
-        exit=paths[-1],
-        decoder=path_of(model, decoder),
-        embeddings=path_of(model, model.get_input_embeddings()),
-        exit_structure=structure,
-        features=tuple(feature.shape for feature in features),
-        junk=junk,
-        images=calls[0].images,
-    )
+    return path_of(model, decoder), path_of(model, model.get_input_embeddings())
 
 
 def _images(arguments: Mapping[str, Any]) -> int:
@@ -261,7 +276,7 @@ class Host:
         self.model, self.boundary = model, boundary
         self.owner = feature_owner(model)
         self.hf_forward = model.forward  # bound here: a runtime may put another forward in its place
-        self.entry_module = model.get_submodule(boundary.entry)
+        self.entry_module = model.get_submodule(boundary.entry) if boundary.traced else None
         self.feature_lengths: dict[str, list[int]] = {}  # visual tokens of each image and video in the last call
         self.device = torch.device("cpu")  # where the values are that the family's code works on
         self._stubs = _Stubs()
@@ -270,9 +285,21 @@ class Host:
         self._say_device()
 
     def _install(self) -> None:
+        if self.boundary.traced:
+            self._install_vision()
+        decoder_signature = inspect.signature(self.model.get_submodule(self.boundary.decoder).forward)
+
+        def decoder(*args: Any, **kwargs: Any) -> Any:
+            given = _flat_arguments(decoder_signature, args, kwargs)
+            # What its forward does not name came along from the processor, and is passed on to nobody who reads it.
+            raise _Reached({name: value for name, value in given.items() if name in decoder_signature.parameters})
+
+        self.model.get_submodule(self.boundary.decoder).forward = decoder
+        self.model.get_submodule(self.boundary.embeddings).forward = self._embed
+
+    def _install_vision(self) -> None:
         stubs, boundary = self._stubs, self.boundary
-        signature = inspect.signature(self.entry_module.forward)
-        decoder_signature = inspect.signature(self.model.get_submodule(boundary.decoder).forward)
+        signature = inspect.signature(self.model.get_submodule(boundary.entry).forward)
 
         def entry(*args: Any, **kwargs: Any) -> Any:
             bound = _flat_arguments(signature, args, kwargs)
@@ -289,18 +316,11 @@ class Host:
                 boundary.exit_structure, lambda leaf: outputs[leaf.index] if isinstance(leaf, Leaf) else leaf
             )
 
-        def decoder(*args: Any, **kwargs: Any) -> Any:
-            given = _flat_arguments(decoder_signature, args, kwargs)
-            # What its forward does not name came along from the processor, and is passed on to nobody who reads it.
-            raise _Reached({name: value for name, value in given.items() if name in decoder_signature.parameters})
-
         self.model.get_submodule(boundary.entry).forward = entry
         for path in boundary.between:
             self.model.get_submodule(path).forward = _between(stubs, boundary, path)
         if boundary.exit != boundary.entry:
             self.model.get_submodule(boundary.exit).forward = finish
-        self.model.get_submodule(boundary.decoder).forward = decoder
-        self.model.get_submodule(boundary.embeddings).forward = self._embed
 
     def _watch_lengths(self) -> None:
         for kind in ("image", "video"):
@@ -395,6 +415,12 @@ class Host:
             with torch.no_grad():
                 for parameter, value in zip(own, before, strict=True):
                     parameter.copy_(value)
+
+    def lengths_of(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Visual tokens of each image, by the family's own code; only where the vision path is its own, too."""
+        with torch.no_grad():
+            self.image_features(inputs)
+        return list(self.feature_lengths["image"])
 
     def image_features(self, inputs: Mapping[str, Any]) -> Any:
         """The family's `get_image_features` around the bound vision path."""

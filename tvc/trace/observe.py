@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -41,6 +43,10 @@ class Observer:
 
     def entering(self, component: str, index: int, block: torch.nn.Module, arguments: dict[str, Any]) -> None:
         """Before block `index` runs on `arguments`, which may be changed."""
+
+    def leaving(self, component: str, index: int, output: Any) -> Any:
+        """After block `index` gave `output`; what is returned takes its place, None leaves it."""
+        return None
 
     def attention(self, component: str, index: int, seen: Seen) -> torch.Tensor | None:
         """The mask to attend with."""
@@ -112,13 +118,17 @@ def observed(model: torch.nn.Module, observer: Observer) -> Iterator[None]:
 
         return hook
 
-    def after(*_args: Any) -> None:
-        _AMBIENT.place = None
+    def after(component: str, index: int) -> Callable[..., Any]:
+        def hook(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
+            _AMBIENT.place = None
+            return observer.leaving(component, index, output)
+
+        return hook
 
     for component, stack in zip(("language", "vision"), blocks(model), strict=True):
         for index, block in enumerate(stack):
             handles.append(block.register_forward_pre_hook(before(component, index), with_kwargs=True))
-            handles.append(block.register_forward_hook(after))
+            handles.append(block.register_forward_hook(after(component, index)))
     _AMBIENT.observer = observer
     try:
         with attention_as(model, NAME):
@@ -127,6 +137,18 @@ def observed(model: torch.nn.Module, observer: Observer) -> Iterator[None]:
         _AMBIENT.observer, _AMBIENT.place = None, None
         for handle in handles:
             handle.remove()
+
+
+def plain_cache(model: Any) -> DynamicCache:
+    """An empty cache for `model` that forgets nothing, sliding windows included."""
+    cache = DynamicCache(config=model.config.get_text_config())
+    cache.layers = [DynamicLayer() if isinstance(layer, DynamicLayer) else layer for layer in cache.layers]
+    return cache
+
+
+def cached_state(layer: Any) -> torch.Tensor | None:
+    """[B, C, L] what a layer of a cache holds in the place of keys and values, None where it holds those."""
+    return layer.conv_states[0] if isinstance(layer, LinearAttentionLayer) else None
 
 
 @contextlib.contextmanager

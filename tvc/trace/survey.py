@@ -19,6 +19,7 @@ from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
 from tvc.trace.layout import blocks, cost_fields, residual_argument, used_vision_blocks
 from tvc.trace.sample import default_size, doubled, pixel_inputs, visual_token_ids, with_text
 from tvc.trace.spans import read_spans
+from tvc.trace.untraced import Borrowed
 from tvc.trace.vision import entry_inputs
 
 
@@ -50,16 +51,18 @@ def survey(
     inputs: Mapping[str, Any] | None = None,
     image_size: tuple[int, int] | None = None,
     double: bool = True,
+    borrowed: Borrowed | None = None,
 ) -> Survey:
     """Reads a model on the meta device; `meta` becomes the host and is changed in place.
 
     `inputs` are doubled along their first axis unless `double` is False, for inputs that come from an earlier survey.
+    With `borrowed`, the vision path stays the model's own code.
 
     Raises:
         ModelError, TraceError: the model is of a kind that cannot be compiled; which one, it says.
     """
     try:
-        return _survey(meta, processor, inputs, image_size, double)
+        return _survey(meta, processor, inputs, image_size, double, borrowed)
     except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as problem:
         raise ModelError(
             "the model's own code cannot be followed from images to its decoder",
@@ -77,6 +80,7 @@ def _survey(
     inputs: Mapping[str, Any] | None,
     image_size: tuple[int, int] | None,
     double: bool,
+    borrowed: Borrowed | None,
 ) -> Survey:
     tokens = visual_token_ids(meta)
     if not tokens:
@@ -103,10 +107,15 @@ def _survey(
         )
         for block in blocks(meta)[1][:1]
     ]
-    host = Host(meta, find_boundary(meta, sample))
+    if borrowed is None:
+        host = Host(meta, find_boundary(meta, sample))
+        identity, lengths = _probe_packing(host, sample)
+    else:
+        sample = {name: value.to(borrowed.device) for name, value in sample.items()}
+        host = borrowed.host(meta)
+        identity, lengths = False, host.lengths_of(sample)
     for handle in handles:
         handle.remove()
-    identity, lengths = _probe_packing(host, sample)
     if inputs is None:
         sample = with_text(meta, sample, _per_sample(lengths, 2))
     dtype = next(meta.get_decoder().parameters()).dtype  # type: ignore[operator]
@@ -124,14 +133,17 @@ def _survey(
     extras = read_extras(call.extra, visual)
     caches = _cache_shapes(meta, call, extras, visual)
     axes = call.position_ids.shape[0] if call.position_ids is not None and call.position_ids.dim() == 3 else 0
-    features = host.boundary.features[0]
+    shape = host.boundary.features[0] if borrowed is None else torch.Size((sum(lengths), 1))
     # An encoder without transformer blocks is seen from behind: by the visual tokens that it gives.
-    first = (
-        entering[0]
-        if entering
-        else torch.Size((host.boundary.images, features[:-1].numel() // host.boundary.images, 1))
-    )
-    layout = _layout(meta, fields, first, features, identity, lengths, size, entry_inputs(host, sample).by_image)
+    images = host.boundary.images or len(lengths)
+    first = entering[0] if entering else torch.Size((images, shape[:-1].numel() // images, 1))
+    if borrowed is not None:
+        reason = borrowed.reason
+    else:
+        reason = "the encoder takes images of several sizes one by one" if entry_inputs(host, sample).by_image else ""
+    layout = _layout(meta, fields, first, shape, identity, lengths, size, reason)
+    if borrowed is not None:
+        layout = dataclasses.replace(layout, untraced=borrowed.reason)
     return Survey(layout, host, sample, caches, axes, tokens, spans, extras, structure(call.extra))
 
 
@@ -236,16 +248,19 @@ def _layout(
     identity: bool,
     lengths: list[int],
     size: tuple[int, int],
-    by_image: bool,
+    reason: str,
 ) -> Layout:
+    """`reason`: why no cut inside the encoder has a meaning, where that is known already."""
     packed = len(entering) == 2
     tiles = 1 if packed else entering[0]
     tile_tokens = entering[0] if packed else entering[1]
     per_tile = features[:-1].numel() // tiles
     group = max(1, tile_tokens // per_tile)
     prefix = tile_tokens - group * per_tile
-    reason = ""
-    if group > 1:
+    told = bool(reason)
+    if reason:
+        pass
+    elif group > 1:
         reason = (
             f"{group} neighbouring encoder tokens are joined into one visual token behind the encoder, "
             "so all of them have to reach that point"
@@ -255,8 +270,6 @@ def _layout(
             "the tiles' features are stitched into one grid behind the projector (unpadding, newline tokens), "
             "so every tile has to be whole"
         )
-    elif by_image:
-        reason = "the encoder takes images of several sizes one by one"
     elif packed:
         reason = "the encoder packs all images into one sequence with fixed boundaries"
     used = used_vision_blocks(meta)
@@ -279,6 +292,6 @@ def _layout(
         sites=(*vision, Site("projector", True), *language),
         used_vision_blocks=used,
         image_size=size,
-        in_order=identity and not packed and not by_image,
+        in_order=identity and not packed and not told,
         **fields,
     )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tvc.trace.layout import blocks
-from tvc.trace.observe import replaced
+from tvc.trace.observe import cached_state, replaced
 from tvc.trace.sample import visual_token_ids
 from tvc.verification import samples
 from tvc.verification.oracle import Case, Expected, expect
@@ -159,17 +159,22 @@ class _Comparing:
     def _caches(self, name: str, run: Run, expected: Expected) -> list[Comparison]:
         """Places, keys and values of every layer; one row where all of them agree."""
         rows = []
-        for layer in range(self._depth()):
+        for layer, (got, want) in enumerate(zip(run.cache.layers, expected.cache.layers, strict=True)):
             site = self._site_before(layer + 1)
+            one, other = cached_state(got), cached_state(want)
+            if one is not None and other is not None:
+                where, allowed = _place(one, other, "sample channel place"), self.tolerance.allowed(other)
+                rows.append(Comparison(name, site, f"state.{layer}", _difference(one, other), allowed, where))
+                continue
             places, held = run.places(self.compiled, layer), expected.held[layer]
-            rows.append(self._places(name, site, layer, places, held, run.keys[layer].shape[2]))
+            rows.append(self._places(name, site, layer, places, held, got.keys.shape[2]))
             if not rows[-1].passed:
                 continue
-            for output, got, want in (("key", run.keys, expected.keys), ("value", run.values, expected.values)):
+            for output, ours, theirs in (("key", got.keys, want.keys), ("value", got.values, want.values)):
                 index = places.clamp(min=0)[:, None, :, None]
-                aligned = want[layer].gather(2, index.expand(-1, want[layer].shape[1], -1, want[layer].shape[3]))
+                aligned = theirs.gather(2, index.expand(-1, theirs.shape[1], -1, theirs.shape[3]))
                 real = (places >= 0)[:, None, :, None]
-                one, other = torch.where(real, got[layer], 0.0), torch.where(real, aligned, 0.0)
+                one, other = torch.where(real, ours, 0.0), torch.where(real, aligned, 0.0)
                 where = _place(one, other, "sample head token channel")
                 allowed = self.tolerance.allowed(aligned)
                 rows.append(Comparison(name, site, f"{output}.{layer}", _difference(one, other), allowed, where))
@@ -213,12 +218,11 @@ class Run:
     tokens: torch.Tensor  # [B, steps] generated
     logits: torch.Tensor  # [B, steps, vocabulary]
     kept: dict[str, torch.Tensor]
-    keys: list[torch.Tensor]  # per layer [B, G, P, d], after the last call
-    values: list[torch.Tensor]
-    key_positions: list[torch.Tensor]  # per stage [B, P]
+    cache: Any  # the `StagedCache` after the last call
 
     def places(self, compiled: Any, layer: int) -> torch.Tensor:
-        return self.key_positions[compiled.engine.interface.stage_of_layer[layer]]
+        places: torch.Tensor = self.cache.key_positions[compiled.engine.interface.stage_of_layer[layer]]
+        return places
 
 
 def generate(compiled: Any, model: Any, inputs: samples.Inputs, steps: int) -> Run:
@@ -239,14 +243,11 @@ def generate(compiled: Any, model: Any, inputs: samples.Inputs, steps: int) -> R
             num_beams=1,
             suppress_tokens=list(visual_token_ids(model)),
         )
-    cache = answers[-1].cache
     return Run(
         tokens=ids[:, inputs["input_ids"].shape[1] :],
         logits=torch.cat([answer.logits[:, -1:] for answer in answers], 1),
         kept=answers[0].kept,
-        keys=[layer.keys for layer in cache.layers],
-        values=[layer.values for layer in cache.layers],
-        key_positions=cache.key_positions,
+        cache=answers[-1].cache,
     )
 
 

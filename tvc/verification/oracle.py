@@ -18,8 +18,8 @@ import torch
 from tvc.errors import TraceError
 from tvc.kernels.op import Attention, Tap
 from tvc.trace.host import feature_owner
-from tvc.trace.layout import blocks, residual_argument
-from tvc.trace.observe import Observer, Seen, observed, replaced
+from tvc.trace.layout import blocks, has_attention, residual_argument
+from tvc.trace.observe import Observer, Seen, observed, plain_cache, replaced
 from tvc.verification.branches import changes, watched
 from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
 from tvc.verification.steps import Outcome, Sample, carry_out, text_that_rates
@@ -30,8 +30,7 @@ class Expected:
     """What the compiled model has to give."""
 
     logits: torch.Tensor  # [B, steps, vocabulary]
-    keys: list[torch.Tensor] = dataclasses.field(default_factory=list)  # per layer [B, G, S, d]
-    values: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    cache: Any = None  # the model's own, over all places
     held: list[torch.Tensor] = dataclasses.field(default_factory=list)  # per layer [B, S] bool: columns in its cache
     outcomes: list[tuple[int, str, list[Outcome]]] = dataclasses.field(default_factory=list)  # step, site, per sample
 
@@ -82,6 +81,7 @@ class _Oracle(Observer):
         self.rates = any("raters" in tap.of for tap in taps)
         self.raters: list[torch.Tensor] = []  # per sample the columns of the text that rates
         self.probing = False
+        self.closed: tuple[torch.Tensor, torch.Tensor] | None = None  # what `leaving` has to put back
         self.rotary: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
 
     # The call ---------------------------------------------------------------------------------------------------------
@@ -116,7 +116,9 @@ class _Oracle(Observer):
             steps = self.case.tokens.shape[1] + 1
             if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
                 inputs["logits_to_keep"] = steps
-            self.expected.logits = self.model(**inputs, use_cache=False).logits[:, -steps:]
+            self.expected.cache = plain_cache(self.model)
+            given = {**inputs, "past_key_values": self.expected.cache, "use_cache": True}
+            self.expected.logits = self.model(**given).logits[:, -steps:]
         return self.expected
 
     def _inputs(self) -> dict[str, Any]:
@@ -152,7 +154,6 @@ class _Oracle(Observer):
             arguments[name] = self._steps_at(f"vision.{index}", hidden, block, arguments)
             self.seen.pop(f"vision.{index}", None)  # a probe of this block
             return
-        own = arguments["attention_mask"]
         if index == 0:
             self._enter_decoder()
             hidden = self._steps_at("projector", hidden, block, arguments)
@@ -162,7 +163,10 @@ class _Oracle(Observer):
             self.inputs_of[f"language.{index}"] = hidden
         hidden = self._steps_at(f"language.{index}", hidden, block, arguments)
         arguments[name] = hidden
-        arguments["attention_mask"] = self._narrowed(own)
+        if has_attention(block):
+            arguments["attention_mask"] = self._narrowed(arguments["attention_mask"])
+        else:
+            self._close_up(name, arguments)
         if self.policy.positions == "renumber" and self._cut_before(index):
             arguments["position_embeddings"] = self._renumbered()
             arguments["position_ids"] = (self.alive.long().cumsum(1) - 1).clamp(min=0)
@@ -175,10 +179,25 @@ class _Oracle(Observer):
             seen.mask = self._tile_mask(seen)
         if name in self.tapped:
             self.seen.setdefault(name, []).append(dataclasses.replace(seen))
-        if component == "language" and not self.probing:
-            self.expected.keys.append(seen.key)
-            self.expected.values.append(seen.value)
         return seen.mask
+
+    def _close_up(self, name: str, arguments: dict[str, Any]) -> None:
+        """A block that mixes neighbours runs on the tokens that are left, side by side; masking would not do."""
+        order = torch.argsort(self.alive.to(torch.int8), dim=1, stable=True)[:, -int(self.alive.sum(1).max()) :]
+        hidden = arguments[name]
+        index = order.unsqueeze(2).expand(-1, -1, hidden.shape[2])
+        self.closed = (hidden, index)
+        arguments[name] = hidden.gather(1, index)
+        arguments["attention_mask"] = self.alive.gather(1, order)
+
+    def leaving(self, component: str, index: int, output: Any) -> Any:
+        if self.closed is None:
+            return None
+        hidden, places = self.closed
+        self.closed = None
+        if isinstance(output, tuple):
+            return (hidden.scatter(1, places, output[0]), *output[1:])
+        return hidden.scatter(1, places, output)
 
     def _narrowed(self, own: torch.Tensor | None) -> torch.Tensor:
         """The model's own mask without the keys that were dropped."""
@@ -352,6 +371,7 @@ class _Oracle(Observer):
     def _probe(self, block: torch.nn.Module, arguments: dict[str, Any], hidden: torch.Tensor, inside: bool) -> None:
         """Runs the block once on all tokens, for its own query and key."""
         given = {**arguments, residual_argument(block): hidden}
+        given.pop("past_key_values", None)  # it comes once more, to stay
         if not inside:
             given["attention_mask"] = self._narrowed(arguments["attention_mask"])
         self.probing = True
