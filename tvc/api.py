@@ -206,7 +206,7 @@ class Prepared:
 
 
 # Mistakes of a survey that only mean that the vision path cannot be run on shapes alone.
-UNTRACED = ("not-surveyed", "sample-refused", "no-vision-path")
+UNTRACED = ("not-surveyed", "sample-refused", "no-vision-path", "no-visual-features")
 
 
 def _needs_graph(layout: Layout, where: str) -> ExportError:

@@ -167,7 +167,7 @@ class Engine:
                 visual |= ids == token
             visual &= mask
         segment, images = _segments(ids, visual, self.interface.visual_token_ids, self.host.feature_lengths)
-        positions = _positions(call.position_ids, inputs, mask, seen, self.interface.shape.axes, ids)
+        positions = _positions(call.position_ids, seen, self.interface.shape.axes, ids)
         embeds = call.inputs_embeds.to(self.interface.shape.dtype)
         return Chunk(
             embeds, positions, mask, visual, segment, images, seen, extras=self._extras(call, mask, visual, seen)
@@ -329,17 +329,10 @@ def _segments(
     return segment, int(segment.max()) + 1
 
 
-def _positions(
-    given: torch.Tensor | None, inputs: Mapping[str, Any], mask: torch.Tensor, seen: int, axes: int, ids: torch.Tensor
-) -> torch.Tensor:
+def _positions(given: torch.Tensor | None, seen: int, axes: int, ids: torch.Tensor) -> torch.Tensor:
     """The rotary positions of the chunk's slots, [B, S] or [axes, B, S]."""
-    if given is None:
-        full = inputs.get("attention_mask")
-        if full is None or full.shape[1] != seen + ids.shape[1]:
-            places = torch.arange(seen, seen + ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
-        else:
-            places = (full.long().cumsum(1) - 1).clamp(min=0)[:, seen:]
-        given = places
+    if given is None:  # what decoders make of it
+        given = torch.arange(seen, seen + ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
     given = given[..., -ids.shape[1] :]  # some families number the cached tokens of a later turn as well
     if axes == 0:
         given = given[0] if given.dim() == 3 else given

@@ -333,6 +333,8 @@ class Host:
         def get_features(*args: Any, **kwargs: Any) -> Any:
             output = original(*args, **kwargs)
             pooled = getattr(output, "pooler_output", output)
+            if pooled is None and not self.boundary.traced:
+                return output  # made outside, by code that is the model's own
             if pooled is None:
                 raise ModelError(
                     f"get_{kind}_features gives no features",
@@ -417,10 +419,13 @@ class Host:
                     parameter.copy_(value)
 
     def lengths_of(self, inputs: Mapping[str, Any]) -> list[int]:
-        """Visual tokens of each image, by the family's own code; only where the vision path is its own, too."""
+        """Visual tokens of each image, by the family's own code; only where the vision path is its own, too.
+
+        Empty where the features are made outside of `get_image_features`.
+        """
         with torch.no_grad():
             self.image_features(inputs)
-        return list(self.feature_lengths["image"])
+        return list(self.feature_lengths.get("image", ()))
 
     def image_features(self, inputs: Mapping[str, Any]) -> Any:
         """The family's `get_image_features` around the bound vision path."""

@@ -113,7 +113,7 @@ def _survey(
     else:
         sample = {name: value.to(borrowed.device) for name, value in sample.items()}
         host = borrowed.host(meta)
-        identity, lengths = False, host.lengths_of(sample)
+        identity, lengths = False, host.lengths_of(sample) or _placeholders(sample, tokens)
     for handle in handles:
         handle.remove()
     if inputs is None:
@@ -162,6 +162,21 @@ def _reach(host: Host, sample: Mapping[str, Any]) -> DecoderCall:
         ) from problem
 
 
+def _placeholders(sample: Mapping[str, torch.Tensor], tokens: tuple[int, ...]) -> list[int]:
+    """Visual tokens of each sample, told by its placeholders."""
+    if "input_ids" not in sample:
+        raise ModelError(
+            "the model does not say how many visual tokens an image has",
+            where="get_image_features",
+            got="no pooler_output, and no inputs to count placeholders in",
+            want="inputs made by the model's processor",
+            fix="pass inputs=processor(images=..., text=..., return_tensors='pt')",
+            slug="no-visual-features",
+        )
+    counts: list[int] = torch.isin(sample["input_ids"], torch.tensor(tokens)).sum(1).tolist()
+    return counts
+
+
 def _per_sample(lengths: list[int], samples: int) -> list[int]:
     """Placeholders per sample when each has one image (whose tiles may be listed one by one)."""
     each = len(lengths) // samples
@@ -186,11 +201,13 @@ def _cache_shapes(
         name: value.to("meta") for name, value in laid_out(call.extra, extras, visual, call.inputs_embeds.dtype).items()
     }
     own = arguments(extras, given, structure(call.extra))
-    with torch.no_grad(), attention_as(meta, TRACED_ATTENTION), any_experts(meta), on_all_slots(extras):
+    positions = call.position_ids if call.position_ids is not None else torch.zeros(batch, slots, dtype=torch.long)
+    fakes = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)
+    with torch.no_grad(), attention_as(meta, TRACED_ATTENTION), any_experts(meta), on_all_slots(extras), fakes:
         out = type(decoder).forward(  # the instance's own leads back to the host
             decoder,
             inputs_embeds=torch.zeros(batch, slots, width, dtype=call.inputs_embeds.dtype, device="meta"),
-            position_ids=call.position_ids.to("meta") if call.position_ids is not None else None,
+            position_ids=positions.to("meta"),
             attention_mask=torch.ones(batch, 1, slots, slots, dtype=torch.bool, device="meta"),
             use_cache=True,
             **own,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.export.graph_signature import InputKind
 from torch.utils._python_dispatch import _disable_current_modes
 
 import tvc.trace.cut_marker  # noqa: F401  registers torch.ops.tvc.cut_marker
@@ -127,6 +128,34 @@ class VisionPath(torch.nn.Module):
         )
 
 
+def _refuse_constants(exported: torch.export.ExportedProgram, images: int) -> None:
+    """Refuses a graph that holds what family code made of the sample beside the tower: it would stay the sample's.
+
+    Raises:
+        TraceError: there is a constant with a row for each image of the sample.
+    """
+    for name, value in exported.constants.items():
+        if (
+            isinstance(value, torch.Tensor)
+            and value.dim() > 1
+            and value.shape[0] == images
+            and name in _lifted(exported)
+        ):
+            raise TraceError(
+                "the model's own code hands something about the images around the vision tower",
+                where="vision",
+                got=f"a tensor of shape {list(value.shape)} that is computed from the inputs of the tower",
+                want="features alone between encoder and projector",
+                fix="compile with target torch, where the vision path stays the model's own code",
+                slug="constant-in-vision",
+            )
+
+
+def _lifted(exported: torch.export.ExportedProgram) -> set[str]:
+    specs = exported.graph_signature.input_specs
+    return {str(spec.target) for spec in specs if spec.kind is InputKind.CONSTANT_TENSOR}
+
+
 def entry_inputs(host: Host, sample: Mapping[str, Any]) -> VisionInputs:
     """What the entry module receives for `sample`, with the data-dependent tensors computed beforehand."""
     seen: dict[str, Any] = {}
@@ -231,6 +260,7 @@ def capture_vision(
             dynamic = every
         except REFUSALS:
             exported, dynamic = export("vision", module, arguments, (first,)), first
+    _refuse_constants(exported, arguments[0].shape[0])
     drop_checks(exported)
     count = len(exported.graph_signature.user_outputs)
     outputs = (OUTPUT, *(f"{OUTPUT}.{i}" for i in range(1, count)))
