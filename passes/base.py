@@ -45,7 +45,7 @@ class Pass(abc.ABC):
         )
         try:
             changes = self.run(fresh)
-        except (RuntimeError, TypeError, AttributeError, LookupError, AssertionError) as problem:
+        except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError) as problem:
             raise PassError(
                 f"{self.name} cannot deal with a graph of this model",
                 where=self.name,

@@ -36,7 +36,8 @@ def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, prog
         components["vision"] = capture_vision(model, survey.host, survey.sample, sites)
     progress("trace decoder")
     components["embed"] = capture_embedding(model)
-    components["decoder"] = capture_decoder(model, survey.boundary, shape, survey.arguments)
+    windows = {layer.window for layer in survey.layout.language}
+    components["decoder"] = capture_decoder(model, survey.boundary, shape, survey.arguments, windows)
     return Program(survey.layout, components, facts=frozenset({"traced"}))
 
 

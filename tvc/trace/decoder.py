@@ -7,7 +7,7 @@ named by `visual_index`; a decode step has none and every reduction is then the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,9 +34,10 @@ class DecoderPath(torch.nn.Module):
         shape: DecoderShape,
         names: tuple[str, ...],
         nesting: Mapping[str, Any],
+        windows: Iterable[int],
     ):
         super().__init__()
-        self.model = model
+        self.model, self._windows = model, sorted({0, *windows})
         self._decoder_path, self._shape, self._names, self._nesting = boundary.decoder, shape, names, nesting
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -52,6 +53,8 @@ class DecoderPath(torch.nn.Module):
                 masks[window] = torch.ops.tvc.attention_mask(query_positions, keys, window, given.get(SPANS))
             return masks[window]
 
+        for window in self._windows:  # in front of every block, where a cut in front of the first one finds them
+            mask(window)
         extras = self._shape.extras
         by_kind = _by_kind(self.model.get_submodule(self._decoder_path), mask(0), valid)
         own = {"position_ids": position_ids, **arguments(extras, given, self._nesting)}
@@ -125,15 +128,24 @@ def _held(layer: Any) -> tuple[torch.Tensor, ...]:
 
 
 def capture_decoder(
-    model: torch.nn.Module, boundary: Boundary, shape: DecoderShape, nesting: Mapping[str, Any]
+    model: torch.nn.Module,
+    boundary: Boundary,
+    shape: DecoderShape,
+    nesting: Mapping[str, Any],
+    windows: Iterable[int],
 ) -> Component:
-    """The decoder component, one stage long; `nesting` says how the decoder takes its extras."""
+    """The decoder component, one stage long.
+
+    Args:
+        nesting: how the decoder takes its extras (`tvc.trace.extras.structure`).
+        windows: sliding windows of its layers.
+    """
     layers = len(shape.caches)
     present = tuple(name for layer in range(layers) for name in shape.cached(layer))
     names = (*shape.chunk_inputs, f"{PAST_POSITIONS}0", *(f"past_{name}" for name in present))
     sample = sample_inputs(names, shape, [0] * layers, {})
     dynamic = tuple(dict.fromkeys(varying_axes(name, shape), AUTO) for name in names)
-    module = DecoderPath(model, boundary, shape, names, nesting)
+    module = DecoderPath(model, boundary, shape, names, nesting, windows)
     with tracing(model):
         exported = export("decoder", module, sample, (dynamic,))
     drop_checks(exported)

@@ -134,13 +134,9 @@ def _refuse_constants(exported: torch.export.ExportedProgram, images: int) -> No
     Raises:
         TraceError: there is a constant with a row for each image of the sample.
     """
+    lifted = _lifted(exported)
     for name, value in exported.constants.items():
-        if (
-            isinstance(value, torch.Tensor)
-            and value.dim() > 1
-            and value.shape[0] == images
-            and name in _lifted(exported)
-        ):
+        if name in lifted and isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[0] == images:
             raise TraceError(
                 "the model's own code hands something about the images around the vision tower",
                 where="vision",

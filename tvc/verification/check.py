@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from tvc.verification.report import TOLERANCES, Comparison, Report, Tolerance
 
 STEPS = 8
 LARGE = 1_000_000_000  # parameters from which on one short comparison has to do
+_MARK = re.compile(r"(image|video|visual|vision).*token_(id|index)")
 LENGTHS = (0, 3, 7)  # tokens that the samples of the padded batch are longer than the given one
 
 
@@ -249,7 +251,7 @@ def generate(compiled: Any, model: Any, inputs: samples.Inputs, steps: int) -> R
             min_new_tokens=steps,
             do_sample=False,
             num_beams=1,
-            suppress_tokens=list(visual_token_ids(model)),
+            suppress_tokens=sorted({*visual_token_ids(model), *_marks(model.config)}),
         )
     return Run(
         tokens=ids[:, inputs["input_ids"].shape[1] :],
@@ -257,6 +259,15 @@ def generate(compiled: Any, model: Any, inputs: samples.Inputs, steps: int) -> R
         kept=answers[0].kept,
         cache=answers[-1].cache,
     )
+
+
+def _marks(config: Any) -> set[int]:
+    """Tokens around images: in a prompt they may stand for something else than in an answer."""
+    found: set[int] = set()
+    for name, value in vars(config).items():
+        if _MARK.search(name):
+            found |= {v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, int)}
+    return {token for token in found if 0 <= token < config.get_text_config().vocab_size}
 
 
 @contextlib.contextmanager
