@@ -148,10 +148,7 @@ class Prepared:
         loaded = load_policy(policy)
         clock = progress if isinstance(progress, _Clock) else _Clock(progress)
         with in_evaluation(self.source.model):
-            traced, resolved = self._traced(loaded, clock)
-            if self.survey.layout.untraced and target != "torch":
-                raise _needs_graph(self.survey.layout, f"target {target}")
-            program = compiler.reduce(traced, resolved, clock)
+            program, resolved = self.reduce(loaded, clock)
             given, seconds = self.inputs is not None, clock.seconds
             parts = (self.source, self.survey, resolved, program)
             compiled = finish(*parts, target, clock, given_sample=given, timings=seconds)
@@ -169,6 +166,12 @@ class Prepared:
         self.source = dataclasses.replace(self.source, meta=meta_copy(model))
         borrowed = Borrowed(model, f"torch.export cannot follow the vision path ({problem.got})")
         self.survey = survey(self.source.meta, self.source.processor, self.inputs, borrowed=borrowed)
+
+    def reduce(self, policy: PolicyLike, progress: Progress = _silent) -> tuple[Program, ResolvedPolicy]:
+        """The components with the policy in them, not lowered yet, and the policy on this model; see `finish`."""
+        with in_evaluation(self.source.model):
+            traced, resolved = self._traced(load_policy(policy), progress)
+            return compiler.reduce(traced, resolved, progress), resolved
 
     def program(self, progress: Progress = _silent) -> Program:
         """The components before any reduction."""
@@ -247,6 +250,8 @@ def finish(
     timings: dict[str, float] | None = None,
 ) -> CompiledModel:
     """The reduced program lowered and opened for one target."""
+    if surveyed.layout.untraced and target != "torch":
+        raise _needs_graph(surveyed.layout, f"target {target}")
     lowered = compiler.lower(program, target, progress)
     shape = program.components["decoder"].meta["shape"]
     own = dict(source.model.named_parameters())  # type: ignore[union-attr]

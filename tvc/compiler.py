@@ -10,6 +10,7 @@ import torch
 
 from tvc.export.base import target as find_target
 from tvc.graphs import open_draft
+from tvc.kernels.providers import PROVIDED
 from tvc.passes.base import Pass
 from tvc.passes.insert_reductions import InsertReductions
 from tvc.passes.lower_ops import LowerOps
@@ -49,7 +50,14 @@ def reduce(program: Program, policy: ResolvedPolicy, progress: Progress = print)
 
 def lower(program: Program, target: str, progress: Progress = print) -> Program:
     """The program in the operators that `target` takes."""
-    return run(program, [LowerOps(find_target(target).keeps)], progress)
+    device = program.components["decoder"].meta["shape"].device
+    return run(program, [LowerOps(kept(target, device))], progress)
+
+
+def kept(target: str, device: torch.device) -> frozenset[str]:
+    """Ops that reach `target` whole: those it runs itself, and in PyTorch on CUDA those that have kernels there."""
+    own = find_target(target).keeps
+    return own | PROVIDED if target == "torch" and device.type == "cuda" else own
 
 
 def run(program: Program, passes: list[Pass], progress: Progress) -> Program:
