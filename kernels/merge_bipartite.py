@@ -71,7 +71,7 @@ def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return values.gather(1, (index + 1)[:, :, None].expand(-1, -1, values.shape[2]))
 
 
-def _sets(segment: torch.Tensor, counts: torch.Tensor, whole: bool) -> tuple[torch.Tensor, ...]:
+def halves(segment: torch.Tensor, counts: torch.Tensor, whole: bool) -> tuple[torch.Tensor, ...]:
     """(even [B, A], odd [B, C], number [B, V]): both sets' indices, -1 pads, and where in `odd` an odd token stands."""
     batch, visual = segment.shape
     if whole:
@@ -100,7 +100,7 @@ def bipartite_merge(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(index, feature, size) of the tokens that stay."""
     visual = segment.shape[1]
-    even, odd, number = _sets(segment, counts, whole)
+    even, odd, number = halves(segment, counts, whole)
     metric = metric.float()
     metric = metric / ((metric * metric) @ torch.ones(metric.shape[2], 1, device=metric.device)).sqrt().clamp(min=1e-12)
     if whole:

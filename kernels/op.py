@@ -21,6 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from tvc.kernels.budget import Budget
+from tvc.kernels.providers import PROVIDED, dispatched
 
 Kind = Literal["score", "select", "rest", "merge", "when"]
 
@@ -52,13 +53,16 @@ def op(
     the reference.
 
     The function must be pure, free of in-place writes to its arguments and of device branches, and must not return a
-    view of an argument (return a clone where it would).
+    view of an argument (return a clone where it would). Where `providers/` has a file of its name, that serves CUDA
+    tensors.
     """
 
     def register(reference: Callable[..., Any]) -> Op:
         name = reference.__name__
         custom = torch.library.custom_op(f"tvc::{name}", reference, mutates_args=())
         custom.register_fake(fake or reference)
+        if name in PROVIDED:
+            custom.register_kernel("cuda")(dispatched(name, reference))
         made = Op(name, reference, getattr(torch.ops.tvc, name).default, cases, lowering or reference)
         OPS[name] = made
         return made

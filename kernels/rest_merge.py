@@ -59,7 +59,7 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     yield "zero-metric", (feature, torch.zeros(3, 9, 4), *plain[2:], chosen, torch.zeros(3, 9), "top", 2, 4, "mean")
 
 
-def _targets(
+def pick_targets(
     rest: torch.Tensor,
     segment: torch.Tensor,
     counts: torch.Tensor,
@@ -113,7 +113,7 @@ def merge_nearest(
     if targets == "kept":
         target, stays, width, total = kept, kept, chosen.shape[1], chosen.shape[1]
     else:
-        target = _targets(rest, segment, counts, score, targets, budgets(counts, permille, amount))
+        target = pick_targets(rest, segment, counts, score, targets, budgets(counts, permille, amount))
         stays, width, total = kept | target, slots, chosen.shape[1] + slots
     index = pack(target, width)
     member = rest & ~target

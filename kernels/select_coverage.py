@@ -65,6 +65,32 @@ def _fake(
     return of_slots(segment, slots)
 
 
+def coverings(
+    feature: torch.Tensor,
+    text: torch.Tensor,
+    valid: torch.Tensor,
+    segment: torch.Tensor,
+    counts: torch.Tensor,
+    text_temperature: float,
+    visual_temperature: float,
+    visual: float,
+) -> torch.Tensor:
+    """[B, T + V, V] float32: how well each token covers each text row and each token of its segment, weighted."""
+    unit = directions(feature)
+    same = (segment[:, :, None] == segment[:, None, :]) & (segment >= 0)[:, :, None]
+    # Cosines are at most 1, so exp((cos - 1) / temperature) needs no maximum along an axis that may be empty.
+    power = torch.exp((unit @ unit.transpose(1, 2) - 1.0) / visual_temperature)
+    sizes = per_token(counts, segment).clamp(min=1)
+    share = visual / sizes[:, :, None].float()
+    seen = _row_shares(power, same) * share  # [B, V, V] row i: how well each token covers token i
+    # A text row is to be covered in every segment on its own: its softmax runs over one segment's tokens.
+    power = torch.exp((directions(text) @ unit.transpose(1, 2) - 1.0) / text_temperature)
+    whole = power @ same.float()  # [B, T, V]: the sum over the segment of each column
+    asked = valid.float()[:, :, None] / valid.sum(1).clamp(min=1)[:, None, None]
+    told = torch.where((segment >= 0)[:, None, :], power / whole.clamp(min=1e-30), 0.0) * asked
+    return torch.cat([told, seen], 1)
+
+
 @op(_cases, fake=_fake)
 def coverage_keep(
     feature: torch.Tensor,
@@ -80,19 +106,7 @@ def coverage_keep(
     slots: int,
 ) -> torch.Tensor:
     """[B, slots] int64: tokens of each segment that together stand for the text and the segment."""
-    unit = directions(feature)
-    same = (segment[:, :, None] == segment[:, None, :]) & (segment >= 0)[:, :, None]
-    # Cosines are at most 1, so exp((cos - 1) / temperature) needs no maximum along an axis that may be empty.
-    power = torch.exp((unit @ unit.transpose(1, 2) - 1.0) / visual_temperature)
-    sizes = per_token(counts, segment).clamp(min=1)
-    share = visual / sizes[:, :, None].float()
-    seen = _row_shares(power, same) * share  # [B, V, V] row i: how well each token covers token i
-    # A text row is to be covered in every segment on its own: its softmax runs over one segment's tokens.
-    power = torch.exp((directions(text) @ unit.transpose(1, 2) - 1.0) / text_temperature)
-    whole = power @ same.float()  # [B, T, V]: the sum over the segment of each column
-    asked = valid.float()[:, :, None] / valid.sum(1).clamp(min=1)[:, None, None]
-    told = torch.where((segment >= 0)[:, None, :], power / whole.clamp(min=1e-30), 0.0) * asked
-    cover = torch.cat([told, seen], 1)  # [B, T + V, V]
+    cover = coverings(feature, text, valid, segment, counts, text_temperature, visual_temperature, visual)
 
     def value(number: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
         # `covered` of a text row differs by segment and is kept per column: that of the column's own segment.

@@ -64,8 +64,7 @@ def dispatched(name: str, reference: Callable[..., Any]) -> Callable[..., Any]:
         if not support(name, *arguments, **named).ok:
             return reference(*arguments, **named)
         # Triton launches on the current device, which need not be the tensors'.
-        device = next(value.device for value in arguments if isinstance(value, torch.Tensor))
-        with torch.cuda.device(device):
+        with torch.cuda.device_of(next(value for value in arguments if isinstance(value, torch.Tensor))):
             return provider(name).launch(*arguments, **named)
 
     return run

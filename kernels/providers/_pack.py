@@ -18,7 +18,7 @@ def _pack_kernel(p_flag, p_index, V, slots, BLOCK_V: tl.constexpr):
     # Every program counts all flags of its sample: reading a byte a token again is cheaper than a launch between.
     b_before = tl.zeros([BLOCK_V], tl.int32)
     b_after = tl.zeros([BLOCK_V], tl.int32)
-    for i_tile in range(0, tl.cdiv(V, BLOCK_V)):
+    for i_tile in range(tl.cdiv(V, BLOCK_V)):
         o_v = i_tile * BLOCK_V + o_block
         b_flag = tl.load(p_flag + o_v, mask=o_v < V, other=0).to(tl.int32)  # [BLOCK_V]
         b_before += tl.where(i_tile < i_v, b_flag, 0)

@@ -21,6 +21,15 @@ def widened(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or INTERPRETED
 
 
+def fitting(block: int, width: int, dtype: torch.dtype) -> int:
+    """`block` rows of an operand of `tl.dot`, or fewer where they are so wide that several tiles would not fit.
+
+    Float32 runs without tensor cores, from registers: larger tiles spill, and take a minute to compile.
+    """
+    room = (4096 if dtype == torch.float32 else 16384) // width
+    return max(16, min(block, room))
+
+
 @jit
 def ordered(b_score):
     """int32 in the order of the scores, above the lowest int32: NaN counts as -inf, -0 as 0."""
@@ -31,4 +40,4 @@ def ordered(b_score):
     return b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
 
 
-__all__ = ["INTERPRETED", "cdiv", "jit", "ordered", "power", "tl", "widened"]
+__all__ = ["INTERPRETED", "cdiv", "fitting", "jit", "ordered", "power", "tl", "widened"]

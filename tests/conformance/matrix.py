@@ -16,6 +16,7 @@ import importlib.util
 import json
 import logging
 import pathlib
+import re
 import sys
 import time
 import warnings
@@ -111,6 +112,7 @@ def _write(cells: list[Cell]) -> None:
     partial = RESULTS.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     partial.replace(RESULTS)
+    RESULTS.with_name("families.md").write_text(families(cells), encoding="utf-8")
 
 
 def table(cells: list[Cell]) -> str:
@@ -126,6 +128,27 @@ def table(cells: list[Cell]) -> str:
     compared = sum(cell.comparisons for cell in cells)
     lines.append(f"{passed} of {len(cells)} cells passed, {compared} comparisons, worst difference {worst:.1e}")
     return "\n".join(lines)
+
+
+def families(cells: list[Cell]) -> str:
+    """What became of every family with the presets of `BROAD`, as a table in Markdown."""
+    lines = ["| family | preset | torch | ort |", "|---|---|---|---|"]
+    kept = [cell for cell in cells if cell.preset in BROAD and cell.target in BROAD_TARGETS]
+    for family, preset in sorted({(cell.family, cell.preset) for cell in kept}):
+        found = {cell.target: cell for cell in kept if (cell.family, cell.preset) == (family, preset)}
+        shown = [_shown(found.get(target)) for target in BROAD_TARGETS]
+        lines.append(f"| {family} | {preset} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(cell: Cell | None) -> str:
+    if cell is None:
+        return "not run"
+    if cell.outcome == "passed":
+        return f"{cell.worst:.1e}"
+    got = re.search(r"got: +(.*?)(?:\n  want:|$)", cell.output, re.DOTALL)
+    reason = " ".join(got[1].split()) if got else cell.output
+    return f"{cell.outcome}: {reason[:160]}".replace("|", "/")
 
 
 def main() -> int:

@@ -77,13 +77,13 @@ def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
 
 
 @st.composite
-def models(draw: st.DrawFn, families: tuple[str, ...] = FAMILIES, layers: tuple[int, int] = (2, 6)) -> Model:
+def models(draw: st.DrawFn, families: tuple[str, ...] = FAMILIES, layers: tuple[int, ...] = (2, 3, 3, 4, 6)) -> Model:
     """A family whose text model has another depth, other heads, windows or tied embeddings."""
     family = draw(st.sampled_from(families))
     config = support.family_record(family).config
     own = config["text_config"]
     text = dict(draw(st.sampled_from(_DECODERS))) if own["model_type"] in ("llama", "qwen2") else {}
-    depth = draw(st.integers(*layers))
+    depth = draw(st.sampled_from(layers))
     heads, key_heads = draw(st.sampled_from(_HEADS))
     text |= {"num_hidden_layers": depth, "num_attention_heads": heads, "num_key_value_heads": key_heads}
     if "head_dim" in {**own, **text}:

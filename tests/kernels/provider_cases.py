@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 Case = tuple[str, tuple[Any, ...]]
-SIZES = (1, 63, 500, 577)
 
 
 def scopes(batch: int, visual: int, number: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,7 +33,17 @@ def strided(values: torch.Tensor) -> torch.Tensor:
     return view.copy_(values)
 
 
-def top_keep(sizes: tuple[int, ...] = SIZES) -> Iterator[Case]:
+def features(visual: int) -> torch.Tensor:
+    """Wider than a stretch of channels, but for sizes that take the interpreter long enough as they are."""
+    return torch.randn(2, visual, 130 if visual < 100 else 3)
+
+
+def signs(visual: int) -> torch.Tensor:
+    """Directions whose cosines are exact in every dtype, in whatever order they are summed; many of them are equal."""
+    return torch.randint(0, 2, (2, visual, 16)) * 2.0 - 1.0
+
+
+def top_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
     for visual in sizes:
         segment, counts = scopes(2, visual, 3, seed=visual)
         levels = torch.randint(-3, 4, (2, visual)).float()
@@ -49,7 +59,7 @@ def top_keep(sizes: tuple[int, ...] = SIZES) -> Iterator[Case]:
     yield "no-visual-token", (score[:, :0], segment[:, :0], counts[:, :0], 0, 4, 4)
 
 
-def attention_score(sizes: tuple[int, ...] = SIZES) -> Iterator[Case]:
+def attention_score(sizes: tuple[int, ...]) -> Iterator[Case]:
     for length in sizes:
         for rows, heads in ((1, "mean"), (2, "joined"), (40, "sum"), (40, "max"), (70, "joined")):
             query, key = torch.randn(2, 4, 3, 24), torch.randn(2, 2, length, 24)
@@ -67,7 +77,7 @@ def attention_score(sizes: tuple[int, ...] = SIZES) -> Iterator[Case]:
     yield "no-visual-token", (query, key, mask, rows, columns[:, :0], 1.0, "mean")
 
 
-def compact(sizes: tuple[int, ...] = SIZES) -> Iterator[Case]:
+def compact(sizes: tuple[int, ...]) -> Iterator[Case]:
     for total in sizes:
         order = torch.stack([torch.randperm(2 * total)[:total].sort().values for _ in range(2)])
         picked = torch.rand(total) < 0.5
@@ -79,15 +89,14 @@ def compact(sizes: tuple[int, ...] = SIZES) -> Iterator[Case]:
     yield "nothing", (torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 0, dtype=torch.int64))
 
 
-def merge_nearest(sizes: tuple[int, ...] = SIZES) -> Iterator[Case]:
+def merge_nearest(sizes: tuple[int, ...]) -> Iterator[Case]:
     for visual in sizes:
         segment, counts = scopes(2, visual, 2, seed=visual)
         chosen = torch.where(segment[:, ::5] < 0, -1, torch.arange(0, visual, 5)).sort().values
-        metric = torch.randn(2, visual, 9)
-        metric[:, visual // 2 :] = metric[:, : visual - visual // 2]  # duplicates: the lower index wins
-        plain = (torch.randn(2, visual, 130), metric, torch.rand(2, visual) + 0.5, segment, counts, chosen)
-        yield f"V{visual}-stride", (*plain, torch.zeros(2, visual), "stride", 4, 8, "target_mean")
-        yield f"V{visual}-kept", (*plain, torch.zeros(2, visual), "kept", 0, 0, "size_weighted")
+        for kind, metric in (("random", torch.randn(2, visual, 9)), ("tied", signs(visual))):
+            plain = (features(visual), metric, torch.rand(2, visual) + 0.5, segment, counts, chosen)
+            yield f"V{visual}-{kind}-stride", (*plain, torch.zeros(2, visual), "stride", 4, 8, "target_mean")
+        yield f"V{visual}-tied-kept", (*plain, torch.zeros(2, visual), "kept", 0, 0, "size_weighted")
     segment, counts = pads_alone(2, 6)
     pads = (torch.randn(2, 6, 4), torch.randn(2, 6, 4), torch.ones(2, 6), segment, counts, torch.full((2, 3), -1))
     yield "all-pads", (*pads, torch.zeros(2, 6), "top", 2, 4, "mean")
@@ -95,13 +104,13 @@ def merge_nearest(sizes: tuple[int, ...] = SIZES) -> Iterator[Case]:
     yield "strided", (*some, strided(torch.tensor([[1, 4], [0, 5]])), torch.randn(2, 6), "top", 2, 2, "mean")
 
 
-def bipartite_merge(sizes: tuple[int, ...] = SIZES) -> Iterator[Case]:
+def bipartite_merge(sizes: tuple[int, ...]) -> Iterator[Case]:
     for visual in sizes:
-        metric = torch.randn(2, visual, 9)
-        plain = (torch.randn(2, visual, 130), metric, torch.rand(2, visual) + 0.5)
+        size, gone = torch.rand(2, visual) + 0.5, visual // 3
+        plain = (features(visual), torch.randn(2, visual, 9), size)
         yield f"V{visual}", (*plain, *scopes(2, visual, 2, seed=visual), 700, 0, visual, "size_weighted", False)
-        gone = visual // 3
-        yield f"V{visual}-whole", (*plain, *one_scope(2, visual), 0, gone, visual - gone, "mean", True)
+        tied = (features(visual), signs(visual), size, *one_scope(2, visual))
+        yield f"V{visual}-tied-whole", (*tied, 0, gone, visual - gone, "mean", True)
     pads = (torch.randn(2, 6, 4), torch.randn(2, 6, 4), torch.ones(2, 6), *pads_alone(2, 6))
     yield "all-pads", (*pads, 500, 0, 3, "mean", False)
     some = (strided(torch.randn(2, 6, 4)), strided(torch.randn(2, 6, 4)), strided(torch.ones(2, 6)), *one_scope(2, 6))
@@ -126,23 +135,28 @@ def _directions(visual: int) -> torch.Tensor:
     return feature
 
 
-def max_min_keep(sizes: tuple[int, ...] = SIZES) -> Iterator[Case]:
+def max_min_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield from _greedy(lambda visual: (_directions(visual),), sizes)
 
 
-def max_sum_keep(sizes: tuple[int, ...] = SIZES) -> Iterator[Case]:
+def max_sum_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield from _greedy(lambda visual: (_directions(visual), torch.randn(2, visual)), sizes)
 
 
-def log_det_keep(sizes: tuple[int, ...] = SIZES) -> Iterator[Case]:
+def log_det_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield from _greedy(lambda visual: (_directions(visual), torch.rand(2, visual)), sizes)
 
 
-def coverage_keep(sizes: tuple[int, ...] = SIZES) -> Iterator[Case]:
+def coverage_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
     for name, arguments in _greedy(lambda visual: (_directions(visual),), sizes):
         feature, segment, counts, *budget = arguments
         text, valid = torch.randn(2, 5, 24), torch.rand(2, 5) > 0.3
         yield name, (feature, text, valid, segment, counts, 0.3, 0.4, 0.5, *budget)
+
+
+def sized(cases: Iterable[Case]) -> Iterator[Case]:
+    """Those of the cases whose names start with a size."""
+    return (case for case in cases if re.match(r"[VNS]\d", case[0]))
 
 
 def refused(name: str) -> Iterator[Case]:

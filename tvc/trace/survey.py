@@ -265,30 +265,16 @@ def _layout(
     identity: bool,
     lengths: list[int],
     size: tuple[int, int],
-    reason: str,
+    known: str,
 ) -> Layout:
-    """`reason`: why no cut inside the encoder has a meaning, where that is known already."""
+    """`known`: why no cut inside the encoder has a meaning, where that is known already."""
     packed = len(entering) == 2
     tiles = 1 if packed else entering[0]
     tile_tokens = entering[0] if packed else entering[1]
     per_tile = features[:-1].numel() // tiles
     group = max(1, tile_tokens // per_tile)
     prefix = tile_tokens - group * per_tile
-    told = bool(reason)
-    if reason:
-        pass
-    elif group > 1:
-        reason = (
-            f"{group} neighbouring encoder tokens are joined into one visual token behind the encoder, "
-            "so all of them have to reach that point"
-        )
-    elif not identity:
-        reason = (
-            "the tiles' features are stitched into one grid behind the projector (unpadding, newline tokens), "
-            "so every tile has to be whole"
-        )
-    elif packed:
-        reason = "the encoder packs all images into one sequence with fixed boundaries"
+    reason = known or _meaningless(group, identity, packed)
     used = used_vision_blocks(meta)
     vision = [
         Site(
@@ -309,6 +295,21 @@ def _layout(
         sites=(*vision, Site("projector", True), *language),
         used_vision_blocks=used,
         image_size=size,
-        in_order=identity and not packed and not told,
+        in_order=identity and not packed and not known,
         **fields,
     )
+
+
+def _meaningless(group: int, identity: bool, packed: bool) -> str:
+    """Why a cut inside the encoder has no meaning; empty where it has one."""
+    if group > 1:
+        return (
+            f"{group} neighbouring encoder tokens are joined into one visual token behind the encoder, "
+            "so all of them have to reach that point"
+        )
+    if not identity:
+        return (
+            "the tiles' features are stitched into one grid behind the projector (unpadding, newline tokens), "
+            "so every tile has to be whole"
+        )
+    return "the encoder packs all images into one sequence with fixed boundaries" if packed else ""
