@@ -15,7 +15,8 @@ from transformers.models.auto.image_processing_auto import (
 )
 
 from tvc.errors import ArgumentError, ModelError
-from tvc.trace.host import PIXEL_NAMES
+from tvc.trace.families import token_types
+from tvc.trace.host import PIXEL_NAMES, feature_owner
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -55,7 +56,14 @@ def pixel_inputs(
     made = made or _image_processor(model)
     pictures = [[photo_like(*size)] for _ in range(images)]
     flat = dict(made(pictures, return_tensors="pt"))
-    return {name: value for name, value in flat.items() if isinstance(value, torch.Tensor)}
+    # Some image processors also tell their text side how many tiles they made, which no model takes.
+    taken = {*inspect.signature(model.forward).parameters, *_image_arguments(model)}
+    return {name: value for name, value in flat.items() if isinstance(value, torch.Tensor) and name in taken}
+
+
+def _image_arguments(model: torch.nn.Module) -> set[str]:
+    owner: Any = feature_owner(model)
+    return set(inspect.signature(owner.get_image_features).parameters)
 
 
 def _image_processor(model: torch.nn.Module) -> Any:
@@ -127,7 +135,8 @@ def with_text(
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         made["mm_token_type_ids"] = (ids == token).long()
     if "token_type_ids" in inspect.signature(model.forward).parameters:
-        made["token_type_ids"] = (ids == token).long()
+        prefix = token_types(model.config.model_type) == "prefix"
+        made["token_type_ids"] = torch.zeros_like(ids) if prefix else (ids == token).long()
     return made
 
 
