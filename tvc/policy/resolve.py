@@ -7,15 +7,14 @@ becomes `language.1`, `of: [cls, all]` becomes what the encoder has, and an aver
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 from tvc.errors import SiteError
 from tvc.kernels.op import Primitive, Tap
 from tvc.policy.budgets import check_nothing_emptied, with_averages, with_spreads
 from tvc.policy.document import Path, from_data
+from tvc.policy.order import closest, ranges, rank
 from tvc.policy.schema import (
-    COMPONENTS,
     Policy,
     SiteName,
     Span,
@@ -147,8 +146,8 @@ def _step(policy: Policy, layout: Layout, number: int, step: Step) -> Step:
             (*path, "at"),
             f"{layout.model_type} can't be cut at {site}",
             got=f"{site}: {known.reason}" if known else f"{site}, which this model does not have",
-            want=f"one of {_ranges(legal)}",
-            fix=f"write at: {_closest(site, legal)}",
+            want=f"one of {ranges(legal)}",
+            fix=f"write at: {closest(site, legal)}",
             slug="illegal-site",
         )
 
@@ -242,7 +241,7 @@ def _ordered(policy: Policy, steps: tuple[Step, ...]) -> None:
     """Refuses sites that coincide, or come out of order, once the model says what they are."""
     for number in range(1, len(steps)):
         before, step = steps[number - 1], steps[number]
-        if _rank(step.site) > _rank(before.site):
+        if rank(step.site) > rank(before.site):
             continue
         same, one, other = step.at == before.at, before.number, step.number
         written = f"{policy.steps[one].at} and {policy.steps[other].at} mean {before.at} and {step.at}"
@@ -268,7 +267,7 @@ def _behind_cuts(policy: Policy, steps: tuple[Step, ...]) -> None:
         taps = [tap for primitive in step.primitives() for tap in primitive.taps().values()]
         for tap in taps:
             layer = parse_site(tap.layer or "") if tap.kind in ("attention", "key") else None
-            if cut is None or layer is None or layer.component != "language" or _rank(layer) >= _rank(cut.site):
+            if cut is None or layer is None or layer.component != "language" or rank(layer) >= rank(cut.site):
                 continue
             raise _refusal(
                 policy,
@@ -280,39 +279,6 @@ def _behind_cuts(policy: Policy, steps: tuple[Step, ...]) -> None:
                 slug="layer-before-a-cut",
             )
         cut = step
-
-
-def _rank(site: SiteName) -> tuple[int, int]:
-    return COMPONENTS.index(site.component), site.index or 0
-
-
-def _ranges(names: Iterable[str]) -> str:
-    """`language.0..3, projector` for a list of site names."""
-    by_component: dict[str, list[int]] = {}
-    for name in names:
-        site = parse_site(name)
-        if site is not None:
-            by_component.setdefault(site.component, []).append(site.index if site.index is not None else -1)
-    texts = []
-    for component in COMPONENTS:
-        numbers = sorted(by_component.get(component, []))
-        while numbers:
-            run = next((i for i, n in enumerate(numbers) if n != numbers[0] + i), len(numbers))
-            first, last, numbers = numbers[0], numbers[run - 1], numbers[run:]
-            texts.append(component if first < 0 else f"{component}.{first}" + (f"..{last}" if last > first else ""))
-    return ", ".join(texts) or "no site at all"
-
-
-def _closest(site: SiteName, legal: list[str]) -> str:
-    """The legal site nearest to `site`, a later one before an earlier one."""
-
-    def distance(name: str) -> tuple[int, bool, int]:
-        other = parse_site(name)
-        component, index = _rank(other) if other is not None else (len(COMPONENTS), 0)
-        wanted, place = _rank(site)
-        return abs(component - wanted), component < wanted, abs(index - place)
-
-    return min(legal, key=distance, default="language.0")
 
 
 # Taps -----------------------------------------------------------------------------------------------------------------
@@ -351,7 +317,7 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
                 (*here, "layer"),
                 f"{layer} has no attention: it mixes tokens by a convolution",
                 got=f"layer: {getattr(primitive, 'layer', None) or layer} at {site}",
-                want=f"one of {_ranges(f'language.{i}' for i, one in enumerate(layout.language) if one.heads)}",
+                want=f"one of {ranges(f'language.{i}' for i, one in enumerate(layout.language) if one.heads)}",
                 fix="name a layer with attention that runs before the step",
                 slug="no-attention",
             )
@@ -411,7 +377,7 @@ def _since(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive
     written = getattr(primitive, "since", None)
     named = site if written is None else parse_site(written)
     since = None if named is None or named.index is None else _concrete(policy, layout, (*path, "since"), named)
-    if since is None or since.component != "language" or not since.index or _rank(since) > _rank(site):
+    if since is None or since.component != "language" or not since.index or rank(since) > rank(site):
         raise _refusal(
             policy,
             (*path, "since") if written else path,
@@ -470,7 +436,7 @@ def _layer(
             slug="bad-layer-name",
         )
     layer = _concrete(policy, layout, path, named)
-    if _rank(layer) > _rank(site) or (tap.kind == "transition" and _rank(layer) >= _rank(site)):
+    if rank(layer) > rank(site) or (tap.kind == "transition" and rank(layer) >= rank(site)):
         raise _refusal(
             policy,
             path,
