@@ -62,7 +62,8 @@ class DecoderShape:
 
     width: int
     axes: int  # rotary position axes; 0 for plain [B, S] positions
-    caches: tuple[tuple[int, ...], ...]  # of each layer (groups, key width, value width); (channels, length) of a state
+    # Of each layer (groups, key width, value width); (channels, length) of a state; () where it reads another layer's.
+    caches: tuple[tuple[int, ...], ...]
     dtype: torch.dtype
     device: torch.device
     spans: bool = False  # some tokens attend to later ones
@@ -79,6 +80,8 @@ class DecoderShape:
 
     def cached(self, layer: int) -> tuple[str, ...]:
         """The outputs that hold a layer's cache; its inputs are the same behind `past_`."""
+        if not self.caches[layer]:
+            return ()
         return (f"state.{layer}",) if self.holds_state(layer) else (f"key.{layer}", f"value.{layer}")
 
     def empty_cache(self, name: str, batch: int, length: int) -> torch.Tensor:

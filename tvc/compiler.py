@@ -19,7 +19,7 @@ from tvc.passes.retrace import Retrace
 from tvc.policy import ResolvedPolicy
 from tvc.program import Program
 from tvc.runtime.engine import Interface
-from tvc.trace.decoder import capture_decoder, capture_embedding
+from tvc.trace.decoder import capture_decoder, capture_embeddings
 from tvc.trace.survey import Survey
 from tvc.trace.vision import capture_vision
 
@@ -36,7 +36,7 @@ def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, prog
         progress("trace vision")
         components["vision"] = capture_vision(model, survey.host, survey.sample, sites)
     progress("trace decoder")
-    components["embed"] = capture_embedding(model)
+    components |= capture_embeddings(model, survey.host.tables)
     windows = {layer.window for layer in survey.layout.language}
     components["decoder"] = capture_decoder(model, survey.boundary, shape, survey.arguments, windows)
     return Program(survey.layout, components, facts=frozenset({"traced"}))

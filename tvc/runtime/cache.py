@@ -73,6 +73,8 @@ class StagedCache(Cache):
 
 
 def _layer(held: Sequence[torch.Tensor]) -> DynamicLayer | LinearAttentionLayer:
+    if not held:
+        return DynamicLayer()
     if len(held) == 2:
         layer = DynamicLayer()
         layer.keys, layer.values = held
@@ -89,4 +91,4 @@ def _tensors(layer: Any) -> dict[str, torch.Tensor]:
     """What a layer holds, by kind, in the order of `DecoderShape.cached`."""
     if isinstance(layer, LinearAttentionLayer):
         return {"state": layer.conv_states[0]}
-    return {"key": layer.keys, "value": layer.values}
+    return {"key": layer.keys, "value": layer.values} if layer.keys is not None else {}

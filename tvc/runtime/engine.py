@@ -16,6 +16,7 @@ from tvc.runtime.chunk import Chunk, chunk_inputs, left_packed, ragged, take
 from tvc.runtime.inputs import check_call, count_mismatch, no_video, placeholders, video_inside_encoder
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
+from tvc.trace.decoder import embedding_component
 from tvc.trace.exporters import prepare_vision_inputs
 from tvc.trace.extras import laid_out
 from tvc.trace.host import PIXEL_NAMES, VIDEO, DecoderCall, Host
@@ -97,6 +98,7 @@ class Engine:
     def __init__(self, host: Host, interface: Interface, run: Runner):
         self.host, self.interface, self.run = host, interface, run
         self._state = _VisionState()
+        self._tables = host.tables  # as the survey saw them: the order of the components
 
     def call(self, inputs: dict[str, Any]) -> Answer:
         cache = inputs.get("past_key_values")
@@ -118,8 +120,9 @@ class Engine:
             chunk, taps = self._before_decoder(chunk, taps, kept)
             return self._decode(chunk, taps, past, kept)
 
-    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return self.run("embed", {"input_ids": input_ids})["inputs_embeds"]
+    def _embed(self, input_ids: torch.Tensor, path: str) -> torch.Tensor:
+        component = embedding_component(self._tables.index(path))
+        return self.run(component, {"input_ids": input_ids})["inputs_embeds"]
 
     def _vision(self, pending: dict[str, Any]) -> list[torch.Tensor]:
         prepared = prepare_vision_inputs(self.host.entry_module, pending)

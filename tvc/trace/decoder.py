@@ -7,7 +7,7 @@ named by `visual_index`; a decode step has none and every reduction is then the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,15 +116,19 @@ def _cache(shape: DecoderShape, given: Mapping[str, torch.Tensor], valid: torch.
             cache.layers.append(_State(past[0], valid))
             continue
         layer = cache.layer_class_to_replicate()
+        cache.layers.append(layer)
+        if not past:  # the layer reads the keys and values that an earlier one has just updated
+            continue
         layer.keys, layer.values = past
         layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
-        cache.layers.append(layer)
     return cache
 
 
 def _held(layer: Any) -> tuple[torch.Tensor, ...]:
     """The tensors of one layer's cache, in the order of `DecoderShape.cached`."""
-    return (layer.present.clone(),) if isinstance(layer, _State) else (layer.keys, layer.values)
+    if isinstance(layer, _State):
+        return (layer.present.clone(),)
+    return (layer.keys, layer.values) if layer.keys is not None else ()
 
 
 def capture_decoder(
@@ -162,11 +166,22 @@ class Embedding(torch.nn.Module):
         return (self.embedding(input_ids),)
 
 
-def capture_embedding(model: torch.nn.Module) -> Component:
-    """The token embedding: input_ids [B, S] -> inputs_embeds [B, S, D]."""
-    embedding = model.get_input_embeddings()
-    sample = (torch.zeros(2, 3, dtype=torch.long, device=next(embedding.parameters()).device),)
-    dynamic = ({0: AUTO, 1: AUTO},)
-    with tracing(model):
-        exported = export("embed", Embedding(embedding), sample, dynamic)
-    return Component("embed", exported, ("input_ids",), ("inputs_embeds",), sample, dynamic)
+def capture_embeddings(model: torch.nn.Module, paths: Sequence[str]) -> dict[str, Component]:
+    """The token embedding (input_ids [B, S] -> inputs_embeds [B, S, D]) and other tables that are looked up by token.
+
+    The first of `paths` is the token embedding and becomes the component `embed`, the others `embed_1` and so on.
+    """
+    made = {}
+    for number, path in enumerate(paths):
+        embedding = model.get_submodule(path)
+        sample = (torch.zeros(2, 3, dtype=torch.long, device=next(embedding.parameters()).device),)
+        dynamic = ({0: AUTO, 1: AUTO},)
+        name = embedding_component(number)
+        with tracing(model):
+            exported = export(name, Embedding(embedding), sample, dynamic)
+        made[name] = Component(name, exported, ("input_ids",), ("inputs_embeds",), sample, dynamic)
+    return made
+
+
+def embedding_component(number: int) -> str:
+    return f"embed_{number}" if number else "embed"

@@ -88,7 +88,7 @@ class _Stubs:
     entry: Callable[[dict[str, Any]], Any] | None = None  # set while the interior itself is traced
     between: Mapping[str, Callable[..., Any]] = dataclasses.field(default_factory=dict)
     exit: Callable[..., Any] | None = None
-    embed: Callable[[torch.Tensor], torch.Tensor] | None = None
+    embed: Callable[[torch.Tensor, str], torch.Tensor] | None = None
     pending: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -278,6 +278,7 @@ class Host:
         self.hf_forward = model.forward  # bound here: a runtime may put another forward in its place
         self.entry_module = model.get_submodule(boundary.entry) if boundary.traced else None
         self.feature_lengths: dict[str, list[int]] = {}  # visual tokens of each image and video in the last call
+        self.tables: tuple[str, ...] = (boundary.embeddings,)  # embeddings that family code looked up so far
         self.device = torch.device("cpu")  # where the values are that the family's code works on
         self._stubs = _Stubs()
         self._install()
@@ -295,7 +296,13 @@ class Host:
             raise _Reached({name: value for name, value in given.items() if name in decoder_signature.parameters})
 
         self.model.get_submodule(self.boundary.decoder).forward = decoder
-        self.model.get_submodule(self.boundary.embeddings).forward = self._embed
+        for path in (self.boundary.embeddings, *_tables(self.model, self.boundary)):
+            module: Any = self.model.get_submodule(path)
+            module.forward = functools.partial(self._embed, path, module.forward)
+        # Zeros without storage: family code may take a row of it, which only counts where no ids are given.
+        table: Any = self.model.get_submodule(self.boundary.embeddings)
+        zeros = torch.zeros(1, dtype=table.weight.dtype).expand(table.weight.shape)
+        table.weight = torch.nn.Parameter(zeros, requires_grad=False)
 
     def _install_vision(self) -> None:
         stubs, boundary = self._stubs, self.boundary
@@ -356,7 +363,9 @@ class Host:
         members = {"device": property(lambda _: self.device), "__module__": family.__module__}
         self.owner.__class__ = type(family.__name__, (family,), members)
 
-    def _embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+    def _embed(self, path: str, own: Callable[..., torch.Tensor], input_ids: torch.Tensor) -> torch.Tensor:
+        if input_ids.is_meta:  # the decoder's own code, run for its shapes
+            return own(input_ids)
         if self._stubs.embed is None:
             raise TraceError(
                 "the host was called without an embedding graph",
@@ -366,13 +375,14 @@ class Host:
                 fix="use tvc.compile or tvc.load",
                 slug="unbound-host",
             )
-        return self._stubs.embed(input_ids)
+        self.tables = tuple(dict.fromkeys((*self.tables, path)))
+        return self._stubs.embed(input_ids, path)
 
     @contextlib.contextmanager
     def bound(
         self,
         vision: Callable[[dict[str, Any]], list[torch.Tensor]] | None = None,
-        embed: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        embed: Callable[[torch.Tensor, str], torch.Tensor] | None = None,
         entry: Callable[[dict[str, Any]], Any] | None = None,
         between: Mapping[str, Callable[..., Any]] | None = None,
         leave: Callable[..., Any] | None = None,
@@ -448,6 +458,13 @@ class Host:
             fix="report the model class",
             slug="decoder-not-reached",
         )
+
+
+def _tables(model: torch.nn.Module, boundary: Boundary) -> list[str]:
+    """Embeddings inside the decoder beside that of its tokens: some models look them up outside of it."""
+    decoder = model.get_submodule(boundary.decoder)
+    found = [name for name, part in decoder.named_modules() if isinstance(part, torch.nn.Embedding)]
+    return [path for name in found if (path := f"{boundary.decoder}.{name}") != boundary.embeddings]
 
 
 def _flat_arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _survey(
     if inputs is None:
         sample = with_text(meta, sample, _per_sample(lengths, 2))
     dtype = next(meta.get_decoder().parameters()).dtype  # type: ignore[operator]
-    embed = _zero_embedding(fields["hidden_size"], dtype)
+    embed = _zero_embedding(meta, dtype)
     with (
         torch.no_grad(),
         host.bound(vision=lambda _p: [torch.zeros(f, dtype=dtype) for f in host.boundary.features], embed=embed),
@@ -142,6 +142,7 @@ def _survey(
     else:
         reason = "the encoder takes images of several sizes one by one" if entry_inputs(host, sample).by_image else ""
     layout = _layout(meta, fields, first, shape, identity, lengths, size, reason)
+    layout = _with_shared_caches(layout, caches, getattr(meta.get_decoder().config, "layer_types", None))
     if borrowed is not None:
         layout = dataclasses.replace(layout, untraced=borrowed.reason)
     return Survey(layout, host, sample, caches, axes, tokens, spans, extras, structure(call.extra))
@@ -218,7 +219,11 @@ def _cache_shapes(
         if state is not None:
             shapes.append(tuple(state.shape[1:]))
             continue
-        if getattr(layer, "keys", None) is None:
+        empty = getattr(layer, "keys", None) is None
+        if shapes and empty and not hasattr(layer, "conv_states"):  # the layer reads an earlier one's
+            shapes.append(())
+            continue
+        if empty:
             raise ModelError(
                 "a decoder layer keeps no keys and values",
                 where=type(decoder).__name__,
@@ -238,8 +243,12 @@ def _state(layer: Any) -> torch.Tensor | None:
     return states[0] if states and len(states) == 1 and not recurrent else None
 
 
-def _zero_embedding(width: int, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda ids: torch.zeros(*ids.shape, width, dtype=dtype)
+def _zero_embedding(model: torch.nn.Module, dtype: torch.dtype) -> Callable[[torch.Tensor, str], torch.Tensor]:
+    def embed(ids: torch.Tensor, path: str) -> torch.Tensor:
+        table: Any = model.get_submodule(path)
+        return torch.zeros(*ids.shape, table.embedding_dim, dtype=dtype)
+
+    return embed
 
 
 def _probe_packing(host: Host, sample: Mapping[str, Any]) -> tuple[bool, list[int]]:
@@ -298,6 +307,23 @@ def _layout(
         in_order=identity and not packed and not known,
         **fields,
     )
+
+
+def _with_shared_caches(layout: Layout, caches: tuple[tuple[int, ...], ...], kinds: list[str] | None) -> Layout:
+    """Layers that read the keys and values of an earlier one hold its tokens: no cut may come between the two."""
+    shared = [i for i, sizes in enumerate(caches) if not sizes]
+    if not shared:
+        return layout
+    alike = [[j for j in range(shared[0]) if kinds is None or kinds[j] == kinds[i]] for i in shared]
+    first = min(found[-1] if found else 0 for found in alike)
+    reason = f"later layers read the keys and values of language.{first}, which are those of the tokens it has seen"
+    sites = [
+        Site(site.name, False, reason)
+        if site.name.startswith("language.") and int(site.name.removeprefix("language.")) > first
+        else site
+        for site in layout.sites
+    ]
+    return dataclasses.replace(layout, sites=tuple(sites))
 
 
 def _meaningless(group: int, identity: bool, packed: bool) -> str:

@@ -171,6 +171,8 @@ class _Comparing:
         rows = []
         for layer, (got, want) in enumerate(zip(run.cache.layers, expected.cache.layers, strict=True)):
             site = self._site_before(layer + 1)
+            if getattr(got, "keys", None) is None and cached_state(got) is None:  # it reads another layer's
+                continue
             one, other = cached_state(got), cached_state(want)
             if one is not None and other is not None:
                 where, allowed = _place(one, other, "sample channel place"), self.tolerance.allowed(other)
