@@ -16,6 +16,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 import tvc.kernels.attention_mask  # noqa: F401  registers torch.ops.tvc.attention_mask
 from tvc.chunks import PAST_POSITIONS, SPANS, DecoderShape, sample_inputs, varying_axes
+from tvc.errors import TraceError
 from tvc.graphs import drop_checks
 from tvc.program import Component
 from tvc.trace.attention import decoder_masks
@@ -47,6 +48,11 @@ class DecoderPath(torch.nn.Module):
         cache = _cache(self._shape, given, valid)
         keys = torch.cat([given[f"{PAST_POSITIONS}0"], query_positions], 1)
         masks: dict[int, torch.Tensor] = {}
+        asked: set[int] = set()
+
+        def asked_for(window: int) -> torch.Tensor:
+            asked.add(window)
+            return mask(window)
 
         def mask(window: int) -> torch.Tensor:
             if window not in masks:
@@ -64,7 +70,7 @@ class DecoderPath(torch.nn.Module):
 
         handle = self.model.get_submodule(self._decoder_path).register_forward_pre_hook(own_arguments, with_kwargs=True)
         try:
-            with decoder_masks(mask), on_all_slots(extras):
+            with decoder_masks(asked_for), on_all_slots(extras):
                 out = self.model(
                     inputs_embeds=given["inputs_embeds"],
                     position_ids=position_ids,
@@ -74,6 +80,16 @@ class DecoderPath(torch.nn.Module):
                 )
         finally:
             handle.remove()
+        unasked = set(self._windows) - asked - {0}
+        if unasked:
+            raise TraceError(
+                "layers of the decoder have a window that their attention does not tell",
+                where="decoder",
+                got=f"windows of {', '.join(map(str, sorted(unasked)))} tokens in the configuration alone",
+                want="attention that is called with sliding_window",
+                fix="this model cannot be compiled: its window would be lost",
+                slug="untold-window",
+            )
         return out.logits, keys, *(tensor for layer in cache.layers for tensor in _held(layer))
 
 

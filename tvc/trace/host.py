@@ -99,12 +99,12 @@ def feature_owner(model: torch.nn.Module) -> torch.nn.Module:
         if hasattr(candidate, "get_image_features"):
             return candidate
     raise ModelError(
-        f"{type(model).__name__} has no vision path",
+        f"{type(model).__name__} does not say how its images become tokens of the decoder",
         where=type(model).__name__,
         got="a model without get_image_features",
-        want="a vision-language model of AutoModelForImageTextToText",
-        fix="pass a vision-language model; a text-only model has no visual tokens to reduce",
-        slug="not-a-vlm",
+        want="a model whose get_image_features gives the visual tokens that its decoder reads",
+        fix="models that read images by cross-attention, or have no visual tokens, cannot be compiled",
+        slug="no-visual-tokens",
     )
 
 

@@ -128,6 +128,7 @@ def _survey(
     ids = sample["input_ids"]
     valid = sample["attention_mask"].bool() if "attention_mask" in sample else torch.ones_like(ids, dtype=torch.bool)
     visual = sum((ids == token for token in tokens), torch.zeros_like(ids, dtype=torch.bool)) & valid
+    _check_kinds(meta)
     windows = {layer.window for layer in fields["language"]}
     spans = read_spans(call.extra.get("attention_mask"), valid, 0, windows) is not None
     extras = read_extras(call.extra, visual)
@@ -146,6 +147,23 @@ def _survey(
     if borrowed is not None:
         layout = dataclasses.replace(layout, untraced=borrowed.reason)
     return Survey(layout, host, sample, caches, axes, tokens, spans, extras, structure(call.extra))
+
+
+# What positions and windows say. Other kinds (chunks, sparse selections) hide keys by rules of their own.
+_KINDS = {"full_attention", "sliding_attention", "conv", "linear_attention"}
+
+
+def _check_kinds(meta: torch.nn.Module) -> None:
+    kinds = set(getattr(meta.get_decoder().config, "layer_types", None) or ()) - _KINDS  # type: ignore[operator]
+    if kinds:
+        raise ModelError(
+            "layers of the decoder hide keys by a rule that is neither causal nor a window",
+            where=type(meta).__name__,
+            got=", ".join(sorted(kinds)),
+            want=f"layers of the kinds {', '.join(sorted(_KINDS))}",
+            fix="a model of another attention pattern cannot be compiled",
+            slug="unknown-attention",
+        )
 
 
 def _reach(host: Host, sample: Mapping[str, Any]) -> DecoderCall:

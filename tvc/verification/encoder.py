@@ -90,6 +90,8 @@ def flat_features(model: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Te
 def feature_parts(output: Any) -> list[torch.Tensor]:
     """[tokens, D] of each image (or tile), from what `get_image_features` returned."""
     pooled = getattr(output, "pooler_output", output)
+    if pooled is None:  # the model makes them elsewhere
+        return []
     if isinstance(pooled, torch.Tensor):
         return list(pooled) if pooled.dim() == 3 else [pooled]
     return list(pooled)

@@ -82,7 +82,7 @@ class _Oracle(Observer):
         self.raters: list[torch.Tensor] = []  # per sample the columns of the text that rates
         self.probing = False
         self.closed: tuple[torch.Tensor, torch.Tensor] | None = None  # what `leaving` has to put back
-        self.rotary: tuple[Any, tuple[Any, ...], dict[str, Any]] | None = None
+        self.rotary: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any]]] = []  # what came out, and the call
 
     # The call ---------------------------------------------------------------------------------------------------------
 
@@ -101,17 +101,15 @@ class _Oracle(Observer):
 
             return get_features
 
-        decoder = self.model.get_decoder()
-        rotary = getattr(decoder, "rotary_emb", None)
+        rotaries = [part for name, part in self.model.get_decoder().named_children() if "rotary" in name]
         with contextlib.ExitStack() as stack:
             stack.enter_context(_kept_state(self.model))
             for name in ("get_image_features", "get_video_features"):
                 if hasattr(owner, name):
                     stack.enter_context(replaced(owner, name, noting(name, getattr(owner, name))))
             stack.enter_context(observed(self.model, self))
-            if rotary is not None:
-                handle = rotary.register_forward_hook(self._rotated, with_kwargs=True)
-                stack.callback(handle.remove)
+            for rotary in rotaries:
+                stack.callback(rotary.register_forward_hook(self._rotated, with_kwargs=True).remove)
             stack.enter_context(watched(self.model, self.transitions))
             steps = self.case.tokens.shape[1] + 1
             if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
@@ -141,7 +139,7 @@ class _Oracle(Observer):
 
     def _rotated(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not self.probing:
-            self.rotary = (module, args, kwargs)
+            self.rotary.append((output, module, args, kwargs))
 
     # Blocks -----------------------------------------------------------------------------------------------------------
 
@@ -168,7 +166,7 @@ class _Oracle(Observer):
         else:
             self._close_up(name, arguments)
         if self.policy.positions == "renumber" and self._cut_before(index):
-            arguments["position_embeddings"] = self._renumbered()
+            arguments["position_embeddings"] = self._renumbered(arguments.get("position_embeddings"))
             arguments["position_ids"] = (self.alive.long().cumsum(1) - 1).clamp(min=0)
         self.seen.pop(f"language.{index}", None)
         self.expected.held.append(self.alive.clone())
@@ -215,9 +213,9 @@ class _Oracle(Observer):
         sites = [at for at in self.steps if at.startswith("language.")]
         return any(int(site.removeprefix("language.")) <= index for site in sites)
 
-    def _renumbered(self) -> Any:
-        """Position embeddings of the running numbers of the tokens that are left."""
-        if self.rotary is None:
+    def _renumbered(self, given: Any) -> Any:
+        """Position embeddings, of the kind that a block was given, for the running numbers of what is left."""
+        if not self.rotary:
             raise TraceError(
                 "the decoder has no rotary module whose positions could be numbered afresh",
                 where="verification",
@@ -226,7 +224,8 @@ class _Oracle(Observer):
                 fix="write positions: keep, or compile with verify=False",
                 slug="no-rotary",
             )
-        module, args, kwargs = self.rotary
+        calls = [call for output, *call in self.rotary if output is given] or [list(self.rotary[-1][1:])]
+        module, args, kwargs = calls[-1]
         positions = (self.alive.long().cumsum(1) - 1).clamp(min=0)
         if "position_ids" in kwargs:
             kwargs = {**kwargs, "position_ids": positions}
