@@ -94,14 +94,15 @@ def cut_function(step: Any, renumber: bool, name: str) -> Callable[..., tuple[to
             text = text_index.shape[1]
             rows = torch.where(source < text, kept, residual.shape[1] + source - text)
             values = torch.cat([residual, decision.feature.to(residual.dtype)], 1)
+        segment_after = follow(segment, chosen)
         return (
             take_rows(values, rows),
             _renumbered(key_positions, query_after) if renumber else _gather_last(position_ids, kept),
             query_after,
             text_after,
             visual_after,
-            follow(segment, chosen),
-            count_segments(follow(segment, chosen), counts),
+            segment_after,
+            count_segments(segment_after, counts),
             decision.size,
             follow(origin, chosen),
             kept,

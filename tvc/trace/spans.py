@@ -6,7 +6,7 @@ a window in some layers, and with spans of neighbouring tokens (a prefix, the to
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -15,19 +15,20 @@ import tvc.kernels.attention_mask  # noqa: F401  registers torch.ops.tvc.attenti
 from tvc.errors import ModelError
 
 
-def read_spans(given: Any, valid: torch.Tensor, seen: int, windows: Iterable[int]) -> torch.Tensor | None:
+def read_spans(given: Any, valid: torch.Tensor, seen: int, windows: Collection[int]) -> torch.Tensor | None:
     """[B, S, 2] int64 first and last place of the span of each slot, or None where attention is causal.
 
     Args:
         given: what the model hands to its decoder as attention mask: a tensor [B|1, 1, S, N] or several by name.
         valid: [B, S] bool: slots of the chunk that are no padding.
         seen: places of the sequence before the chunk.
-        windows: the windows of the decoder's layers.
+        windows: the windows of the decoder's layers, 0 where one has none.
 
     Raises:
         ModelError: a mask is not causal, and no spans explain it.
     """
-    squares = [_square(mask, valid) for mask in _masks(given)]
+    given_masks = _masks(given, windows)
+    squares = [_square(mask, valid) for mask, _ in given_masks]
     columns = torch.arange(valid.shape[1], device=valid.device)
     ahead = columns[None, :] > columns[:, None]
     if not any(bool((square & ahead).any()) for square in squares):
@@ -35,8 +36,8 @@ def read_spans(given: Any, valid: torch.Tensor, seen: int, windows: Iterable[int
     own = columns.expand(valid.shape)
     reach = torch.stack([torch.where(square & ahead, columns, own.unsqueeze(2)).amax(2) for square in squares]).amax(0)
     spans = torch.stack([own, reach], 2)
-    for square in squares:
-        found = _explained(square, valid, spans, windows)
+    for square, (_, own_windows) in zip(squares, given_masks, strict=True):
+        found = _explained(square, valid, spans, own_windows)
         if found is None:
             raise ModelError(
                 "the attention of the decoder has a form that a cut cannot carry on",
@@ -53,10 +54,10 @@ def read_spans(given: Any, valid: torch.Tensor, seen: int, windows: Iterable[int
 def _explained(
     square: torch.Tensor, valid: torch.Tensor, spans: torch.Tensor, windows: Iterable[int]
 ) -> torch.Tensor | None:
-    """The spans that give `square` in layers of one of `windows`; None where there are none."""
+    """The spans that give `square` in layers of one of `windows`, the first that does; None where there are none."""
     columns = torch.arange(valid.shape[1], device=valid.device)
     places = torch.where(valid, columns, -1)
-    for window in sorted({0, *windows}):
+    for window in windows:
         outside = square & (columns <= columns[:, None] - window)
         first = torch.where(outside, columns, valid.shape[1]).amin(2)
         started = torch.where(first < valid.shape[1], first, columns) if window else spans[..., 0]
@@ -67,9 +68,16 @@ def _explained(
     return None
 
 
-def _masks(given: Any) -> list[torch.Tensor]:
-    held = given.values() if isinstance(given, dict) else [given]
-    return [mask for mask in held if isinstance(mask, torch.Tensor) and mask.dim() == 4]
+def _masks(given: Any, windows: Collection[int]) -> list[tuple[torch.Tensor, list[int]]]:
+    """Every mask, and the windows of the layers that may use it: a wide span can hide which one a mask was made for."""
+    sliding = sorted((window for window in set(windows) if window), reverse=True)
+    if not isinstance(given, dict):
+        given = {"": given}
+        alike = [*sliding, *([0] if 0 in windows or not sliding else [])]
+    else:
+        alike = [0]
+    held = [(mask, sliding or [0] if "sliding" in name else alike) for name, mask in given.items()]
+    return [(mask, own) for mask, own in held if isinstance(mask, torch.Tensor) and mask.dim() == 4]
 
 
 def _square(mask: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
