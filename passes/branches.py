@@ -22,6 +22,8 @@ def branches(graph: fx.Graph, block: Block, width: int, where: str) -> list[fx.N
     for node in graph.nodes:
         if "tvc" not in (node.meta.get("custom") or {}):  # copies that a step made for its own taps
             children[node] = _child(node, f"{block.prefix}.{block.index}.")
+    if block.attention is None:
+        raise _unlike(block, where, "no attention")
     attention = children[block.attention]
     others = {child for node, child in children.items() if node.target in _PRODUCTS} - {attention, ""}
     if len(others) != 1:

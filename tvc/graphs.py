@@ -134,8 +134,8 @@ def find_blocks(graph: fx.Graph) -> list[Block]:
         return []
     prefix, found = max(lists.items(), key=lambda item: len(item[1]))
     numbered = re.compile(rf"{re.escape(prefix)}\.(\d+)(\.|$)")
-    paths = (path for node in graph.nodes for path in module_paths(node))
-    others = {int(match[1]) for path in paths if (match := numbered.match(path))}
+    named = (path for node in graph.nodes for path in module_paths(node))
+    others = {int(match[1]) for path in named if (match := numbered.match(path))}
     return [Block(index, found.get(index), prefix) for index in sorted(others | set(found))]
 
 

@@ -58,7 +58,9 @@ class StagedCache(Cache):
         def picked(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.index_select(0, rows.to(tensor.device))
 
-        self.layers = [_layer([picked(tensor) for tensor in _tensors(layer).values()]) for layer in self.layers]
+        self.layers: list[Any] = [
+            _layer([picked(tensor) for tensor in _tensors(layer).values()]) for layer in self.layers
+        ]
         self.key_positions = [picked(positions) for positions in self.key_positions]
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -56,7 +56,7 @@ def laid_out(
     made = {}
     for extra in extras:
         value = leaves.get(extra.name)
-        room = blank(extra, *visual.shape, dtype).to(visual.device)
+        room = blank(extra, visual.shape[0], visual.shape[1], dtype).to(visual.device)
         if value is not None and extra.visual:
             room[visual] = value.to(room)
         elif value is not None:

@@ -276,7 +276,7 @@ class Host:
         self.model, self.boundary = model, boundary
         self.owner = feature_owner(model)
         self.hf_forward = model.forward  # bound here: a runtime may put another forward in its place
-        self.entry_module = model.get_submodule(boundary.entry) if boundary.traced else None
+        self.entry_module = model.get_submodule(boundary.entry) if boundary.traced else model
         self.feature_lengths: dict[str, list[int]] = {}  # visual tokens of each image and video in the last call
         self.tables: tuple[str, ...] = (boundary.embeddings,)  # embeddings that family code looked up so far
         self.device = torch.device("cpu")  # where the values are that the family's code works on
@@ -363,9 +363,9 @@ class Host:
         members = {"device": property(lambda _: self.device), "__module__": family.__module__}
         self.owner.__class__ = type(family.__name__, (family,), members)
 
-    def _embed(self, path: str, own: Callable[..., torch.Tensor], input_ids: torch.Tensor) -> torch.Tensor:
-        if input_ids.is_meta:  # the decoder's own code, run for its shapes
-            return own(input_ids)
+    def _embed(self, path: str, own: Callable[..., torch.Tensor], input_ids: torch.Tensor, **more: Any) -> torch.Tensor:
+        if more or input_ids.is_meta:  # no look-up by token; or the decoder's own code, run for its shapes
+            return own(input_ids, **more)
         if self._stubs.embed is None:
             raise TraceError(
                 "the host was called without an embedding graph",

@@ -135,7 +135,7 @@ def with_text(
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         made["mm_token_type_ids"] = (ids == token).long()
     if "token_type_ids" in inspect.signature(model.forward).parameters:
-        prefix = token_types(model.config.model_type) == "prefix"
+        prefix = token_types(str(model.config.model_type)) == "prefix"  # type: ignore[union-attr]
         made["token_type_ids"] = torch.zeros_like(ids) if prefix else (ids == token).long()
     return made
 

@@ -221,7 +221,7 @@ def _cache_shapes(
     }
     own = arguments(extras, given, structure(call.extra))
     positions = call.position_ids if call.position_ids is not None else torch.zeros(batch, slots, dtype=torch.long)
-    fakes = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)
+    fakes = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
     with torch.no_grad(), attention_as(meta, TRACED_ATTENTION), any_experts(meta), on_all_slots(extras), fakes:
         out = type(decoder).forward(  # the instance's own leads back to the host
             decoder,
