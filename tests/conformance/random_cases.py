@@ -17,11 +17,21 @@ from hypothesis import strategies as st
 
 import support
 from tvc.kernels.op import PRIMITIVES, Kind
-from tvc.policy.schema import NORMALIZE, POSITIONS, SCOPES
+from tvc.policy.schema import COMPONENTS, NORMALIZE, POSITIONS, SCOPES
 
 Settings = dict[str, Any]
 
-FAMILIES = (*support.FAMILIES, "qwen2_vl", "qwen3_vl", "gemma3", "paligemma", "internvl", "llava_next")
+FAMILIES = (
+    *support.FAMILIES,
+    "qwen2_vl",
+    "gemma3",
+    "vipllava",
+    "internvl",
+    "paligemma",
+    "qwen3_vl",
+    "llava_next",
+    "deepseek_vl",
+)
 QUESTIONS = (
     "where is the cat?",
     "describe the picture in one sentence and name every colour that you can see.",
@@ -130,9 +140,9 @@ def _windows(text: Mapping[str, Any], depth: int) -> st.SearchStrategy[Settings]
 
 
 @st.composite
-def policies(draw: st.DrawFn, blocks: Mapping[str, int]) -> Settings:
-    """One to three steps at random sites, most of them in order."""
-    steps = draw(st.lists(_steps(blocks), min_size=1, max_size=3))
+def policies(draw: st.DrawFn, blocks: Mapping[str, int], components: tuple[str, ...] = COMPONENTS) -> Settings:
+    """One to three steps at random sites of the `components`, most of them in order."""
+    steps = draw(st.lists(_steps(blocks, components), min_size=1, max_size=3))
     if draw(st.integers(0, 9)):
         steps.sort(key=lambda step: _place(step["at"], blocks))
     # Numbering afresh needs a cut in the decoder, so it is refused for many policies.
@@ -151,9 +161,9 @@ def _place(at: str, blocks: Mapping[str, int]) -> tuple[int, float]:
 
 
 @st.composite
-def _sites(draw: st.DrawFn, blocks: Mapping[str, int]) -> str:
+def _sites(draw: st.DrawFn, blocks: Mapping[str, int], components: tuple[str, ...] = COMPONENTS) -> str:
     """A site that the model most likely has."""
-    component = draw(st.sampled_from(("language", "language", "language", "vision", "vision", "projector")))
+    component = draw(st.sampled_from([name for name in components for _ in range(3 if name in blocks else 1)]))
     if component == "projector":
         return component
     depth = blocks[component]
@@ -162,8 +172,8 @@ def _sites(draw: st.DrawFn, blocks: Mapping[str, int]) -> str:
 
 
 @st.composite
-def _ranges(draw: st.DrawFn, blocks: Mapping[str, int]) -> str:
-    component = draw(st.sampled_from(("language", "vision")))
+def _ranges(draw: st.DrawFn, blocks: Mapping[str, int], components: tuple[str, ...] = COMPONENTS) -> str:
+    component = draw(st.sampled_from([name for name in components if name in blocks]))
     depth = blocks[component]
     first = draw(st.integers(0, depth - 1))
     last = draw(st.integers(first, depth - 1) | st.integers(first - depth, -1))
@@ -176,10 +186,13 @@ def _layers(blocks: Mapping[str, int]) -> st.SearchStrategy[str]:
 
 
 @st.composite
-def _steps(draw: st.DrawFn, blocks: Mapping[str, int]) -> Settings:
-    action = draw(st.sampled_from(("select", "select", "select", "select", "merge", "exit")))
+def _steps(draw: st.DrawFn, blocks: Mapping[str, int], components: tuple[str, ...]) -> Settings:
+    action = draw(st.sampled_from((*("select",) * 5, *("merge",) * 2, "exit")))
     often = action == "merge" and draw(st.booleans())
-    at = draw(_ranges(blocks) if often or not draw(st.integers(0, 9)) else _sites(blocks))
+    if action == "exit" and draw(st.integers(0, 9)):
+        components = ("language",)
+    sites = _ranges if often or not draw(st.integers(0, 9)) else _sites
+    at = draw(sites(blocks, components))
     step: Settings = {"at": at, "scope": draw(st.sampled_from(SCOPES))}
     if action == "merge":
         return {**step, "merge": draw(_named("merge", blocks))}
@@ -280,7 +293,7 @@ def _integers(schema: Mapping[str, Any]) -> st.SearchStrategy[int]:
     least = schema.get("minimum", schema.get("exclusiveMinimum", -1) + 1)
     most = schema.get("maximum", schema.get("exclusiveMaximum", least + 1001) - 1)
     near = st.integers(least, min(most, least + 12))
-    return st.one_of([near] * 6 + [st.integers(least, min(most, least + 1000)), st.just(most)])
+    return st.one_of([near] * 6 + [st.integers(least, min(most, least + 60)), st.just(most)])
 
 
 def _floats(schema: Mapping[str, Any]) -> st.SearchStrategy[float]:

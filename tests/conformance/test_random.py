@@ -55,7 +55,7 @@ def test_any_policy_is_planned_or_refused_by_name(layouts: Any, data: Any, famil
 @given(data=st.data(), calls=st.lists(random_cases.inputs(), min_size=1, max_size=2))
 def test_random_policies_equal_their_definition(bench: Any, data: Any, calls: list[Any]) -> None:
     model, made = bench
-    policy = data.draw(random_cases.policies(model.blocks).filter(made.resolves))
+    policy = data.draw(random_cases.policies(model.blocks, made.components).filter(made.resolves))
     _check(made.run(policy, calls, "draft"))
 
 
@@ -63,7 +63,7 @@ def test_random_policies_equal_their_definition(bench: Any, data: Any, calls: li
 @given(data=st.data(), calls=st.lists(random_cases.inputs(), min_size=2, max_size=2))
 def test_random_policies_equal_their_definition_once_exported(bench: Any, data: Any, calls: list[Any]) -> None:
     model, made = bench
-    policy = data.draw(random_cases.policies(model.blocks).filter(made.resolves))
+    policy = data.draw(random_cases.policies(model.blocks, made.components).filter(made.resolves))
     _check(made.run(policy, calls))
 
 

@@ -138,6 +138,11 @@ class OneGraph(torch.nn.Module):
         mask = OP.attention_mask(at.query_positions, at.key_positions, 0)
         out["attention_mask"] = mask
         out["attention_mask.window"] = OP.attention_mask(at.query_positions, at.key_positions, 3)
+        first = at.query_positions - at.query_positions % 4
+        spans = torch.stack([first, first + 3], 2)
+        for window in (0, 3):
+            masked = OP.attention_mask(at.query_positions, at.key_positions, window, spans)
+            out[f"attention_mask.spans.{window}"] = masked
         out["attention"] = OP.attention(at.query, at.key, at.value, mask, HEAD_WIDTH**-0.5, 0.0)
         out["attention.softcap"] = OP.attention(at.query, at.key, at.value, mask, HEAD_WIDTH**-0.5, 5.0)
         out["packed_attention"] = OP.packed_attention(at.vectors, at.vectors, at.vectors, at.boundaries, 0.25)

@@ -12,13 +12,19 @@ Row = list[Any]
 NAN_LAST = float("-inf")
 
 
-def attention_mask(query: list[Row], key: list[Row], window: int) -> Any:
-    def allowed(q: int, k: int) -> bool:
+def attention_mask(query: list[Row], key: list[Row], window: int, spans: list[Row] | None = None) -> Any:
+    def allowed(q: int, k: int, first: int, last: int) -> bool:
         if q < 0:
             return True
-        return 0 <= k <= q and (window == 0 or k > q - window)
+        if k < 0 or (k > q and k > last):
+            return False
+        return window == 0 or k > q - window or k >= first
 
-    return [[[[allowed(q, k) for k in keys] for q in queries]] for queries, keys in zip(query, key, strict=True)]
+    spanned = spans or [[[q, q] for q in queries] for queries in query]
+    return [
+        [[[allowed(q, k, *span) for k in keys] for q, span in zip(queries, own, strict=True)]]
+        for queries, keys, own in zip(query, key, spanned, strict=True)
+    ]
 
 
 def compact(text: list[Row], visual: list[Row]) -> Any:

@@ -1,0 +1,152 @@
+"""Videos that pass through the vision path of images: verified, kept by their own budgets, or refused by name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+
+import support
+import tvc
+from tvc.api import Prepared
+from tvc.errors import InputError
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+HALF = {
+    "version": 1,
+    "name": "half",
+    "steps": [
+        {
+            "at": "language.2",
+            "score": {"attention": {"of": "last"}},
+            "select": {"top": {"keep": "50%"}},
+            "scope": "image",
+            "rest": "drop",
+        }
+    ],
+}
+INSIDE = {**HALF, "steps": [{**HALF["steps"][0], "score": {"attention": {"of": "all", "layer": "vision.2"}}}]}
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    """`prepared(family)`: (model, what policies are compiled for)."""
+    made: dict[str, tuple[Any, Prepared]] = {}
+
+    def get(family: str) -> tuple[Any, Prepared]:
+        if family not in made:
+            model = support.build_model(family)
+            made[family] = (model, Prepared(model, inputs=support.inputs(family, 2)))
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def half(prepared):
+    """`half(family)`: (model, compiled model)."""
+    made: dict[str, tuple[Any, Any]] = {}
+
+    def get(family: str) -> tuple[Any, Any]:
+        if family not in made:
+            model, traced = prepared(family)
+            made[family] = (model, traced.compile(HALF, verify=False))
+        return made[family]
+
+    return get
+
+
+def videos(model: Any, grids: list[tuple[int, int, int]]) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+    """(the tokens of each video, what the model takes beside tokens) of videos of noise: frames, rows, columns."""
+    config = model.config
+    vision = config.vision_config
+    values = 3 * vision.temporal_patch_size * vision.patch_size**2
+    noise = torch.randn(sum(t * h * w for t, h, w in grids), values, generator=torch.Generator().manual_seed(0))
+    extra = {"pixel_values_videos": noise, "video_grid_thw": torch.tensor(grids)}
+    if "second_per_grid_ts" in inspect.signature(model.forward).parameters:
+        extra["second_per_grid_ts"] = torch.ones(len(grids))
+    counts = [t * h * w // vision.spatial_merge_size**2 for t, h, w in grids]
+    start, end = config.vision_start_token_id, config.vision_end_token_id
+    return [[start, *[config.video_token_id] * count, end] for count in counts], extra
+
+
+def batch(model: Any, rows: list[list[int]], extra: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The rows padded on the left, with the kind of every token."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    kinds = (ids == model.config.image_token_id).long() + 2 * (ids == model.config.video_token_id).long()
+    return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds, **extra}
+
+
+def two_videos(model: Any) -> dict[str, torch.Tensor]:
+    made, extra = videos(model, [(2, 4, 4), (3, 4, 8)])
+    return batch(model, [[1, 105, 106, *made[0], 130, 131], [1, 107, *made[1], 132, 133, 134]], extra)
+
+
+def image_and_video(family: str, model: Any, image_first: bool) -> dict[str, torch.Tensor]:
+    """Two samples: one of an image and a video, one of an image alone."""
+    config = model.config
+    made, extra = videos(model, [(3, 4, 4)])
+    given = support.inputs(family, 2)
+    counts = (given["image_grid_thw"].prod(1) // config.vision_config.spatial_merge_size**2).tolist()
+    pictures = [[config.vision_start_token_id, *[config.image_token_id] * n, config.vision_end_token_id] for n in counts]
+    parts = [pictures[0], made[0]] if image_first else [made[0], pictures[0]]
+    rows = [[1, 105, *parts[0], 106, *parts[1], 130, 131], [1, 107, *pictures[1], 132]]
+    images = {name: given[name] for name in ("pixel_values", "image_grid_thw")}
+    return batch(model, rows, {**images, **extra})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_videos_equal_the_untouched_model_under_masks(half: Any, family: str) -> None:
+    model, compiled = half(family)
+    assert tvc.verify(compiled, model, two_videos(model)).passed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_video_keeps_its_share(half: Any, family: str) -> None:
+    model, compiled = half(family)
+    inputs = two_videos(model)
+    kept = compiled(**inputs).kept["language.2"]
+    for row, places in enumerate(kept):
+        video = inputs["input_ids"][row] == model.config.video_token_id
+        chosen = [place for place in places.tolist() if place >= 0]
+        assert len(chosen) == len(set(chosen)) == int(video.sum()) // 2
+        assert bool(video[chosen].all())
+
+
+@pytest.mark.parametrize("image_first", (True, False))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_image_and_video_of_one_prompt(half: Any, family: str, image_first: bool) -> None:
+    """Each of the two keeps half of its own tokens, whichever comes first."""
+    model, compiled = half(family)
+    inputs = image_and_video(family, model, image_first)
+    kept = compiled(**inputs).kept["language.2"]
+    for row, places in enumerate(kept):
+        chosen = [place for place in places.tolist() if place >= 0]
+        for token in (model.config.image_token_id, model.config.video_token_id):
+            own = inputs["input_ids"][row] == token
+            assert sum(bool(own[place]) for place in chosen) == int(own.sum()) // 2
+    assert tvc.verify(compiled, model, inputs, steps=3).passed
+
+
+def test_a_video_beside_scores_of_the_encoder_is_refused(prepared: Any) -> None:
+    model, traced = prepared("qwen2_5_vl")
+    compiled = traced.compile(INSIDE, verify=False)
+    assert compiled(**support.inputs("qwen2_5_vl", 1)).kept["language.2"].shape[1] > 0
+    with pytest.raises(InputError) as caught:
+        compiled(**two_videos(model))
+    assert caught.value.slug == "video-inside-encoder"
+
+
+def test_a_family_whose_videos_go_another_way_is_refused(half: Any) -> None:
+    model, compiled = half("llava_next_video")
+    video = model.config.video_token_id if hasattr(model.config, "video_token_id") else model.config.video_token_index
+    ids = torch.tensor([[1, 105, *[video] * 4, 130, 131]])
+    pixels = torch.randn(1, 1, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError) as caught:
+        compiled(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values_videos=pixels)
+    assert caught.value.slug == "no-video"
+    assert "pixel_values_videos" in caught.value.got
