@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from tvc.chunks import DecoderShape, Extra
 from tvc.errors import ModelError
@@ -113,7 +114,8 @@ def _survey(
     else:
         sample = {name: value.to(borrowed.device) for name, value in sample.items()}
         host = borrowed.host(meta)
-        identity, lengths = False, host.lengths_of(sample) or _placeholders(sample, tokens)
+        with host.bound(embed=_zero_embedding(meta, next(borrowed.model.parameters()).dtype)):
+            identity, lengths = False, host.lengths_of(sample) or _placeholders(sample, tokens)
     for handle in handles:
         handle.remove()
     if inputs is None:
@@ -228,6 +230,7 @@ def _cache_shapes(
             inputs_embeds=torch.zeros(batch, slots, width, dtype=call.inputs_embeds.dtype, device="meta"),
             position_ids=positions.to("meta"),
             attention_mask=torch.ones(batch, 1, slots, slots, dtype=torch.bool, device="meta"),
+            past_key_values=DynamicCache(config=decoder.config),
             use_cache=True,
             **own,
         )
