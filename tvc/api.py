@@ -70,8 +70,7 @@ def plan(
         average_tokens: scale the budgets so that the decoder's layers hold this many visual tokens on average.
         image_size: (height, width) of the image, for models whose token count depends on it.
     """
-    source = load_source(model, weights=False, processor=processor)
-    layout = one_image(survey(source.meta, source.processor, image_size=image_size).layout)
+    layout = one_image(layout_of(model, processor=processor, image_size=image_size))
     loaded = load_policy(policy)
     return plan_policy(loaded, layout, text_tokens=text_tokens, new_tokens=new_tokens, average_tokens=average_tokens)
 
@@ -160,12 +159,7 @@ class Prepared:
 
     def _leave_vision(self, problem: TvcError) -> None:
         """From here on the vision path is the model's own code."""
-        model = self.source.model
-        if model is None:
-            raise problem
-        self.source = dataclasses.replace(self.source, meta=meta_copy(model))
-        borrowed = Borrowed(model, f"torch.export cannot follow the vision path ({problem.got})")
-        self.survey = survey(self.source.meta, self.source.processor, self.inputs, borrowed=borrowed)
+        self.source, self.survey = _borrowing(self.source, problem, self.inputs)
 
     def reduce(self, policy: PolicyLike, progress: Progress = _silent) -> tuple[Program, ResolvedPolicy]:
         """The components with the policy in them, not lowered yet, and the policy on this model; see `finish`."""
@@ -210,6 +204,39 @@ class Prepared:
 
 # Mistakes of a survey that only mean that the vision path cannot be run on shapes alone.
 UNTRACED = ("not-surveyed", "sample-refused", "no-vision-path", "no-visual-features")
+
+
+def layout_of(
+    model: ModelLike,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+    processor: Any = None,
+    image_size: tuple[int, int] | None = None,
+) -> Layout:
+    """What plans are made of, from the model's configuration; its weights are loaded only where its own code has to run
+    to tell the visual tokens of an image.
+    """
+    source = load_source(model, weights=False, processor=processor)
+    try:
+        return survey(source.meta, source.processor, inputs, image_size=image_size).layout
+    except ModelError as problem:
+        if problem.slug not in UNTRACED:
+            raise
+        return _borrowing(load_source(model, processor=processor), problem, inputs, image_size)[1].layout
+
+
+def _borrowing(
+    source: Source,
+    problem: TvcError,
+    inputs: Mapping[str, Any] | None,
+    image_size: tuple[int, int] | None = None,
+) -> tuple[Source, Survey]:
+    """A survey of the model whose vision path stays its own code, since `problem` is in the way of a trace."""
+    if source.model is None:
+        raise problem
+    source = dataclasses.replace(source, meta=meta_copy(source.model))
+    borrowed = Borrowed(source.model, f"torch.export cannot follow the vision path ({problem.got})")
+    return source, survey(source.meta, source.processor, inputs, image_size=image_size, borrowed=borrowed)
 
 
 def _needs_graph(layout: Layout, where: str) -> ExportError:

@@ -146,14 +146,12 @@ def _sample(model: str, image: pathlib.Path | None, prompt: str | None) -> tuple
 
 
 def _show_plan(model: str, loaded: Any, inputs: dict[str, Any] | None, as_json: bool) -> None:
+    from tvc.api import layout_of
     from tvc.policy import resolve
     from tvc.report.cost import one_image
     from tvc.report.schedule import plan_policy
-    from tvc.trace.load import load
-    from tvc.trace.survey import survey
 
-    source = load(model, weights=False)
-    layout = one_image(survey(source.meta, source.processor, inputs).layout)
+    layout = one_image(layout_of(model, inputs=inputs))
     resolved = resolve(loaded, layout)
     made = plan_policy(loaded, layout)
     if as_json:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from tvc import placement
-from tvc.api import Prepared
+from tvc.api import Prepared, layout_of
 from tvc.errors import ArgumentError, ModelError
 from tvc.evaluation import figures, pages
 from tvc.evaluation.answering import ask, prompt_tokens
@@ -35,7 +35,6 @@ from tvc.report.cost import one_image
 from tvc.report.schedule import make_plan
 from tvc.report.timing import environment
 from tvc.trace.load import Source, load
-from tvc.trace.survey import survey
 
 BUDGETS = ("50%", "25%", "11%", "5%")
 Progress = Callable[[str, int, int], None]  # what, examples done, examples in all
@@ -155,7 +154,7 @@ class Asked:
         self.records, self.progress = records, progress
         self.dtype: torch.dtype = next(source.model.parameters()).dtype  # type: ignore[union-attr]
         _, first = next(batches(task, 0, min(options.batch_size, 8)))
-        self.layout: Layout = one_image(survey(source.meta, source.processor).layout)
+        self.layout: Layout = one_image(layout_of(source.model, processor=source.processor))  # type: ignore[arg-type]
         self.text_tokens = prompt_tokens(source.processor, first, sum(self.layout.visual_tokens))
         self.seconds: dict[str, float] = {}
         self._models, self._model = 1, 0
