@@ -232,10 +232,11 @@ def _borrowing(
     image_size: tuple[int, int] | None = None,
 ) -> tuple[Source, Survey]:
     """A survey of the model whose vision path stays its own code, since `problem` is in the way of a trace."""
-    if source.model is None:
+    model = source.model
+    if model is None:
         raise problem
-    source = dataclasses.replace(source, meta=meta_copy(source.model))
-    borrowed = Borrowed(source.model, f"torch.export cannot follow the vision path ({problem.got})")
+    source = dataclasses.replace(source, meta=meta_copy(model))
+    borrowed = Borrowed(model, f"torch.export cannot follow the vision path ({problem.got})")
     return source, survey(source.meta, source.processor, inputs, image_size=image_size, borrowed=borrowed)
 
 
