@@ -92,7 +92,9 @@ def image_and_video(family: str, model: Any, image_first: bool) -> dict[str, tor
     made, extra = videos(model, [(3, 4, 4)])
     given = support.inputs(family, 2)
     counts = (given["image_grid_thw"].prod(1) // config.vision_config.spatial_merge_size**2).tolist()
-    pictures = [[config.vision_start_token_id, *[config.image_token_id] * n, config.vision_end_token_id] for n in counts]
+    pictures = [
+        [config.vision_start_token_id, *[config.image_token_id] * n, config.vision_end_token_id] for n in counts
+    ]
     parts = [pictures[0], made[0]] if image_first else [made[0], pictures[0]]
     rows = [[1, 105, *parts[0], 106, *parts[1], 130, 131], [1, 107, *pictures[1], 132]]
     images = {name: given[name] for name in ("pixel_values", "image_grid_thw")}

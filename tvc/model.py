@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from tvc.errors import ArgumentError, InputError
 from tvc.policy import ResolvedPolicy
 from tvc.report.plan import Plan
+from tvc.runtime.beams import image_inputs, once_each, repeated
 from tvc.runtime.engine import Engine
 from tvc.runtime.inputs import check_call, unplaced
 from tvc.trace.host import PIXEL_NAMES
@@ -37,10 +38,20 @@ class ReducedOutput(CausalLMOutputWithPast):
     kept: dict[str, torch.Tensor] | None = None
 
 
-def generating(engine: Engine, generation_config: GenerationConfig | None, device: torch.device) -> Any:
+@dataclasses.dataclass
+class Repeats:
+    """How often `generate`, while it runs, has repeated every prompt."""
+
+    times: int = 1
+
+
+def generating(
+    engine: Engine, generation_config: GenerationConfig | None, device: torch.device, repeats: Repeats
+) -> Any:
     """The host model made callable: its own class, so that `generate` prepares inputs as the family does."""
     host: Any = engine.host.model
     family: Any = type(host)
+    images = image_inputs(engine.host.owner)
 
     names = [name for name in _signature(family) if name != "self"]
 
@@ -48,7 +59,10 @@ def generating(engine: Engine, generation_config: GenerationConfig | None, devic
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = {**dict(zip(names, args, strict=False)), **kwargs}
         refuse_misspelt(kwargs, names)
-        answer = engine.call(inputs)
+        if repeats.times > 1 and any(inputs.get(name) is not None for name in PIXEL_NAMES):
+            answer = repeated(engine.call(once_each(inputs, repeats.times, images)), repeats.times)
+        else:
+            answer = engine.call(inputs)
         # Without a cache `generate` sends the whole sequence, pixels included, each time: a cache would double it.
         cache = None if inputs.get("use_cache") is False else answer.cache
         return ReducedOutput(logits=answer.logits, past_key_values=cache, kept=answer.kept)
@@ -63,8 +77,18 @@ def generating(engine: Engine, generation_config: GenerationConfig | None, devic
         mask = model_kwargs.get("attention_mask")
         return made if mask is None else going_on(made, mask)
 
+    def expand(
+        self: Any, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **given: Any
+    ) -> Any:
+        repeats.times = expand_size
+        own = {name: given.pop(name) for name in [*given] if name in images}
+        own_class = super(type(host), self)  # a static method in some releases
+        ids, more = own_class._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **given)
+        return ids, {**more, **own}
+
     members = {
         "forward": forward,
+        "_expand_inputs_for_generation": expand,
         "device": property(lambda self: device),
         "dtype": property(lambda self: engine.interface.shape.dtype),
         # Pixels go to `forward`, whose answer says what was dropped, instead of being encoded beforehand.
@@ -156,7 +180,8 @@ class CompiledModel:
         self.verification: dict[str, Any] | None = None
         self.saver: Callable[[Path, bool], None] | None = None
         self._folder = folder  # lives as long as the model whose files it holds
-        self._model = generating(engine, generation_config, device)
+        self._repeats = Repeats()
+        self._model = generating(engine, generation_config, device, self._repeats)
 
     @property
     def files(self) -> str | None:
@@ -179,7 +204,10 @@ class CompiledModel:
         """Token ids (or what `return_dict_in_generate` asks for), by the `generate` of the model's own class."""
         refuse_modes(inputs)
         check_call(inputs, self.engine.interface.visual_token_ids, "generate")
-        return self._model.generate(**inputs)
+        try:
+            return self._model.generate(**inputs)
+        finally:
+            self._repeats.times = 1
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the artifact directory; nothing is left behind when it is interrupted."""

@@ -84,6 +84,11 @@ class Outcome:
     def fine(self) -> bool:
         return self.kind not in ("failed", "crashed")
 
+    @property
+    def share(self) -> float:
+        """The worst difference as a share of what is allowed."""
+        return self.worst / max(self.allowed, 1e-30)
+
     def label(self) -> str:
         """What outcomes with the same cause share."""
         return f"{self.kind}({self.what}{', ' + self.where if self.kind == 'crashed' else ''})"
@@ -134,9 +139,7 @@ class Bench:
             found.comparisons += outcome.comparisons
             if not outcome.fine:
                 return outcome
-            if found.kind != "rounding" and outcome.worst * max(found.allowed, 1e-30) >= found.worst * max(
-                outcome.allowed, 1e-30
-            ):
+            if outcome.share >= found.share:
                 found = dataclasses.replace(outcome, comparisons=found.comparisons)
         return found
 
@@ -177,10 +180,10 @@ class Bench:
         """Without a picture there is nothing to reduce."""
         with torch.no_grad():
             wanted = self.model(**tensors).logits[:, -1]
-        worst, allowed = float((compiled(**tensors).logits[:, -1] - wanted).abs().max()), TOLERANCES[torch.float32]
-        room = allowed.allowed(wanted)
-        kind = "passed" if worst <= room else "failed"
-        return Outcome(kind, "" if kind == "passed" else "plain text", "plain text", worst, room, 1)
+        worst = float((compiled(**tensors).logits[:, -1] - wanted).abs().max())
+        allowed = TOLERANCES[torch.float32].allowed(wanted)
+        kind = "passed" if worst <= allowed else "failed"
+        return Outcome(kind, "" if kind == "passed" else "logits", "plain text", worst, allowed, 1)
 
 
 def _rounded(rows: Any) -> bool:

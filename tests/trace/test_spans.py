@@ -69,13 +69,18 @@ def test_a_prefix_is_one_span() -> None:
 
 
 @pytest.mark.parametrize("valid", (WHOLE, PADDED))
-@pytest.mark.parametrize("block", ([0, 1, 1, 1, 0, 2, 2, 2, 0], [1, 1, 1, 2, 2, 2, 2, 0, 0], [0, 0, 0, 0, 0, 0, 1, 1, 1]))
+@pytest.mark.parametrize(
+    "block", ([0, 1, 1, 1, 0, 2, 2, 2, 0], [1, 1, 1, 2, 2, 2, 2, 0, 0], [0, 0, 0, 0, 0, 0, 1, 1, 1])
+)
 def test_blocks(block: list[int], valid: list[list[bool]]) -> None:
     mask = written(valid, block)
     spans = read_spans(mask, tensor(valid), 0, {0})
     assert spans is not None
     assert torch.equal(rebuilt(spans, valid, 0), mask)
-    ends = [max([k for k, other in enumerate(block) if number and other == number], default=q) for q, number in enumerate(block)]
+    ends = [
+        max([k for k, other in enumerate(block) if number and other == number], default=q)
+        for q, number in enumerate(block)
+    ]
     assert spans[0, :, 1].tolist() == ends
 
 
