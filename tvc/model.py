@@ -83,7 +83,8 @@ def generating(
         repeats.times = expand_size
         own = {name: given.pop(name) for name in [*given] if name in images}
         own_class = super(type(host), self)  # a static method in some releases
-        ids, more = own_class._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **given)
+        options = (expand_size, is_encoder_decoder, input_ids)
+        ids, more = own_class._expand_inputs_for_generation(*options, **given)  # type: ignore[attr-defined]
         return ids, {**more, **own}
 
     members = {

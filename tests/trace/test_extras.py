@@ -1,4 +1,4 @@
-"""What decoders take beside embeddings: found, laid out over the slots, handed on; and the rows that their code picks."""
+"""What decoders take beside embeddings: found, laid out over the slots, handed on; and rows that their code picks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS = 5
 
 
 def given() -> dict[str, Any]:
-    """A decoder's arguments: rows of visual tokens in a list, values of every slot in a mapping, and what is no extra."""
+    """A decoder's arguments: rows of visual tokens in a list, values of every slot in a mapping; and no extras."""
     return {
         "attention_mask": torch.zeros(2, 1, 4, 4),
         "past_key_values": None,

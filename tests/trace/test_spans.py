@@ -176,9 +176,9 @@ def test_what_is_read_says_the_same_mask(
     valid, block, window, form = prompt
     narrow, full = written(valid, block, window, form), written(valid, block)
     cached = torch.ones(len(valid), 1, len(block), seen, dtype=torch.bool)
-    masks = {"narrow": torch.cat([cached, narrow], 3)}
+    masks = {"sliding_attention": torch.cat([cached, narrow], 3)}
     if several:
-        masks["full"] = torch.cat([cached, full], 3)
+        masks["full_attention"] = torch.cat([cached, full], 3)
     spans = read_spans(masks, tensor(valid), seen, {window})
     if spans is None:
         assert not any(narrow[b, 0, q, q + 1 :].any() for b in range(len(valid)) for q in range(len(block)))
