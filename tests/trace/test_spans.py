@@ -101,6 +101,15 @@ def test_a_window_beside_blocks(valid: list[list[bool]], form: str) -> None:
     assert torch.equal(rebuilt(spans, valid, 3), narrow)
 
 
+def test_one_span_over_the_whole_prompt_hides_the_window() -> None:
+    """PaliGemma 2: the prompt sees itself in both directions, in layers with a window as well."""
+    full = written(WHOLE, [1] * 9)
+    spans = read_spans({"full_attention": full, "sliding_attention": full}, tensor(WHOLE), 0, {0, 3})
+    assert spans is not None
+    assert torch.equal(rebuilt(spans, WHOLE, 3), full)
+    assert torch.equal(rebuilt(spans, WHOLE, 0), full)
+
+
 def test_blocks_in_the_windowed_layers_alone_are_refused() -> None:
     """One set of spans serves all layers: a full layer that is causal beside a windowed one with blocks is another."""
     block = [0, 1, 1, 1, 1, 1, 0, 2, 2]
