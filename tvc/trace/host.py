@@ -363,9 +363,11 @@ class Host:
         members = {"device": property(lambda _: self.device), "__module__": family.__module__}
         self.owner.__class__ = type(family.__name__, (family,), members)
 
-    def _embed(self, path: str, own: Callable[..., torch.Tensor], input_ids: torch.Tensor, **more: Any) -> torch.Tensor:
-        if more or input_ids.is_meta:  # no look-up by token; or the decoder's own code, run for its shapes
-            return own(input_ids, **more)
+    def _embed(
+        self, path: str, own: Callable[..., torch.Tensor], input_ids: torch.Tensor, *more: Any, **named: Any
+    ) -> torch.Tensor:
+        if more or named or input_ids.is_meta:  # no look-up by token; or the decoder's own code, run for its shapes
+            return own(input_ids, *more, **named)
         if self._stubs.embed is None:
             raise TraceError(
                 "the host was called without an embedding graph",
