@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -49,7 +50,8 @@ def generating(
     engine: Engine, generation_config: GenerationConfig | None, device: torch.device, repeats: Repeats
 ) -> Any:
     """The host model made callable: its own class, so that `generate` prepares inputs as the family does."""
-    host: Any = engine.host.model
+    # A copy that shares every module: other models made from the same host keep their own class.
+    host: Any = copy.copy(engine.host.model)
     family: Any = type(host)
     images = image_inputs(engine.host.owner)
 
@@ -82,7 +84,7 @@ def generating(
     ) -> Any:
         repeats.times = expand_size
         own = {name: given.pop(name) for name in [*given] if name in images}
-        own_class = super(type(host), self)  # a static method in some releases
+        own_class = super(made, self)  # a static method in some releases
         options = (expand_size, is_encoder_decoder, input_ids)
         ids, more = own_class._expand_inputs_for_generation(*options, **given)  # type: ignore[attr-defined]
         return ids, {**more, **own}
@@ -97,7 +99,8 @@ def generating(
         "_prepare_position_ids_for_generation": positions,
         "__module__": family.__module__,
     }
-    host.__class__ = type(family.__name__, (family,), members)
+    made = type(family.__name__, (family,), members)
+    host.__class__ = made
     engine.host.device = device
     if generation_config is not None:
         host.generation_config = generation_config

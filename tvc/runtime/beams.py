@@ -44,10 +44,10 @@ def once_each(inputs: Mapping[str, Any], times: int, images: set[str]) -> dict[s
     for name, value in inputs.items():
         if name in images or not isinstance(value, torch.Tensor) or not value.dim():
             made[name] = value
+        elif name == "position_ids" and value.dim() == 3:  # of several axes, which come first
+            made[name] = value[:, ::times]
         elif value.shape[0] == len(ids):
             made[name] = value[::times]
-        elif value.dim() == 3 and value.shape[1] == len(ids):  # rotary positions of several axes
-            made[name] = value[:, ::times]
         else:
             made[name] = value
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,9 +12,9 @@ from transformers import DynamicCache
 
 from tvc.chunks import DecoderShape, Extra
 from tvc.errors import ModelError
-from tvc.program import Layout, Site
+from tvc.program import Layer, Layout, Site
 from tvc.trace.attention import NAME as TRACED_ATTENTION
-from tvc.trace.attention import attention_as
+from tvc.trace.attention import attention_as, decoder_masks
 from tvc.trace.exporters import any_experts
 from tvc.trace.extras import arguments, laid_out, on_all_slots, read_extras, structure
 from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
@@ -131,10 +132,11 @@ def _survey(
     valid = sample["attention_mask"].bool() if "attention_mask" in sample else torch.ones_like(ids, dtype=torch.bool)
     visual = sum((ids == token for token in tokens), torch.zeros_like(ids, dtype=torch.bool)) & valid
     _check_kinds(meta)
+    extras = read_extras(call.extra, visual)
+    caches, told = _decoder_shapes(meta, call, extras, visual)
+    fields["language"] = _told_windows(fields["language"], told)
     windows = {layer.window for layer in fields["language"]}
     spans = read_spans(call.extra.get("attention_mask"), valid, 0, windows) is not None
-    extras = read_extras(call.extra, visual)
-    caches = _cache_shapes(meta, call, extras, visual)
     axes = call.position_ids.shape[0] if call.position_ids is not None and call.position_ids.dim() == 3 else 0
     shape = host.boundary.features[0] if borrowed is None else torch.Size((sum(lengths), 1))
     # An encoder without transformer blocks is seen from behind: by the visual tokens that it gives.
@@ -213,9 +215,25 @@ def _materialise(module: torch.nn.Module) -> None:
             setattr(module, name, torch.nn.Parameter(torch.zeros(value.shape, dtype=value.dtype), requires_grad=False))
 
 
-def _cache_shapes(
+def _told_windows(layers: tuple[Layer, ...], told: list[int]) -> tuple[Layer, ...]:
+    """The layers with the windows that their attention was called with, which no configuration need say."""
+    attending = [i for i, layer in enumerate(layers) if layer.heads]
+    if len(told) != len(attending):
+        return layers
+    found = dict(zip(attending, told, strict=True))
+    return tuple(dataclasses.replace(one, window=found.get(i) or one.window) for i, one in enumerate(layers))
+
+
+def _decoder_shapes(
     meta: torch.nn.Module, call: DecoderCall, extras: tuple[Extra, ...], visual: torch.Tensor
-) -> tuple[tuple[int, ...], ...]:
+) -> tuple[tuple[tuple[int, ...], ...], list[int]]:
+    """What each layer of the decoder caches, and the windows that its attention calls tell, in their order."""
+    told: list[int] = []
+
+    def mask(window: int) -> torch.Tensor:
+        told.append(window)
+        return everything
+
     decoder = meta.get_decoder()  # type: ignore[operator]
     batch, slots, width = call.inputs_embeds.shape
     given = {
@@ -224,12 +242,17 @@ def _cache_shapes(
     own = arguments(extras, given, structure(call.extra))
     positions = call.position_ids if call.position_ids is not None else torch.zeros(batch, slots, dtype=torch.long)
     fakes = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
-    with torch.no_grad(), attention_as(meta, TRACED_ATTENTION), any_experts(meta), on_all_slots(extras), fakes:
+    everything = torch.ones(batch, 1, slots, slots, dtype=torch.bool, device="meta")
+    with contextlib.ExitStack() as stack:
+        for held in (torch.no_grad(), attention_as(meta, TRACED_ATTENTION), any_experts(meta), decoder_masks(mask)):
+            stack.enter_context(held)
+        stack.enter_context(on_all_slots(extras))
+        stack.enter_context(fakes)
         out = type(decoder).forward(  # the instance's own leads back to the host
             decoder,
             inputs_embeds=torch.zeros(batch, slots, width, dtype=call.inputs_embeds.dtype, device="meta"),
             position_ids=positions.to("meta"),
-            attention_mask=torch.ones(batch, 1, slots, slots, dtype=torch.bool, device="meta"),
+            attention_mask=everything,
             past_key_values=DynamicCache(config=decoder.config),
             use_cache=True,
             **own,
@@ -254,7 +277,7 @@ def _cache_shapes(
                 slug="no-kv-layer",
             )
         shapes.append((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]))
-    return tuple(shapes)
+    return tuple(shapes), told
 
 
 def _state(layer: Any) -> torch.Tensor | None:
