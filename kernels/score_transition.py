@@ -9,6 +9,7 @@ Reference: TransPrune, arXiv 2507.20630 (token transition variation).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -43,6 +44,9 @@ def transition_score(before: torch.Tensor, after: torch.Tensor, real: torch.Tens
     return torch.where(real, ratio * turned, 0.0)
 
 
+_CONCRETE = re.compile(r"language\.(\d+)")
+
+
 @primitive
 class TransitionScore(Score):
     """How much attention and MLP of the layers before a site change a visual token, summed over layers."""
@@ -55,9 +59,10 @@ class TransitionScore(Score):
     )
 
     def taps(self) -> dict[str, Tap]:
-        if self.since is None or not self.layer.startswith("language."):
+        written = [_CONCRETE.fullmatch(name or "") for name in (self.since, self.layer)]
+        if written[0] is None or written[1] is None:  # `previous`, a share of the depth: not decided yet
             return {"transition": Tap("transition", self.layer)}
-        first, last = (int(name.removeprefix("language.")) for name in (self.since, self.layer))
+        first, last = (int(found[1]) for found in written if found is not None)
         return {f"transition_{layer}": Tap("transition", f"language.{layer}") for layer in range(first - 1, last + 1)}
 
     def apply(self, **transitions: torch.Tensor) -> torch.Tensor:

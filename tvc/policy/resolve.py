@@ -337,7 +337,18 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
             rows = _rows(policy, layout, (*here, "of"), layer, tap.of)
             if "of" in type(primitive).model_fields:
                 changes["of"] = rows
-    return primitive.model_copy(update=changes)
+    made = primitive.model_copy(update=changes)
+    if "since" in changes and not made.taps():
+        raise _refusal(
+            policy,
+            (*here, "since"),
+            f"`{primitive.key}` sums over no layer",
+            got=f"since: {changes['since']}, and the last layer is {getattr(made, 'layer', '')}",
+            want="a last layer that is not in front of the first",
+            fix="write an earlier site behind since, or a later layer",
+            slug="empty-range",
+        )
+    return made
 
 
 def _grid(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> dict[str, Any]:
