@@ -275,7 +275,7 @@ def _behind_cuts(policy: Policy, steps: tuple[Step, ...]) -> None:
                 f"{layer} runs in front of {cut.at}, where another step has removed tokens",
                 got=f"layer: {layer} at {step.at}",
                 want=f"a layer from {cut.at} on, or one of the vision encoder",
-                fix="write layer: previous",
+                fix="act later, so that a layer with attention lies between the steps; or score by something else",
                 slug="layer-before-a-cut",
             )
         cut = step
