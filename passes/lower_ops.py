@@ -26,18 +26,16 @@ class LowerOps(Pass):
         references = {op.overload: op for op in OPS.values() if op.name not in self.keep}
         changes = []
         for component in program.components.values():
-            found = [n for n in component.exported.graph.nodes if n.target in references]
-            if not found:
-                continue
-            component.draft = open_draft(component)
+            if component.draft is None:  # else a fusion has opened it
+                if not any(n.target in references for n in component.exported.graph.nodes):
+                    continue
+                component.draft = open_draft(component)
             for node in component.draft.graph.nodes:
                 op = references.get(node.target)
                 if op is not None:
+                    what = f"lowered to the reference of {op.name}"
+                    changes.append(Change(component.name, node.name, what, "target"))
                     node.target = op.lowering
-            changes += [
-                Change(component.name, n.name, f"lowered to the reference of {references[n.target].name}", "target")
-                for n in found
-            ]
             export_draft(component)
             left = [n for n in component.exported.graph.nodes if n.target in references]
             if left:

@@ -12,6 +12,7 @@ from tvc.export.base import target as find_target
 from tvc.graphs import open_draft
 from tvc.kernels.providers import PROVIDED
 from tvc.passes.base import Pass
+from tvc.passes.fuse_attention import FuseAttention
 from tvc.passes.insert_reductions import InsertReductions
 from tvc.passes.lower_ops import LowerOps
 from tvc.passes.rebind_cuts import RebindCuts
@@ -51,7 +52,9 @@ def reduce(program: Program, policy: ResolvedPolicy, progress: Progress = print)
 def lower(program: Program, target: str, progress: Progress = print) -> Program:
     """The program in the operators that `target` takes."""
     device = program.components["decoder"].meta["shape"].device
-    return run(program, [LowerOps(kept(target, device))], progress)
+    keep = kept(target, device)
+    fusions: list[Pass] = [FuseAttention()] if "attend" in keep else []
+    return run(program, [*fusions, LowerOps(keep)], progress)
 
 
 def kept(target: str, device: torch.device) -> frozenset[str]:

@@ -20,7 +20,8 @@ def _assign_kernel(
     o_a = i_a * BLOCK_A + tl.arange(0, BLOCK_A)
     b_token = tl.load(p_token + i_b * A + o_a, mask=o_a < A, other=-1)  # [BLOCK_A] int64
     m_a = b_token >= 0
-    b_scope = tl.load(p_segment + i_b * V + b_token, mask=m_a, other=-1)
+    # What is read through an index has no mask of its own: Triton 3.6 wants that mask in two layouts, and stops.
+    b_scope = tl.load(p_segment + i_b * V + tl.maximum(b_token, 0))
     # Below every cosine, above every target of another segment: what is left without a target has number C.
     b_best = tl.full([BLOCK_A], -2.0, tl.float32)
     b_number = tl.zeros([BLOCK_A], tl.int32) + C
@@ -28,7 +29,7 @@ def _assign_kernel(
         o_c = i_c + tl.arange(0, BLOCK_C)
         b_target = tl.load(p_target + i_b * C + o_c, mask=o_c < C, other=-1)  # [BLOCK_C] int64
         m_c = b_target >= 0
-        b_other = tl.load(p_segment + i_b * V + b_target, mask=m_c, other=-1)
+        b_other = tl.load(p_segment + i_b * V + tl.maximum(b_target, 0))
         b_dot = tl.zeros([BLOCK_A, BLOCK_C], tl.float32)
         b_own = tl.zeros([BLOCK_A], tl.float32)
         b_its = tl.zeros([BLOCK_C], tl.float32)
@@ -46,7 +47,7 @@ def _assign_kernel(
             else:
                 b_dot += tl.dot(b_x, b_y)
         b_length = tl.maximum(tl.sqrt(b_own), 1e-12)[:, None] * tl.maximum(tl.sqrt(b_its), 1e-12)[None, :]
-        m_same = (b_scope[:, None] == b_other[None, :]) & m_c[None, :]
+        m_same = (b_scope[:, None] == b_other[None, :]) & m_a[:, None] & m_c[None, :]
         b_cosine = tl.where(m_same, b_dot / b_length, float("-inf"))
         b_high = tl.max(b_cosine, 1)
         # The first of equals within the tile, and of equal tiles the first.

@@ -1,6 +1,7 @@
 """Families x presets x targets, each compiled and compared with the untouched model; resumable.
 
     python tests/conformance/matrix.py [--families llava,...] [--presets fastv,...] [--targets torch,...] [--fresh]
+    python tests/conformance/matrix.py --device cuda --targets torch --output benchmarks/results/conformance-cuda.json
 
 Every cell is verified over prefill and 8 decode steps, for one sample and for a padded batch of three. Cells are
 written to benchmarks/results/conformance.json as they are done, and cells found there are not run again. Without
@@ -70,10 +71,15 @@ class Cell:
     seconds: float
 
 
-def verify_cells(family: str, preset: str, targets: tuple[str, ...] = TARGETS, steps: int = STEPS) -> list[Cell]:
+def verify_cells(
+    family: str, preset: str, targets: tuple[str, ...] = TARGETS, steps: int = STEPS, device: str = "cpu"
+) -> list[Cell]:
     """Traces and reduces once, then lowers, opens and verifies for every target."""
     model, processor = support.build(family)
-    inputs = {batch: support.inputs(family, batch) for batch in (1, 3)}
+    model = model.to(device)
+    inputs = {
+        batch: {name: value.to(device) for name, value in support.inputs(family, batch).items()} for batch in (1, 3)
+    }
     started = time.perf_counter()
     policy = load_policy(preset, SETTINGS.get(preset, ()))
 
@@ -103,16 +109,17 @@ def verify_cells(family: str, preset: str, targets: tuple[str, ...] = TARGETS, s
     return cells
 
 
-def _read() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {"cells": []}
+def _read(results: pathlib.Path) -> dict[str, Any]:
+    return json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {"cells": []}
 
 
-def _write(cells: list[Cell]) -> None:
+def _write(cells: list[Cell], results: pathlib.Path) -> None:
     content = {"environment": environment(), "steps": STEPS, "cells": [dataclasses.asdict(cell) for cell in cells]}
-    partial = RESULTS.with_suffix(".partial")
+    partial = results.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(RESULTS)
-    RESULTS.with_name("families.md").write_text(families(cells), encoding="utf-8")
+    partial.replace(results)
+    if results == RESULTS:
+        RESULTS.with_name("families.md").write_text(families(cells), encoding="utf-8")
 
 
 def table(cells: list[Cell]) -> str:
@@ -156,12 +163,14 @@ def main() -> int:
     parser.add_argument("--families")
     parser.add_argument("--presets")
     parser.add_argument("--targets")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=pathlib.Path, default=RESULTS)
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    cells = [] if options.fresh else [Cell(**cell) for cell in _read()["cells"]]
+    cells = [] if options.fresh else [Cell(**cell) for cell in _read(options.output)["cells"]]
     named = [options.families, options.presets, options.targets]
     sweeps = [(support.FAMILIES, presets(), TARGETS), (support.FURTHER, BROAD, BROAD_TARGETS)]
     if any(named):
@@ -172,12 +181,12 @@ def main() -> int:
         if not left:
             continue
         cells = [c for c in cells if (c.family, c.preset) != (family, preset) or c.target not in left]
-        for cell in verify_cells(family, preset, left):
+        for cell in verify_cells(family, preset, left, device=options.device):
             cells.append(cell)
             note = "" if cell.outcome == "passed" else cell.output.replace("\n", " ")
             line = f"{family} {preset} {cell.target}: {cell.outcome} {cell.worst:.1e} ({cell.seconds:.0f} s) {note}"
             print(line.rstrip(), flush=True)
-        _write(cells)
+        _write(cells, options.output)
     print(table(cells))
     return 1 if any(cell.outcome == "failed" for cell in cells) else 0
 

@@ -145,6 +145,9 @@ class OneGraph(torch.nn.Module):
             out[f"attention_mask.spans.{window}"] = masked
         out["attention"] = OP.attention(at.query, at.key, at.value, mask, HEAD_WIDTH**-0.5, 0.0)
         out["attention.softcap"] = OP.attention(at.query, at.key, at.value, mask, HEAD_WIDTH**-0.5, 5.0)
+        runs = out["attention_runs"] = OP.attention_runs(at.key_positions)
+        places = (at.query_positions, at.key_positions, runs)
+        out["attend"] = OP.attend(at.query, at.key, at.value, *places, HEAD_WIDTH**-0.5)
         out["packed_attention"] = OP.packed_attention(at.vectors, at.vectors, at.vectors, at.boundaries, 0.25)
         scores = self.scores(at, mask, out)
         self.selections(at, scores, scope, out)

@@ -333,11 +333,27 @@ def merge_nearest(
     return indices, features, sizes
 
 
+def attention_runs(places: list[Row]) -> Any:
+    """Starts of the pads and of the tokens of each sample, all samples in a row, and the end."""
+    length, starts = len(places[0]), []
+    for b, own in enumerate(places):
+        starts += [b * length, b * length + sum(place < 0 for place in own)]
+    return [*starts, len(places) * length]
+
+
+def attend(
+    query: Any, key: Any, value: Any, now: list[Row], places: list[Row], runs: list[int] | None, scale: float
+) -> Any:
+    return attention(query, key, value, attention_mask(now, places, 0), scale, 0.0)
+
+
 ORACLES = {
     function.__name__: function
     for function in (
+        attend,
         attention,
         attention_mask,
+        attention_runs,
         attention_score,
         compact,
         cosine_score,

@@ -77,6 +77,23 @@ def attention_score(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield "no-visual-token", (query, key, mask, rows, columns[:, :0], 1.0, "mean")
 
 
+def attend(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for length in sizes:
+        for heads, groups, width, depth in ((4, 4, 24, 24), (7, 1, 64, 40)):
+            query, key = torch.randn(2, heads, 1, width), torch.randn(2, groups, length, width)
+            places = torch.randint(-1, 3 * length, (2, length))
+            places[:, 0] = 0  # at least one key may be seen
+            now = torch.tensor([[3 * length], [-1]])  # everything, and a pad
+            given = (now, places, None, width**-0.5)
+            yield f"N{length}-H{heads}-G{groups}", (query, key, torch.randn(2, groups, length, depth), *given)
+            late = (torch.tensor([[0], [3 * length]]), places, None, width**-0.5)  # most parts hold no key that counts
+            yield f"N{length}-H{heads}-late", (query, key, torch.randn(2, groups, length, depth), *late)
+    query, key, value = torch.randn(2, 6, 1, 24), torch.randn(2, 2, 40, 24), torch.randn(2, 2, 40, 16)
+    places = torch.arange(40).expand(2, 40)
+    yield "strided", (strided(query), strided(key), strided(value), places[:, -1:], strided(places), None, 0.2)
+    yield "first-token", (query, key[:, :, :1], value[:, :, :1], places[:, :1], places[:, :1], None, 0.2)
+
+
 def compact(sizes: tuple[int, ...]) -> Iterator[Case]:
     for total in sizes:
         order = torch.stack([torch.randperm(2 * total)[:total].sort().values for _ in range(2)])
@@ -164,7 +181,13 @@ def refused(name: str) -> Iterator[Case]:
     column = torch.arange(3)[None, :, None]
     query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 3, 8)
     rows, scope = torch.tensor([[2]]), one_scope(1, 3)
+    places = torch.arange(3)[None]
     double = torch.randn(1, 3, 4, dtype=torch.float64)
+    if name == "attend":
+        yield "many-queries", (query, key, key, places, places, torch.tensor([0, 0, 3], dtype=torch.int32), 1.0)
+        yield "float64", (query[:, :, :1].double(), key.double(), key.double(), places[:, :1], places, None, 1.0)
+        wide = (torch.randn(1, 1, 1, 300), torch.randn(1, 1, 3, 300), torch.randn(1, 1, 3, 8))
+        yield "wide", (*wide, places[:, :1], places, None, 1.0)
     if name == "top_keep":
         yield "float64", (torch.randn(1, 3, dtype=torch.float64), *scope, 500, 0, 1)
     if name == "attention_score":
@@ -191,6 +214,7 @@ def refused(name: str) -> Iterator[Case]:
 EXTRA: dict[str, Callable[..., Iterator[Case]]] = {
     made.__name__: made
     for made in (
+        attend,
         attention_score,
         bipartite_merge,
         compact,

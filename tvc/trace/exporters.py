@@ -27,13 +27,14 @@ _EXPERTS = "_experts_implementation_internal"
 def tracing_patches(backend: str = "dynamo") -> Iterator[None]:
     """Makes HF modelling code traceable for the duration of the block."""
     kept = [entry for entry in _utils._PATCHES.get(backend, []) if entry[2].__name__ not in _UNWANTED]
-    resolved = [
-        (owner, attribute, factory)
-        for path, attribute, factory in kept
-        if (owner := _utils.import_dotted_path(path, missing_ok=True)) is not None
-    ]
+    resolved = [(owner, *rest) for place, *rest in kept if (owner := _owner(place)) is not None]
     with _utils.patch_attributes(resolved):
         yield
+
+
+def _owner(place: Any) -> Any:
+    """The object that a patch belongs to: older releases hold the object, newer ones its dotted path."""
+    return _utils.import_dotted_path(place, missing_ok=True) if isinstance(place, str) else place
 
 
 @contextlib.contextmanager

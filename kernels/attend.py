@@ -1,0 +1,82 @@
+"""attention_runs, attend: causal attention of a cache, masked by positions alone, without the mask in memory.
+
+`attend` is `attention` over `attention_mask(query_positions, key_positions, 0)`. A pass puts it where both stand on a
+device that has kernels for it; everywhere else the two ops stay what they are.
+
+Shapes:  query [B, H, Q, d], key [B, G, N, d], value [B, G, N, e], G divides H; query_positions [B, Q] int64,
+         key_positions [B, N] int64, -1 pads -> [B, H, Q, e]
+Order:   the last Q keys are the queries' own. Pads come first in a chunk, and positions ascend behind them.
+Pads:    rows of pad queries hold any finite numbers: no real token ever attends to them.
+Runs:    `attention_runs` gives where the pads and the tokens of each sample begin in the packed sequence [B * N] of a
+         chunk without a past; each run attends to itself alone, which is what packed kernels take. [2B + 1] int32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from tvc.kernels.attention import repeat_groups
+from tvc.kernels.attention_mask import attention_mask
+from tvc.kernels.op import op
+
+
+def _run_cases() -> Iterator[tuple[str, tuple[object, ...]]]:
+    yield "ragged", (torch.tensor([[-1, -1, 0, 1, 5], [0, 1, 2, 3, 9], [-1, -1, -1, -1, 0]]),)
+
+
+@op(_run_cases)
+def attention_runs(key_positions: torch.Tensor) -> torch.Tensor:
+    """[2B + 1] int32: first slot of each sample's pads and of its tokens in the packed batch, and its end."""
+    batch, length = key_positions.shape
+    start = torch.arange(batch, device=key_positions.device) * length
+    pairs = torch.stack([start, start + (key_positions < 0).sum(1)], 1).reshape(-1)
+    return torch.nn.functional.pad(pairs, (0, 1), value=batch * length).to(torch.int32)
+
+
+def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
+    torch.manual_seed(0)
+    for batch, heads, groups, columns, width in ((1, 4, 4, 5, 8), (3, 4, 2, 9, 16), (2, 7, 1, 33, 24)):
+        places = torch.arange(columns).repeat(batch, 1) * 2
+        places[0, : columns // 3] = -1
+        query = torch.randn(batch, heads, 1, width)
+        key, value = torch.randn(batch, groups, columns, width), torch.randn(batch, groups, columns, width)
+        now = places[:, -1:].clone()
+        yield f"B{batch}-H{heads}-G{groups}-N{columns}", (query, key, value, now, places, None, width**-0.5)
+
+
+def _fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    runs: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    torch._check(key.shape[2] == value.shape[2])
+    torch._check(key_positions.shape[1] == key.shape[2])
+    torch._check(query_positions.shape[1] == query.shape[2])
+    return query.new_empty(query.shape[0], query.shape[1], query.shape[2], value.shape[3])
+
+
+@op(_cases, fake=_fake)
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    runs: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """[B, H, Q, e]: softmax(query keyT * scale) value over the keys with 0 <= key position <= query position.
+
+    Args:
+        runs: `attention_runs(key_positions)`, for kernels that take a packed batch.
+    """
+    mask = attention_mask.reference(query_positions, key_positions, 0)
+    key, value = repeat_groups(key, query.shape[1]), repeat_groups(value, query.shape[1])
+    made = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return made.contiguous()
