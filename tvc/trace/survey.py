@@ -99,6 +99,9 @@ def _survey(
     sample: dict[str, torch.Tensor] = (
         (doubled(inputs) if double else dict(inputs)) if inputs is not None else pixel_inputs(meta, processor, size)
     )
+    # Without weights everything is computed beside the model, on the CPU; what is borrowed stays where it is.
+    device = torch.device("cpu") if borrowed is None else borrowed.device
+    sample = {name: value.to(device) for name, value in sample.items()}
     for parameter_owner in (getattr(meta, "base_model", meta), meta):
         _materialise(parameter_owner)
     entering: list[torch.Size] = []
@@ -113,7 +116,6 @@ def _survey(
         host = Host(meta, find_boundary(meta, sample))
         identity, lengths = _probe_packing(host, sample)
     else:
-        sample = {name: value.to(borrowed.device) for name, value in sample.items()}
         host = borrowed.host(meta)
         with host.bound(embed=_zero_embedding(meta, next(borrowed.model.parameters()).dtype)):
             identity, lengths = False, host.lengths_of(sample) or _placeholders(sample, tokens)
@@ -122,10 +124,10 @@ def _survey(
     if inputs is None:
         sample = with_text(meta, sample, _per_sample(lengths, 2))
     dtype = next(meta.get_decoder().parameters()).dtype  # type: ignore[operator]
-    embed = _zero_embedding(meta, dtype)
+    embed, features = _zero_embedding(meta, dtype), host.boundary.features
     with (
         torch.no_grad(),
-        host.bound(vision=lambda _p: [torch.zeros(f, dtype=dtype) for f in host.boundary.features], embed=embed),
+        host.bound(vision=lambda _p: [torch.zeros(f, dtype=dtype, device=device) for f in features], embed=embed),
     ):
         call = _reach(host, sample)
     ids = sample["input_ids"]
@@ -196,7 +198,8 @@ def _placeholders(sample: Mapping[str, torch.Tensor], tokens: tuple[int, ...]) -
             fix="pass inputs=processor(images=..., text=..., return_tensors='pt')",
             slug="no-visual-features",
         )
-    counts: list[int] = torch.isin(sample["input_ids"], torch.tensor(tokens)).sum(1).tolist()
+    ids = sample["input_ids"]
+    counts: list[int] = torch.isin(ids, torch.tensor(tokens, device=ids.device)).sum(1).tolist()
     return counts
 
 
@@ -290,7 +293,7 @@ def _state(layer: Any) -> torch.Tensor | None:
 def _zero_embedding(model: torch.nn.Module, dtype: torch.dtype) -> Callable[[torch.Tensor, str], torch.Tensor]:
     def embed(ids: torch.Tensor, path: str) -> torch.Tensor:
         table: Any = model.get_submodule(path)
-        return torch.zeros(*ids.shape, table.embedding_dim, dtype=dtype)
+        return torch.zeros(*ids.shape, table.embedding_dim, dtype=dtype, device=ids.device)
 
     return embed
 
