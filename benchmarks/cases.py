@@ -33,6 +33,8 @@ class Case:
     intermediate: int
     vocabulary: int = 1000
     batch: int = 1
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
 
     @property
     def policy(self) -> dict[str, Any]:
@@ -53,11 +55,19 @@ class Case:
         return before, dataclasses.replace(self, layers=rest, visual=self.kept, before_layer=0)
 
 
-# The decoder that speed-ups are quoted on, and a small one that answers in a second.
+_LLAMA_7B = {"layers": 32, "width": 4096, "heads": 32, "kv_heads": 32, "intermediate": 11008, "vocabulary": 32064}
+_QWEN_7B = {"layers": 28, "width": 3584, "heads": 28, "kv_heads": 4, "intermediate": 18944, "vocabulary": 152064}
+_GPU = {"text": 64, "before_layer": 2, "dtype": torch.bfloat16, "device": "cuda"}
+# The decoder that speed-ups are quoted on, and a small one that answers in a second; then the shapes of 7 billion
+# parameters, for a GPU: LLaVA-1.5, LLaVA-NeXT (2,880 tokens, here the next square) and Qwen2.5-VL.
 CASES = {
     "decoder-12x768": Case("decoder-12x768", 12, 768, 12, 12, 576, 64, 64, 2, 3072),
     "decoder-12x768-gqa": Case("decoder-12x768-gqa", 12, 768, 12, 4, 576, 64, 64, 2, 3072),
     "small": Case("small", 4, 64, 4, 2, 64, 8, 16, 1, 128),
+    "llava-1.5-7b": Case("llava-1.5-7b", visual=576, kept=64, **_LLAMA_7B, **_GPU),
+    "llava-next-7b": Case("llava-next-7b", visual=2916, kept=324, **_LLAMA_7B, **_GPU),
+    "qwen2.5-vl-7b-4096": Case("qwen2.5-vl-7b-4096", visual=4096, kept=484, **_QWEN_7B, **_GPU),
+    "qwen2.5-vl-7b-16384": Case("qwen2.5-vl-7b-16384", visual=16384, kept=1849, **_QWEN_7B, **_GPU),
 }
 KEEP_ALL = {
     "version": 1,
@@ -67,7 +77,7 @@ KEEP_ALL = {
 
 
 def build_model(case: Case, seed: int = 0) -> Any:
-    """The case's model with random weights, float32, in eval mode."""
+    """The case's model with random weights, in eval mode."""
     torch.manual_seed(seed)
     config = transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(
@@ -85,7 +95,7 @@ def build_model(case: Case, seed: int = 0) -> Any:
             num_attention_heads=case.heads,
             num_key_value_heads=case.kv_heads,
             vocab_size=case.vocabulary,
-            max_position_embeddings=4096,
+            max_position_embeddings=32768,
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=2,
@@ -93,7 +103,8 @@ def build_model(case: Case, seed: int = 0) -> Any:
         image_token_index=IMAGE_TOKEN,
         vision_feature_layer=-1,
     )
-    return transformers.LlavaForConditionalGeneration._from_config(config, dtype=torch.float32).eval()
+    with torch.device(case.device):
+        return transformers.LlavaForConditionalGeneration._from_config(config, dtype=case.dtype).eval()
 
 
 def build_inputs(case: Case, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -105,7 +116,8 @@ def build_inputs(case: Case, seed: int = 0) -> dict[str, torch.Tensor]:
     half = case.text // 2
     ids = torch.cat((text[:, :half], image, text[:, half:]), 1)
     pixels = torch.randn(case.batch, 3, side, side, generator=generator)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    made = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels.to(case.dtype)}
+    return {name: value.to(case.device) for name, value in made.items()}
 
 
 def _side(patches: int) -> int:

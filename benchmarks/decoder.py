@@ -78,7 +78,13 @@ def dense(model: Any, inputs: Tensors, target: str, folder: Path, threads: int, 
         again = opener(folder, {"components": manifest.interface(lowered), "target": target}, threads)
     run: Runner = compiler.GraphRunner(lowered) if again is None else again()
     names = lowered.components["decoder"].inputs
-    prefill = {name: chunk[name] if name in chunk else _empty(name, surveyed.caches) for name in names}
+    weight = next(model.parameters())
+    batch = chunk["inputs_embeds"].shape[0]
+    prefill = {name: chunk[name] if name in chunk else _empty(name, surveyed.caches, batch) for name in names}
+    prefill = {
+        name: value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
+        for name, value in prefill.items()
+    }
     return Graph(run, {"prefill": prefill, "decode": _step(names, prefill, run("decoder", prefill))}, again)
 
 
@@ -87,18 +93,18 @@ def opener(folder: Path, content: Mapping[str, Any], threads: int) -> Callable[[
     return lambda: find_target(content["target"]).open(folder, content, torch.device("cpu"), Options(threads=threads))
 
 
-def chunk(width: int, visual: int, text: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """One prompt of random embeddings: half of the text, one image, the other half."""
+def chunk(width: int, visual: int, text: int, batch: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Prompts of random embeddings: half of the text, one image, the other half."""
     length, before = visual + text, text // 2
-    slots = torch.arange(length)[None]
+    slots = torch.arange(length).repeat(batch, 1)
     return {
-        "inputs_embeds": torch.randn(1, length, width, generator=torch.Generator().manual_seed(seed)),
+        "inputs_embeds": torch.randn(batch, length, width, generator=torch.Generator().manual_seed(seed)),
         "position_ids": slots,
         "query_positions": slots,
         "text_index": torch.cat((slots[:, :before], slots[:, before + visual :]), 1),
         "visual_index": slots[:, before : before + visual].contiguous(),
-        "visual_segment": torch.zeros(1, visual, dtype=torch.int64),
-        "visual_counts": torch.tensor([[visual]]),
+        "visual_segment": torch.zeros(batch, visual, dtype=torch.int64),
+        "visual_counts": torch.full((batch, 1), visual),
     }
 
 
@@ -112,22 +118,23 @@ def _silent(_line: str) -> None:
     return None
 
 
-def _empty(name: str, caches: tuple[tuple[int, int, int], ...]) -> torch.Tensor:
+def _empty(name: str, caches: tuple[tuple[int, int, int], ...], batch: int) -> torch.Tensor:
     """An input that the prompt leaves empty: nothing is cached yet."""
     if name.startswith(PAST_POSITIONS):
-        return torch.zeros(1, 0, dtype=torch.int64)
+        return torch.zeros(batch, 0, dtype=torch.int64)
     groups, *widths = caches[int(name.split(".")[1])]
-    return torch.zeros(1, groups, 0, widths[name.startswith(PAST_VALUE)])
+    return torch.zeros(batch, groups, 0, widths[name.startswith(PAST_VALUE)])
 
 
 def _step(names: tuple[str, ...], prefill: Tensors, outputs: Tensors) -> Tensors:
     """The inputs of the decode step that follows a prefill."""
-    place, none = prefill["query_positions"][:, -1:] + 1, torch.zeros(1, 0, dtype=torch.int64)
+    place = prefill["query_positions"][:, -1:] + 1
+    none = place[:, :0]
     fresh = {
         "inputs_embeds": prefill["inputs_embeds"][:, -1:].contiguous(),
         "position_ids": place,
         "query_positions": place,
-        "text_index": torch.zeros(1, 1, dtype=torch.int64),
+        "text_index": torch.zeros_like(place),
         "visual_index": none,
         "visual_segment": none,
         "visual_counts": none,

@@ -15,6 +15,7 @@ import json
 import pathlib
 import sys
 import tempfile
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -50,22 +51,26 @@ def main() -> None:
     options = _arguments()
     torch.set_num_threads(options.threads or torch.get_num_threads())
     facts = environment(HERE)
-    measured: list[dict[str, Any]] = []
+    rows_of_all: list[dict[str, Any]] = []
     for name in options.case or ["decoder-12x768"]:
         for target in options.target or ["torch", "ort"]:
             with tempfile.TemporaryDirectory(prefix="tvc-bench-") as folder:
-                made, graphs = variants(cases.CASES[name], target, options.threads, pathlib.Path(folder))
-                fresh = _measured(made, graphs, options.repeats, case=name, target=target)
+                made, graphs, _ = variants(cases.CASES[name], target, options.threads, pathlib.Path(folder))
+                fresh = measured(made, graphs, options.repeats, case=name, target=target)
             print(text(fresh, COLUMNS), flush=True)
-            measured += fresh
+            rows_of_all += fresh
     output = options.output or HERE / "results" / f"{facts['date'][:10]}-{(facts['commit'] or 'none')[:8]}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps({"environment": facts, "rows": measured}, indent=1) + "\n", encoding="utf-8")
+    output.write_text(json.dumps({"environment": facts, "rows": rows_of_all}, indent=1) + "\n", encoding="utf-8")
     print(output)
 
 
-def _measured(
-    made: dict[str, dict[str, dict[str, Variant]]], graphs: list[Any], repeats: int, **facts: Any
+def measured(
+    made: dict[str, dict[str, dict[str, Variant]]],
+    graphs: list[Any],
+    repeats: int,
+    synchronize: Callable[[], None] = lambda: None,
+    **facts: Any,
 ) -> list[dict[str, Any]]:
     """Rows of every scope and phase; the turns are spread over rounds, each on freshly opened graphs."""
     times: dict[tuple[str, str], dict[str, tuple[float, ...]]] = {}
@@ -75,7 +80,8 @@ def _measured(
         for scope, labels in made.items():
             for phase in PHASES:
                 turns = max(1, repeats // ROUNDS) * (DECODE_TURNS if phase == "decode" else 1)
-                timings = measure({label: both[phase] for label, both in labels.items()}, turns, warmup=2)
+                timed = {label: both[phase] for label, both in labels.items() if phase in both}
+                timings = measure(timed, turns, warmup=2, synchronize=synchronize)
                 pooled = times.setdefault((scope, phase), dict.fromkeys(timings, ()))
                 for label, timing in timings.items():
                     pooled[label] += timing.times
@@ -87,11 +93,14 @@ def _measured(
 
 
 def variants(
-    case: Any, target: str, threads: int, folder: pathlib.Path
-) -> tuple[dict[str, dict[str, dict[str, Variant]]], list[Any]]:
-    """Scope -> label -> phase -> variant, and the graphs they run; files of the targets go below `folder`."""
+    case: Any, target: str, threads: int, folder: pathlib.Path, verify: bool = True
+) -> tuple[dict[str, dict[str, dict[str, Variant]]], list[Any], tuple[Any, Any]]:
+    """Scope -> label -> phase -> variant, the graphs they run, and (model, compiled model).
+
+    Files of the targets go below `folder`.
+    """
     model, inputs = cases.build_model(case), cases.build_inputs(case)
-    compiled: Any = tvc.compile(model, case.policy, target=target, inputs=inputs)
+    compiled: Any = tvc.compile(model, case.policy, target=target, inputs=inputs, verify=verify)
     again = None
     if target != "torch":
         compiled.save_pretrained(folder / "compiled")
@@ -115,19 +124,21 @@ def variants(
         label: {phase: in_sequence([one.variant(phase) for one in some]) for phase in PHASES}
         for label, some in graphs.items()
     }
-    return {"decoder": alone, "model": whole}, [one for some in graphs.values() for one in some]
+    return {"decoder": alone, "model": whole}, [one for some in graphs.values() for one in some], (model, compiled)
 
 
 def native(part: Any, target: str, folder: pathlib.Path, threads: int, last: bool) -> Any:
     """Some of the layers at the length they run at."""
     model = cases.build_model(part) if last else decoder.headless(cases.build_model(part))
-    chunk = decoder.chunk(part.width, part.visual, part.text)
+    chunk = decoder.chunk(part.width, part.visual, part.text, part.batch)
     return decoder.dense(model, cases.build_inputs(part), target, folder, threads, chunk)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--case", action="append", choices=list(cases.CASES))
+    parser.add_argument(
+        "--case", action="append", choices=[name for name, case in cases.CASES.items() if case.device == "cpu"]
+    )
     parser.add_argument("--target", action="append")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=0, help="threads of one operator; 0 leaves the default")
