@@ -1,6 +1,7 @@
 """Attention of one query a sample over a long cache: parts of the keys side by side, then their softmax joined.
 
-Query heads that share a key group are the rows of one tile, so that a key is read once a group. Sums have a fixed order.
+Query heads that share a key group are the rows of one tile, so that a key is read once a group. Every sum has a fixed
+order.
 """
 
 from __future__ import annotations
