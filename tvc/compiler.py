@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.fx as fx
 
 from tvc.export.base import target as find_target
 from tvc.graphs import open_draft
-from tvc.kernels.providers import PROVIDED
+from tvc.kernels.op import OPS
+from tvc.kernels.providers import PROVIDED, dispatched
 from tvc.passes.base import Pass
 from tvc.passes.fuse_attention import FuseAttention
 from tvc.passes.insert_reductions import InsertReductions
@@ -100,20 +102,39 @@ def interface_of(program: Program, policy: ResolvedPolicy, survey: Survey) -> In
     )
 
 
+def called(module: fx.GraphModule) -> fx.GraphModule:
+    """The graph, for CUDA, with ops that have kernels called as functions: torch's dispatcher would cost more."""
+    functions = {op.overload: dispatched(op.name, op.reference) for op in OPS.values() if op.name in PROVIDED}
+    for node in module.graph.nodes:
+        node.target = functions.get(node.target, node.target)
+    module.recompile()
+    return module
+
+
 @dataclasses.dataclass
 class GraphRunner:
     """Runs the exported programs in this process."""
 
     program: Program
+    options: Mapping[str, Any] | None = None  # for torch.compile; None: graphs run operator by operator
 
     def __post_init__(self) -> None:
         self._modules: dict[str, Any] = {}
+
+    def compiled(self, options: Mapping[str, Any]) -> GraphRunner:
+        """The same programs through `torch.compile`."""
+        return GraphRunner(self.program, options)
 
     def __call__(self, component: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         part = self.program.components[component]
         if component not in self._modules:
             # Not `exported.module()`: it proves every size anew with sympy at each call, milliseconds a decode step.
-            self._modules[component] = open_draft(part)
+            module: Any = open_draft(part)
+            if self.options is not None:
+                module = torch.compile(module, **self.options)
+            elif self.program.components["decoder"].meta["shape"].device.type == "cuda":
+                module = called(module)
+            self._modules[component] = module
         with torch.no_grad():
             values = self._modules[component](*(inputs[name] for name in part.inputs))
         return dict(zip(part.outputs, values, strict=True))

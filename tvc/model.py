@@ -213,6 +213,34 @@ class CompiledModel:
         finally:
             self._repeats.times = 1
 
+    def torch_compile(self, **options: Any) -> CompiledModel:
+        """The same model with its graphs run through `torch.compile`, sharing weights with this one.
+
+        Operators are joined into fewer, larger kernels, which is what a decode step of one sample waits for. The first
+        prefill and the first decode step take as long as their compilation; sizes stay free after that.
+
+        Args:
+            options: for `torch.compile`; `dynamic=True` unless given.
+
+        Raises:
+            ArgumentError: the model's target runs elsewhere than in PyTorch.
+        """
+        compiled = getattr(self.engine.run, "compiled", None)
+        if compiled is None:
+            raise ArgumentError(
+                "torch.compile takes graphs that run in PyTorch",
+                where="torch_compile",
+                got=f"target {self.target}",
+                want="target torch",
+                fix="tvc.compile(..., target='torch')",
+                slug="not-in-torch",
+            )
+        made = copy.copy(self)
+        made.engine = Engine(self.engine.host, self.engine.interface, compiled({"dynamic": True, **options}))
+        made._repeats = Repeats()
+        made._model = generating(made.engine, self.generation_config, self.device, made._repeats)
+        return made
+
     def save_pretrained(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the artifact directory; nothing is left behind when it is interrupted."""
         if self.saver is None:

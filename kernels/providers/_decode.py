@@ -14,6 +14,7 @@ from tvc.kernels.providers._table import setting
 from tvc.kernels.providers._triton import cdiv, jit, power, tl, widened
 
 MOST_PARTS = 64
+TILES = 4  # of a part at least: a second launch costs more than reading so few keys in one go
 WAVES = 2  # programs for each multiprocessor: enough to keep all of them reading
 
 
@@ -22,9 +23,12 @@ def _part_kernel(
     p_query, p_key, p_value, p_now, p_place, p_out, p_high, p_total,
     N, d, e, keys, parts, scale, s_qb, s_qh, s_kb, s_kg, s_kn, s_vb, s_vg, s_vn, s_nb, s_pb,
     GROUP: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    WIDE: tl.constexpr,
+    WIDE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Highest logit, sum of exponentials and weighted values of one part of the keys, for the heads of one group."""
+    """Highest logit, sum of exponentials and weighted values of one part of the keys, for the heads of one group.
+
+    WHOLE: there is one part, and what is stored is its result.
+    """
     i_part, i_g, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_h, o_d, o_e = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     o_head = i_g * GROUP + o_h
@@ -62,9 +66,14 @@ def _part_kernel(
         b_sum = b_sum * b_shrunk[:, None] + b_part
         b_high = b_new
     o_line = ((i_b * tl.num_programs(1) + i_g) * GROUP + o_h) * parts + i_part  # [BLOCK_H] int64
-    tl.store(p_high + o_line, b_high, mask=m_h)
-    tl.store(p_total + o_line, b_total, mask=m_h)
-    tl.store(p_out + o_line[:, None] * e + o_e[None, :], b_sum, mask=m_h[:, None] & m_e[None, :])
+    p_o = p_out + o_line[:, None] * e + o_e[None, :]
+    m_o = m_h[:, None] & m_e[None, :]
+    if WHOLE:
+        tl.store(p_o, (b_sum / b_total[:, None]).to(p_out.dtype.element_ty), mask=m_o)
+    else:
+        tl.store(p_high + o_line, b_high, mask=m_h)
+        tl.store(p_total + o_line, b_total, mask=m_h)
+        tl.store(p_o, b_sum, mask=m_o)
 
 
 @jit
@@ -110,24 +119,26 @@ def attend_once(
     groups, length, depth = key.shape[1], key.shape[2], value.shape[3]
     chosen = setting("attend.part", length)
     block = chosen["block_n"]
-    most = min(MOST_PARTS, cdiv(length, block))
+    most = min(MOST_PARTS, cdiv(length, TILES * block))
     parts = max(1, min(most, cdiv(_wanted(query.device), batch * groups)))
     keys = cdiv(cdiv(length, parts), block) * block  # of a part, in whole tiles
     parts = cdiv(length, keys)
-    device, lines = query.device, batch * heads
-    high, total = (torch.empty(lines, parts, dtype=torch.float32, device=device) for _ in range(2))
-    part = torch.empty(lines, parts, depth, dtype=torch.float32, device=device)
-    out = torch.empty(batch, heads, 1, depth, dtype=value.dtype, device=device)
-    block_e = power(depth)
+    lines, block_e = batch * heads, power(depth)
+    out = torch.empty(batch, heads, 1, depth, dtype=value.dtype, device=query.device)
+    part = high = total = out
+    if parts > 1:
+        high, total = (torch.empty(lines, parts, dtype=torch.float32, device=query.device) for _ in range(2))
+        part = torch.empty(lines, parts, depth, dtype=torch.float32, device=query.device)
     _part_kernel[(parts, groups, batch)](
         query, key, value, query_positions, key_positions, part, high, total,
         length, width, depth, keys, parts, scale,
         *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], query_positions.stride(0), key_positions.stride(0),
-        GROUP=heads // groups, BLOCK_H=max(16, power(heads // groups)), BLOCK_N=block,
-        BLOCK_D=max(16, power(width)), BLOCK_E=max(16, block_e), WIDE=widened(query.dtype), num_warps=chosen["warps"],
+        GROUP=heads // groups, BLOCK_H=max(16, power(heads // groups)), BLOCK_N=block, BLOCK_D=max(16, power(width)),
+        BLOCK_E=max(16, block_e), WIDE=widened(query.dtype), WHOLE=parts == 1, num_warps=chosen["warps"],
     )  # fmt: skip
-    _join_kernel[(lines,)](
-        part, high, total, out, parts, depth,
-        BLOCK_P=power(parts), BLOCK_E=block_e, num_warps=setting("attend.join", length)["warps"],
-    )  # fmt: skip
+    if parts > 1:
+        _join_kernel[(lines,)](
+            part, high, total, out, parts, depth,
+            BLOCK_P=power(parts), BLOCK_E=block_e, num_warps=setting("attend.join", length)["warps"],
+        )  # fmt: skip
     return out
