@@ -3,7 +3,7 @@
 Shapes:  score [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64
          -> [B, slots] int64 ascending, pads (-1) first
 Budget:  `count` tokens of each segment where count > 0, else permille / 1000 of its tokens, rounded down.
-Ties:    the lower index wins. NaN ranks below everything, also below -inf of a lower index.
+Ties:    the lower index wins. NaN counts as -inf.
 Slots:   at least what any sample keeps; a sample that keeps less is padded.
 """
 

@@ -195,11 +195,13 @@ def refused(name: str) -> Iterator[Case]:
         yield "wide", (torch.randn(1, 1, 3, 300), torch.randn(1, 1, 3, 300), None, rows, column, 1.0, "mean")
         yield "many-keys", (query, key, None, rows, torch.zeros(1, 2, 65, dtype=torch.int64), 1.0, "mean")
     if name == "compact":
-        yield "many", (torch.arange(9000)[None], torch.arange(9000, 18000)[None])
+        yield "many", (torch.arange(4500)[None], torch.arange(4500, 9000)[None])
     if name == "merge_nearest":
         yield "float64", (double, double, double[..., 0], *scope, rows, double[..., 0], "kept", 0, 0, "mean")
     if name == "bipartite_merge":
         yield "float64", (double, double, double[..., 0], *scope, 500, 0, 2, "mean", False)
+        long = torch.randn(1, 4097, 2)
+        yield "many", (long, long, long[..., 0].abs(), *one_scope(1, 4097), 500, 0, 2049, "mean", False)
     many = one_scope(1, 8193)
     if name == "max_min_keep":
         yield "many", (torch.randn(1, 8193, 2), *many, 0, 1, 1)
