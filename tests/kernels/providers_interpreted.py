@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -33,20 +33,32 @@ def _converted(arguments: tuple[Any, ...], dtype: torch.dtype) -> tuple[Any, ...
     return tuple(a.to(dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in arguments)
 
 
-def _poisoned(made: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+GUARD = 64  # numbers in front of and behind every tensor that a launch makes
+
+
+def _guarded(made: Callable[..., torch.Tensor], guards: list[torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`made` with poison in what nobody wrote, inside a larger piece of memory whose ends are remembered."""
+
     def make(*arguments: Any, **named: Any) -> torch.Tensor:
         values = made(*arguments, **named)
-        return values.fill_(float("nan") if values.is_floating_point() else 99)
+        whole = values.new_zeros(values.numel() + 2 * GUARD)
+        whole.fill_(float("nan") if whole.is_floating_point() else 99)
+        guards.extend((whole[:GUARD], whole[-GUARD:]))
+        return whole[GUARD : GUARD + values.numel()].view(values.shape)
 
     return make
 
 
 @pytest.fixture(autouse=True)
-def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that nobody wrote holds NaN, or an index out of range."""
-    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
-    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+def _poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that nobody wrote holds NaN, or an index out of range; what lies around a tensor keeps it."""
+    guards: list[torch.Tensor] = []
+    monkeypatch.setattr(torch, "empty", _guarded(torch.empty, guards))
+    monkeypatch.setattr(torch, "empty_like", _guarded(torch.empty_like, guards))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _guarded(torch.Tensor.new_empty, guards))
+    yield
+    for guard in guards:
+        assert bool((guard.isnan() if guard.is_floating_point() else guard == 99).all()), "written outside of a tensor"
 
 
 def _outputs(result: Any) -> tuple[torch.Tensor, ...]:
