@@ -12,6 +12,9 @@ import support
 import tvc
 from tvc.api import Prepared
 from tvc.errors import InputError
+from tvc.trace.layout import meta_model
+from tvc.trace.route import video_departs
+from tvc.trace.survey import survey
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 HALF = {
@@ -70,6 +73,13 @@ def videos(model: Any, grids: list[tuple[int, int, int]]) -> tuple[list[list[int
     counts = [t * h * w // vision.spatial_merge_size**2 for t, h, w in grids]
     start, end = config.vision_start_token_id, config.vision_end_token_id
     return [[start, *[config.video_token_id] * count, end] for count in counts], extra
+
+
+def frames(model: Any, tokens: int) -> dict[str, torch.Tensor]:
+    """A prompt with that many placeholders and a video of eight frames of noise."""
+    ids = torch.tensor([[1, 105, *[model.config.video_token_id] * tokens, 130, 131]])
+    pixels = torch.randn(1, 8, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels}
 
 
 def batch(model: Any, rows: list[list[int]], extra: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -156,3 +166,35 @@ def test_a_family_whose_videos_go_another_way_is_refused(half: Any) -> None:
         compiled(**inputs)
     assert caught.value.slug == "no-video"
     assert "pixel_values_videos" in caught.value.got
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("tokens", (32, 128))
+def test_a_family_that_pools_its_videos_is_refused(half: Any, tokens: int) -> None:
+    """8 frames of 16 tokens, pooled to 4 each: the right number of placeholders, and what would fit unpooled."""
+    model, compiled = half("llava_next_video")
+    inputs = frames(model, tokens)
+    with torch.no_grad():
+        if tokens == 32:
+            assert model(**inputs).logits.isfinite().all()
+        else:
+            with pytest.raises(ValueError, match="do not match"):
+                model(**inputs)
+    with pytest.raises(InputError) as caught:
+        compiled(**inputs)
+    assert caught.value.slug == "no-video"
+    assert "multi_modal_projector" in caught.value.got
+
+
+@pytest.mark.parametrize(("family", "same"), (("llava_onevision", True), ("llava_next_video", False)))
+def test_the_way_of_videos_is_compared_with_that_of_images(family: str, same: bool) -> None:
+    """One pools behind the projector, which the vision graph leaves to the family's code; the other before it."""
+    surveyed = survey(meta_model(support.build_model(family).config), support.build_processor(family))
+    departs = video_departs(surveyed.host, {"pixel_values_videos": torch.randn(1, 8, 3, 56, 56)})
+    assert (departs == "") == same
+
+
+@pytest.mark.conformance
+def test_a_video_that_is_pooled_behind_the_projector_equals_the_untouched_model(half: Any) -> None:
+    model, compiled = half("llava_onevision")
+    assert tvc.verify(compiled, model, frames(model, 33)).passed
