@@ -175,6 +175,8 @@ class _Oracle(Observer):
         name = f"{component}.{index}"
         if component == "vision" and self.tiles and (name != "vision.0" or name in self.steps):
             seen.mask = self._tile_mask(seen)
+        if component == "language" and seen.window and seen.mask is not None:
+            seen.mask = self._in_window(seen.mask, seen.window)
         if name in self.tapped:
             self.seen.setdefault(name, []).append(dataclasses.replace(seen))
         return seen.mask
@@ -208,6 +210,12 @@ class _Oracle(Observer):
         places = torch.arange(own.shape[3], device=own.device)
         there = (places < self.case.prompt) | (places <= places[-own.shape[2] :, None])
         return own & there & self.alive[:, None, None, :]
+
+    def _in_window(self, mask: torch.Tensor, window: int) -> torch.Tensor:
+        """The mask of a layer, whose window holds for tokens that were generated whatever spans there are before it."""
+        places = torch.arange(mask.shape[3], device=mask.device)
+        rows = places[-mask.shape[2] :, None]
+        return mask & ((rows < self.case.prompt) | (places > rows - window))
 
     def _cut_before(self, index: int) -> bool:
         sites = [at for at in self.steps if at.startswith("language.")]
