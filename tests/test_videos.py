@@ -11,10 +11,13 @@ import torch
 import support
 import tvc
 from tvc.api import Prepared
+from tvc.chunks import TAP
 from tvc.errors import InputError
 from tvc.trace.layout import meta_model
+from tvc.trace.observe import replaced
 from tvc.trace.route import video_departs
 from tvc.trace.survey import survey
+from tvc.verification import samples
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 HALF = {
@@ -30,7 +33,24 @@ HALF = {
         }
     ],
 }
-INSIDE = {**HALF, "steps": [{**HALF["steps"][0], "score": {"attention": {"of": "all", "layer": "vision.2"}}}]}
+# Blocks 0 and 2 of Qwen2.5-VL attend inside windows, the others over whole images.
+SCORES = (
+    {"attention": {"of": "all", "layer": "vision.2", "heads": "sum"}},
+    {"attention": {"of": "visual", "layer": "vision.1", "heads": "max"}},
+    {"global": {"above": 1.05, "layer": "vision.2"}},
+    {"global": {"above": 1.05, "layer": "vision.3"}},
+)
+INSIDE = {
+    **HALF,
+    "steps": [
+        {
+            "at": "language.2",
+            "score": [{**score, "weight": 1.0, "normalize": "none"} for score in SCORES],
+            "select": {"threshold": {"above": 0.1}},
+            "rest": "drop",
+        }
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +166,51 @@ def test_image_and_video_of_one_prompt(half: Any, family: str, image_first: bool
     assert tvc.verify(compiled, model, inputs, steps=3).passed
 
 
-def test_a_video_beside_scores_of_the_encoder_is_refused(prepared: Any) -> None:
+@pytest.fixture(scope="module")
+def inside(prepared: Any) -> tuple[Any, Any]:
     model, traced = prepared("qwen2_5_vl")
-    compiled = traced.compile(INSIDE, verify=False)
+    return model, traced.compile(INSIDE, verify=False)
+
+
+def test_scores_of_packed_images_are_those_of_each_image_alone(inside: Any) -> None:
+    """Their magnitude, which thresholds and sums of scores read; the untouched model under masks agrees."""
+    model, compiled = inside
+    inputs = support.inputs("qwen2_5_vl", 3)
+    lengths = samples.image_lengths(model, inputs)
+    together, answer = _scores(compiled, inputs)
+    start = visual = 0
+    for row, (one, length) in enumerate(zip(samples.singles(model, inputs, lengths), lengths, strict=True)):
+        alone, single = _scores(compiled, one)
+        for name, want in alone.items():
+            got = together[name][start : start + length]
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+        start += length
+        left = int((answer.kept["language.2"][row] >= 0).sum())
+        assert left == int((single.kept["language.2"] >= 0).sum())
+        visual += left - (one["input_ids"].shape[1] - length)
+    assert len(together) == len(SCORES)
+    assert start == len(together[name])
+    assert 0 < visual < start
+    assert tvc.verify(compiled, model, inputs, steps=2).passed
+
+
+def _scores(compiled: Any, inputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
+    """What the vision graph says of each visual token, by score; and the answer."""
+    seen: dict[str, torch.Tensor] = {}
+    run = compiled.engine.run
+
+    def noting(component: str, given: Any) -> Any:
+        out = run(component, given)
+        seen.update({name: value for name, value in out.items() if component == "vision" and name.startswith(TAP)})
+        return out
+
+    with replaced(compiled.engine, "run", noting):
+        answer = compiled(**inputs)
+    return seen, answer
+
+
+def test_a_video_beside_scores_of_the_encoder_is_refused(inside: Any) -> None:
+    model, compiled = inside
     assert compiled(**support.inputs("qwen2_5_vl", 1)).kept["language.2"].shape[1] > 0
     with pytest.raises(InputError) as caught:
         compiled(**two_videos(model))

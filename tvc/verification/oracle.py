@@ -433,7 +433,7 @@ class _Oracle(Observer):
 
     def _encoder_tap(self, tap: Tap, primitive: Any, sample: Sample) -> torch.Tensor:
         visual = self._visual_counts()
-        taps, calls = EncoderTaps(self.map, sum(visual)), self.seen[str(tap.layer)]
+        taps, calls = EncoderTaps(self.map, sum(visual), self.lengths["get_image_features"]), self.seen[str(tap.layer)]
         if tap.kind == "attention" and primitive.key == "global":
             values = taps.of_global(calls, primitive.above)
         elif tap.kind == "attention":
