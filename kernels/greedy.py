@@ -36,6 +36,14 @@ def rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
 
 
+def above_nothing(value: torch.Tensor) -> torch.Tensor:
+    """`value [..., V]` with one column of the lowest more: a maximum that is defined for any V.
+
+    No round runs where V is 0, but a graph whose V only the run tells must not have to promise that it is not.
+    """
+    return torch.nn.functional.pad(value, (0, 1), value=float("-inf"))
+
+
 def best(
     value: torch.Tensor, free: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor, unit: float
 ) -> torch.Tensor:
@@ -46,7 +54,7 @@ def best(
     """
     numbers = torch.arange(counts.shape[1], device=segment.device)[:, None]
     open_here = (segment[:, None, :] == numbers) & free[:, None, :]
-    value = torch.where(open_here, value[:, None, :], float("-inf"))
+    value = above_nothing(torch.where(open_here, value[:, None, :], float("-inf")))
     top = value.amax(2, keepdim=True)
     return (value >= top - EQUAL * top.abs().clamp(min=unit)).float().argmax(2)
 
@@ -67,10 +75,10 @@ def nearest(unit: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
     within = torch.arange(BLOCK, device=segment.device)
 
     def block(number: torch.Tensor, closest: torch.Tensor) -> State:
-        at = (number * BLOCK + within).clamp(max=V - 1).expand(segment.shape[0], -1)
+        at = (number * BLOCK + within).clamp(max=segment.shape[1] - 1).expand(segment.shape[0], -1)
         other = (segment.gather(1, at)[:, :, None] == segment[:, None, :]) & (at[:, :, None] != place)
         cosine = rows(unit, at) @ unit.transpose(1, 2)
-        return (closest.scatter(1, at, torch.where(other, cosine, -2.0).amax(2)),)
+        return (closest.scatter(1, at, above_nothing(torch.where(other, cosine, -2.0)).amax(2)),)
 
     blocks = torch.full((), 1, dtype=torch.int64, device=segment.device) * ((V + BLOCK - 1) // BLOCK)
     return repeat(block, (torch.zeros(segment.shape, device=segment.device),), blocks)[0]
