@@ -140,7 +140,7 @@ class _Comparing:
     def _selections(self, name: str, case: Case, expected: Expected) -> Iterator[Comparison]:
         for number, site, outcomes in expected.outcomes:
             label = f"step {number}"
-            worst = max(outcomes, key=lambda o: o.gap, default=None)
+            worst = max(outcomes, key=lambda o: o.gap / o.scale if o.scale else o.gap, default=None)
             if worst is not None:
                 where = f"{label}, {worst.different} tokens" if worst.different else label
                 slack = self.tolerance.relative * worst.scale

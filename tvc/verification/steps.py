@@ -10,6 +10,7 @@ import torch
 
 from tvc.kernels.combine_scores import combine
 from tvc.kernels.op import Scope, Tap
+from tvc.verification.ties import fallen_short, moved
 
 TapValue = Callable[[Tap, Any, "Sample"], Any]
 
@@ -109,6 +110,12 @@ def carry_out(
             index, feature, size = by_hand.decide(nudged)
             made = dataclasses.replace(sample.taking(index), size=size)
             outcome.sample, outcome.feature = made, feature
+    if outcome.gap > slack * outcome.scale:
+        found = fallen_short(lambda: by_hand.decide(score), lambda: by_hand.shaken(score, slack), wanted)
+        if found is not None:
+            short, unsure, (index, feature, size) = found
+            outcome.gap, outcome.scale = short, unsure / slack
+            outcome.sample, outcome.feature = dataclasses.replace(sample.taking(index), size=size), feature
     if not torch.equal(outcome.sample.slots, sample.slots[wanted]):  # reported; what follows is compared all the same
         outcome.sample, outcome.feature = sample.taking(wanted.nonzero().flatten()), None
     return outcome
@@ -146,7 +153,7 @@ class _ByHand:
     """One step's primitives on one sample."""
 
     def __init__(self, step: Any, sample: Sample, hidden: torch.Tensor, tap_value: TapValue):
-        self.step, self.sample, self.tap_value = step, sample, tap_value
+        self.step, self.sample, self.hidden, self.tap_value = step, sample, hidden, tap_value
         self.feature = hidden[sample.slots][None]
         self.scope = sample.scope(step.scope)
 
@@ -173,6 +180,19 @@ class _ByHand:
             return given
         value: torch.Tensor = primitive.apply(**taps)
         return value
+
+    def shaken(self, score: torch.Tensor | None, slack: float) -> Any:
+        """`decide` on taps and a score that were moved by as much as rounding may."""
+        generator = torch.Generator().manual_seed(0)
+
+        def tap_value(tap: Tap, primitive: Any, sample: Sample) -> Any:
+            return moved(self.tap_value(tap, primitive, sample), slack, generator)
+
+        other = _ByHand(self.step, self.sample, self.hidden, tap_value)
+        if score is not None:
+            noise = torch.randn(score.shape, generator=generator).to(score.device)
+            score = score + slack * score.abs().max() * noise
+        return other.decide(score)
 
     def decide(self, score: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """(numbers of the visual tokens that stay, their merged values [K, D], their sizes [K])."""
