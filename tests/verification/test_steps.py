@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tvc
+from tvc.verification.report import DOUBT, TOLERANCES
 from tvc.verification.steps import Sample, carry_out
 
 SLACK = 1e-3
@@ -122,3 +123,24 @@ def test_another_token_than_the_best_of_a_greedy_loop_is_not_excused(key):
         theirs = torch.tensor(sorted({*mine, other} - {gone}))
         outcome = greedily(key, 1e-4, theirs)
         assert outcome.gap > SLACK * outcome.scale, gone
+
+
+@pytest.mark.parametrize(("other", "sure"), (((1.0, -3.0), True), ((1.0, -1.00001), False)))
+def test_taking_in_one_of_two_that_are_equally_near_is_in_doubt(other, sure):
+    hidden = torch.zeros(5, 4)
+    hidden[1:-1, :2] = torch.tensor([(5.0, 0.0), (1.0, 1.0), other])
+    made = step(score={"norm": {"of": "feature"}}, select={"top": {"keep": 1}}, rest={"absorb": {"neighbours": 1}})
+
+    def tap(_wanted, _primitive, current):
+        return hidden[current.slots][None]
+
+    doubt = carry_out(made, sample([0, 0, 0]), hidden, tap, None, SLACK).doubt
+    assert doubt == 1.0 if sure else doubt > DOUBT
+
+
+def test_doubt_widens_what_is_allowed_up_to_a_bound():
+    allowed = TOLERANCES[torch.float32].allowed
+    values = torch.tensor([4.0])
+    assert [allowed(values, doubt) / allowed(values) for doubt in (0.5, 1.0, 3.0, 1e9)] == pytest.approx(
+        [1, 1, 3, DOUBT]
+    )

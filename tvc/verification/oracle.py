@@ -32,6 +32,7 @@ class Expected:
     logits: torch.Tensor  # [B, steps, vocabulary]
     cache: Any = None  # the model's own, over all places
     held: list[torch.Tensor] = dataclasses.field(default_factory=list)  # per layer [B, S] bool: columns in its cache
+    doubts: list[float] = dataclasses.field(default_factory=list)  # per layer, see `carry_out`
     outcomes: list[tuple[int, str, list[Outcome]]] = dataclasses.field(default_factory=list)  # step, site, per sample
 
 
@@ -74,6 +75,7 @@ class _Oracle(Observer):
         self.lengths: dict[str, list[int]] = {}  # visual tokens of each image and of each video
         self.samples: list[Sample] = []
         self.tiles: list[Sample] = []
+        self.doubt = 1.0  # how many times more than rounding does elsewhere, merges in doubt may move what is behind
         self.proportional = False  # sizes of tokens are added to the encoder's logits from here on
         self.transitions: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {
             int((tap.layer or "").removeprefix("language.")): [] for tap in taps if tap.kind == "transition"
@@ -170,6 +172,7 @@ class _Oracle(Observer):
             arguments["position_ids"] = (self.alive.long().cumsum(1) - 1).clamp(min=0)
         self.seen.pop(f"language.{index}", None)
         self.expected.held.append(self.alive.clone())
+        self.expected.doubts.append(self.doubt)
 
     def attention(self, component: str, index: int, seen: Seen) -> torch.Tensor | None:
         name = f"{component}.{index}"
@@ -340,13 +343,14 @@ class _Oracle(Observer):
                 def tap_value(tap: Tap, primitive: Any, sample: Sample, hidden: torch.Tensor = hidden) -> Any:
                     return self._tap(tap, primitive, sample, hidden, inside)
 
-                outcome = carry_out(step, sample, hidden[sample.row], tap_value, theirs, self.slack)
+                outcome = carry_out(step, sample, hidden[sample.row], tap_value, theirs, self.slack, self.doubt)
                 outcomes.append(outcome)
                 if outcome.feature is not None:
                     hidden = hidden.clone()
                     hidden[sample.row, outcome.sample.slots] = outcome.feature.to(hidden.dtype)
                 samples[index] = outcome.sample if site != "projector" else outcome.sample.entering()
             self._mark_alive(samples, alive)
+            self.doubt = max([self.doubt, *(outcome.doubt for outcome in outcomes)])
             self.proportional |= step.merge is not None and step.merge.proportional
             self.expected.outcomes.append((number, site, outcomes))
         return hidden
