@@ -555,8 +555,7 @@ FURTHER: dict[str, Family] = {
             "vision_feature_select_strategy": "default",
             "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]],
         },
-        # Its own processor differs for videos only.
-        processor="LlavaNextProcessor",
+        processor="LlavaNextVideoProcessor",
         processor_options={
             "patch_size": 14,
             "vision_feature_select_strategy": "default",
