@@ -161,15 +161,15 @@ class _Oracle(Observer):
                 self.raters = [text_that_rates(sample, hidden[sample.row]) for sample in self.samples]
         if f"language.{index}" in self.tapped:
             self.inputs_of[f"language.{index}"] = hidden
+        rotary = arguments.get("position_embeddings")
+        self._renumber(index - 1, rotary, arguments)  # a step that asks this block finds what is left numbered already
         hidden = self._steps_at(f"language.{index}", hidden, block, arguments)
         arguments[name] = hidden
         if has_attention(block):
             arguments["attention_mask"] = self._narrowed(arguments["attention_mask"])
         else:
             self._close_up(name, arguments)
-        if self.policy.positions == "renumber" and self._cut_before(index):
-            arguments["position_embeddings"] = self._renumbered(arguments.get("position_embeddings"))
-            arguments["position_ids"] = (self.alive.long().cumsum(1) - 1).clamp(min=0)
+        self._renumber(index, rotary, arguments)
         self.seen.pop(f"language.{index}", None)
         self.expected.held.append(self.alive.clone())
         self.expected.doubts.append(self.doubt)
@@ -223,6 +223,12 @@ class _Oracle(Observer):
     def _cut_before(self, index: int) -> bool:
         sites = [at for at in self.steps if at.startswith("language.")]
         return any(int(site.removeprefix("language.")) <= index for site in sites)
+
+    def _renumber(self, index: int, rotary: Any, arguments: dict[str, Any]) -> None:
+        """Puts running numbers in the place of a block's positions, if there is a cut at `index` or before it."""
+        if self.policy.positions == "renumber" and self._cut_before(index):
+            arguments["position_embeddings"] = self._renumbered(rotary)
+            arguments["position_ids"] = (self.alive.long().cumsum(1) - 1).clamp(min=0)
 
     def _renumbered(self, given: Any) -> Any:
         """Position embeddings, of the kind that a block was given, for the running numbers of what is left."""
