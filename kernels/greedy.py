@@ -6,8 +6,10 @@ rounds than its largest budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -36,6 +38,14 @@ def rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
 
 
+def above_nothing(value: torch.Tensor) -> torch.Tensor:
+    """`value [..., V]` with one column of the lowest more: a maximum that is defined for any V.
+
+    No round runs where V is 0, but a graph whose V only the run tells must not have to promise that it is not.
+    """
+    return torch.nn.functional.pad(value, (0, 1), value=float("-inf"))
+
+
 def best(
     value: torch.Tensor, free: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor, unit: float
 ) -> torch.Tensor:
@@ -46,7 +56,7 @@ def best(
     """
     numbers = torch.arange(counts.shape[1], device=segment.device)[:, None]
     open_here = (segment[:, None, :] == numbers) & free[:, None, :]
-    value = torch.where(open_here, value[:, None, :], float("-inf"))
+    value = above_nothing(torch.where(open_here, value[:, None, :], float("-inf")))
     top = value.amax(2, keepdim=True)
     return (value >= top - EQUAL * top.abs().clamp(min=unit)).float().argmax(2)
 
@@ -67,13 +77,58 @@ def nearest(unit: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
     within = torch.arange(BLOCK, device=segment.device)
 
     def block(number: torch.Tensor, closest: torch.Tensor) -> State:
-        at = (number * BLOCK + within).clamp(max=V - 1).expand(segment.shape[0], -1)
+        at = (number * BLOCK + within).clamp(max=segment.shape[1] - 1).expand(segment.shape[0], -1)
         other = (segment.gather(1, at)[:, :, None] == segment[:, None, :]) & (at[:, :, None] != place)
         cosine = rows(unit, at) @ unit.transpose(1, 2)
-        return (closest.scatter(1, at, torch.where(other, cosine, -2.0).amax(2)),)
+        return (closest.scatter(1, at, above_nothing(torch.where(other, cosine, -2.0)).amax(2)),)
 
     blocks = torch.full((), 1, dtype=torch.int64, device=segment.device) * ((V + BLOCK - 1) // BLOCK)
     return repeat(block, (torch.zeros(segment.shape, device=segment.device),), blocks)[0]
+
+
+class Round(NamedTuple):
+    """One round of a greedy rule."""
+
+    value: torch.Tensor  # [B, V]
+    free: torch.Tensor  # [B, V] bool
+    picked: torch.Tensor  # [B, N]
+    segment: torch.Tensor  # [B, V]
+    unit: float
+
+
+@dataclasses.dataclass
+class Course:
+    """The rounds that a greedy rule goes when it keeps to some tokens: for asking what another choice would have cost.
+
+    Inside `followed`, and eagerly, each round takes the best of the tokens that are `wanted`, as long as there are any.
+    """
+
+    wanted: torch.Tensor  # [B, V] bool
+    order: list[torch.Tensor] | None = None  # [B, N] what to take in each round, instead
+    rounds: list[Round] = dataclasses.field(default_factory=list)
+
+    def choose(
+        self, value: torch.Tensor, free: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor, unit: float
+    ) -> torch.Tensor:
+        """`best`, on this course."""
+        picked = best(value, free & self.wanted, segment, counts, unit)
+        if self.order is not None:
+            picked = self.order[len(self.rounds)]
+        self.rounds.append(Round(value, free, picked, segment, unit))
+        return picked
+
+
+_courses: list[Course] = []
+
+
+@contextlib.contextmanager
+def followed(course: Course) -> Iterator[None]:
+    """Greedy rules inside the block go the rounds of `course`."""
+    _courses.append(course)
+    try:
+        yield
+    finally:
+        _courses.pop()
 
 
 Value = Callable[..., torch.Tensor]
@@ -102,9 +157,10 @@ def take(
     """
     budget = budgets(counts, permille, count)
     place = torch.arange(segment.shape[1], device=segment.device)
+    choose = _courses[-1].choose if _courses else best
 
     def one(number: torch.Tensor, free: torch.Tensor, *now: torch.Tensor) -> State:
-        picked = best(value(number, *now), free, segment, counts, unit)
+        picked = choose(value(number, *now), free, segment, counts, unit)
         taken = (place == per_token(picked, segment)) & (number < per_token(budget, segment))
         return free & ~taken, *after(number, picked, *now)
 

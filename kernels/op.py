@@ -97,6 +97,7 @@ class Attention(NamedTuple):
     rows: torch.Tensor  # [B, R] int64 rows of the query that score, -1 pads
     columns: torch.Tensor  # [B, V, g] int64 keys of each visual token among the N, -1 pads; g > 1: mean over g
     scale: float
+    image: torch.Tensor | None = None  # [B, N] int64 image of each key, where an encoder packs several in one sequence
 
 
 @dataclasses.dataclass(frozen=True)

@@ -85,6 +85,23 @@ def attention_score(
     return ((taken * present) @ ones / (present @ ones).clamp(min=1)).squeeze(2)
 
 
+def rows_ratio(attention: Attention) -> torch.Tensor:
+    """[B, V] float32: how many times more rows there are than rows of a token's own image.
+
+    Packed images do not attend to each other, so a mean over the rows of all of them, times this, is the mean over the
+    rows of the token's own: it does not depend on what else is packed.
+    """
+    rows, columns, image = attention.rows, attention.columns, attention.image
+    if image is None:
+        raise ValueError("there is nothing to tell apart: image is None")
+    real = rows >= 0
+    past = attention.key.shape[2] - attention.query.shape[2]
+    payer = torch.where(real, image.gather(1, rows.clamp(min=0) + past), -1)
+    own = image.gather(1, columns.amax(2).clamp(min=0))
+    among = (payer[:, None, :] == own[:, :, None]).sum(2)
+    return real.sum(1, keepdim=True) / among.clamp(min=1)
+
+
 Rows = Literal["cls", "last", "text", "raters", "visual", "all"]
 
 
@@ -104,5 +121,5 @@ class AttentionScore(Score):
         return {"attention": Tap("attention", self.layer, (self.of,) if isinstance(self.of, str) else self.of)}
 
     def apply(self, attention: Attention) -> torch.Tensor:
-        query, key, mask, rows, columns, scale = attention
-        return attention_score.overload(query, key, mask, rows, columns, scale, self.heads)
+        score: torch.Tensor = attention_score.overload(*attention[:6], self.heads)
+        return score if attention.image is None else score * rows_ratio(attention)

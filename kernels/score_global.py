@@ -1,10 +1,11 @@
 """global_score: how much attention each visual token receives from the tokens that receive most of it themselves.
 
 Shapes:  as attention_score: query [B, H, Q, d], key [B, G, N, d], mask [B|1, 1|H, Q, N] bool or None, rows [B, R],
-         columns [B, V, g] -> [B, V] float32. Row q of the query is key N - Q + q.
+         columns [B, V, g], image [B, N] int64 image of each key or None (one) -> [B, V] float32. Row q of the query is
+         key N - Q + q.
 Rule:    softmax over all N keys in float32, mean over heads. A row is global where what it receives from the rows,
          on average, exceeds `above` times the mean over the rows; where none does, the one that receives most is. The
-         score is the mean over the global rows, then over the g keys.
+         score is the mean over the global rows, then over the g keys. Of several images, each is judged by itself.
 Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
 Memory:  O(B H R N).
 
@@ -32,10 +33,15 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         single = torch.arange(1, 4)[None, :, None].repeat(batch, 1, 1)
         paired = torch.tensor([[[-1, -1], [0, 1], [2, 3], [4, -1]]]).repeat(batch, 1, 1)
         name, scale = f"B{batch}-H{heads}-G{groups}", width**-0.5
-        yield f"{name}-all-rows", (query, key, None, every, single, scale, 1.0)
-        yield f"{name}-some-rows", (query, key, causal, some, paired, scale, 0.5)
-        yield f"{name}-none-above", (query, key, causal, every, paired, scale, 1e3)
-        yield f"{name}-no-rows", (query, key, causal, torch.full((batch, 2), -1), single, scale, 1.0)
+        yield f"{name}-all-rows", (query, key, None, every, single, scale, 1.0, None)
+        yield f"{name}-some-rows", (query, key, causal, some, paired, scale, 0.5, None)
+        yield f"{name}-none-above", (query, key, causal, every, paired, scale, 1e3, None)
+        yield f"{name}-no-rows", (query, key, causal, torch.full((batch, 2), -1), single, scale, 1.0, None)
+        image = (torch.arange(past + length) >= past + length // 2).long().repeat(batch, 1)
+        apart = (image[:, None, -length:, None] == image[:, None, None, :]) & (torch.rand(length, past + length) > 0.3)
+        apart |= torch.eye(length, past + length, dtype=torch.bool).roll(past, 1)
+        yield f"{name}-two-images", (query, key, apart, every, paired, scale, 1.0, image)
+        yield f"{name}-two-images-some-rows", (query, key, apart, some, single, scale, 0.9, image)
 
 
 @op(_cases)
@@ -47,6 +53,7 @@ def global_score(
     columns: torch.Tensor,
     scale: float,
     above: float,
+    image: torch.Tensor | None,
 ) -> torch.Tensor:
     """[B, V] float32: the mean attention that the global ones among `rows` pay to `columns`."""
     batch, head_count, length, width = query.shape
@@ -61,16 +68,28 @@ def global_score(
         logits = logits.masked_fill(~allowed, torch.finfo(torch.float32).min)
     paid = logits.softmax(-1)
 
+    scoring = (rows >= 0).float()
+    place = rows.clamp(min=0) + keys - length
+    payer_image = torch.zeros_like(rows) if image is None else image.gather(1, place)
+    # [B, R, R] rows of one image, and no pads
+    same = (payer_image[:, :, None] == payer_image[:, None, :]).float() * scoring[:, :, None] * scoring[:, None, :]
+
+    def over_image(values: torch.Tensor) -> torch.Tensor:
+        """[B, R]: the sum of `values [B, R]` over the rows of each row's image."""
+        return (same @ values[:, :, None]).squeeze(2)
+
     def received(payer: torch.Tensor) -> torch.Tensor:
-        """[B, N]: the mean over the rows that `payer [B, R]` marks, and over heads, which come last: R may be 0."""
-        share = payer / payer.sum(1, keepdim=True).clamp(min=1)
+        """[B, N]: the mean over those rows of the key's image that `payer [B, R]` marks, and over heads.
+
+        Heads come last, as R may be 0.
+        """
+        share = payer / over_image(payer).clamp(min=1)
         return (paid * share[:, None, :, None]).sum(2).mean(1)
 
-    scoring = (rows >= 0).float()
-    own = received(scoring).gather(1, rows.clamp(min=0) + keys - length) * scoring
-    mean = own.sum(1, keepdim=True) / scoring.sum(1, keepdim=True).clamp(min=1)
+    own = received(scoring).gather(1, place) * scoring
+    mean = over_image(own) / over_image(scoring).clamp(min=1)
     # One more column keeps the highest defined where there are no rows.
-    most = torch.nn.functional.pad(own, (0, 1)).amax(1, keepdim=True)
+    most = torch.nn.functional.pad(same * own[:, None, :], (0, 1)).amax(2)
     pooled = received(((own > above * mean) | (own == most)).float() * scoring)
     taken = pooled.gather(1, columns.clamp(min=0).flatten(1)).reshape(columns.shape)
     present = (columns >= 0).float()
@@ -93,5 +112,5 @@ class GlobalScore(Score):
         return {"attention": Tap("attention", self.layer, (self.of,))}
 
     def apply(self, attention: Attention) -> torch.Tensor:
-        query, key, mask, rows, columns, scale = attention
-        return global_score.overload(query, key, mask, rows, columns, scale, self.above)
+        score: torch.Tensor = global_score.overload(*attention[:6], self.above, attention.image)
+        return score

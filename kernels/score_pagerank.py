@@ -98,5 +98,5 @@ class PageRankScore(Score):
         return {"attention": Tap("attention", self.layer, ("all",))}
 
     def apply(self, attention: Attention) -> torch.Tensor:
-        score: torch.Tensor = pagerank_score.overload(*attention, self.temperature, self.rounds)
+        score: torch.Tensor = pagerank_score.overload(*attention[:6], self.temperature, self.rounds)
         return score

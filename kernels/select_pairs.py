@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 
 from tvc.kernels.budget import Budget
-from tvc.kernels.greedy import directions, of_slots
+from tvc.kernels.greedy import above_nothing, directions, of_slots
 from tvc.kernels.loop import State, repeat
 from tvc.kernels.op import Scope, Select, Tap, op, primitive
 from tvc.kernels.segments import budgets, pack, per_token, ranks
@@ -100,7 +100,7 @@ def pairs_keep(
     def one(number: torch.Tensor, line: torch.Tensor, left: torch.Tensor) -> State:
         even, odd = (line >= 0) & (line % 2 == 0), (line >= 0) & (line % 2 == 1)
         other = odd[:, None, :] & (segment[:, :, None] == segment[:, None, :])
-        alike = torch.where(other, cosine, -2.0).amax(2)
+        alike = above_nothing(torch.where(other, cosine, -2.0)).amax(2)
         evens = (left + 1) // 2
         going = torch.minimum((left - wanted).clamp(min=0, max=drop), evens)
         first = per_token(going, segment)

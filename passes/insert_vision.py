@@ -83,6 +83,18 @@ def first_rows(query: torch.Tensor) -> torch.Tensor:
     return torch.zeros(query.shape[0], 1, dtype=torch.int64, device=query.device)
 
 
+def image_of_token(query: torch.Tensor, *boundaries: torch.Tensor) -> torch.Tensor:
+    """[1, P] int64: images that end before each token of a packed sequence.
+
+    Blocks may attend inside parts of an image. Where one image ends, and only there, the parts of every block end.
+    """
+    places = torch.arange(query.shape[2], device=query.device)
+    ends = torch.ones_like(places)
+    for each in boundaries:
+        ends = ends * (places[:, None] == each[None, 1:].to(torch.int64)).sum(1)
+    return ends.cumsum(0)[None]
+
+
 def column_rows(columns: torch.Tensor) -> torch.Tensor:
     """[n, F * g] int64: every encoder token that visual tokens are made from."""
     return columns.flatten(1)
@@ -243,8 +255,8 @@ class VisionInsertion:
         output = self._output()
         with self.graph.inserting_before(output):
             query, key, mask, scale = self._attention(int(tap.layer.removeprefix("vision.")), note)
-            rows = self._rows(tap.of[0], query, columns, note)
-            node = self._call(score_tap(primitive.apply, self._flat), note, query, key, mask, rows, columns, scale)
+            parts = (query, key, mask, self._rows(tap.of[0], query, columns, note), columns, scale)
+            node = self._call(score_tap(primitive.apply, self._flat), note, *parts, self._images(query, note))
         self._add_output(name, node)
 
     def add_keys(self, name: str, layer: str, note: str) -> None:
@@ -299,6 +311,12 @@ class VisionInsertion:
         if node.target is torch.ops.tvc.attention.default:
             return query, key, node.args[3], node.args[4]  # type: ignore[return-value]
         return query, key, self._call(_packed, note, node.args[3], query), node.args[4]  # type: ignore[return-value]
+
+    def _images(self, query: Any, note: str) -> fx.Node | None:
+        """[1, P] the image of each token, where the encoder packs all of them in one sequence."""
+        nodes = [block.attention for block in self.blocks if block.attention is not None]
+        packed = [node.args[3] for node in nodes if node.target is torch.ops.tvc.packed_attention.default]
+        return self._call(image_of_token, note, query, *dict.fromkeys(packed)) if packed else None
 
     def _weighed(self, layer: int, note: str) -> None:
         """Scores read the attention off q, k and what may be seen, and know nothing of sizes."""

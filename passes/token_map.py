@@ -77,6 +77,8 @@ class TokenMap:
             self.blocks[self.source] = int(self.source.meta["val"].shape[-1])
             for node in path:
                 self._follow(node)
+            if self.features not in self.shadows:
+                raise _untraceable(self.features, "values that are no longer those of the encoder's tokens")
             width = int(self.features.meta["val"].shape[-1])
             count = self._count(self.features, width)
             return self._call(sample_groups, self.shadows[self.features], count)
@@ -125,14 +127,18 @@ class TokenMap:
             self.shadows[node] = self._call(mix_channels, self.shadows[data], count, after)
             self.blocks[node] = max(1, after // count)
         else:
-            raise SiteError(
-                "the way from encoder tokens to visual tokens cannot be followed",
-                where=f'vision, node "{node.name}" ({node.target})',
-                got=f"{tuple(data.meta['val'].shape)} -> {tuple(value.shape)}",
-                want="operators that move tokens or mix channels",
-                fix="take the score from a decoder layer: layer: previous at language.2",
-                slug="tokens-not-traceable",
-            )
+            raise _untraceable(node, f"{tuple(data.meta['val'].shape)} -> {tuple(value.shape)}")
+
+
+def _untraceable(node: fx.Node, got: str) -> SiteError:
+    return SiteError(
+        "the way from encoder tokens to visual tokens cannot be followed",
+        where=f'vision, node "{node.name}" ({node.target})',
+        got=got,
+        want="operators that move tokens or mix channels",
+        fix="take the score from a decoder layer: layer: previous at language.2",
+        slug="tokens-not-traceable",
+    )
 
 
 def _same_shape(one: fx.Node, other: fx.Node) -> bool:

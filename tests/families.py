@@ -274,6 +274,30 @@ FURTHER: dict[str, Family] = {
         image_processor="SiglipImageProcessorPil",
         image_options={"size": {"height": 56, "width": 56}, "image_seq_length": 16},
     ),
+    "paligemma2": Family(
+        config_class="PaliGemmaConfig",
+        config={
+            # The prefix sees itself whole, whatever the windows; what is written behind it does not.
+            "text_config": {
+                "model_type": "gemma2",
+                **_TEXT_SIZES,
+                "head_dim": 16,
+                "query_pre_attn_scalar": 16,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention"] * 3,
+                "vocab_size": 1600,
+            },
+            "vision_config": {"model_type": "siglip_vision_model", "vision_use_head": False, **_VISION_SIZES},
+            "image_token_index": "<image>",
+            "projection_dim": 64,
+            "hidden_size": 64,
+            "vocab_size": 1600,
+        },
+        processor="PaliGemmaProcessor",
+        processor_options={},
+        image_processor="SiglipImageProcessorPil",
+        image_options={"size": {"height": 56, "width": 56}, "image_seq_length": 16},
+    ),
     "gemma3": Family(
         config_class="Gemma3Config",
         config={
@@ -531,8 +555,7 @@ FURTHER: dict[str, Family] = {
             "vision_feature_select_strategy": "default",
             "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112]],
         },
-        # Its own processor differs for videos only.
-        processor="LlavaNextProcessor",
+        processor="LlavaNextVideoProcessor",
         processor_options={
             "patch_size": 14,
             "vision_feature_select_strategy": "default",

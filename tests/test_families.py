@@ -43,14 +43,15 @@ RANDOM = policy(step("language.2", "random"))
 WHOLE = policy(step("language.2", "random", {"top": {"keep": "100%"}}))
 
 SLOW = pytest.mark.conformance
-# Values beside the embeddings; blocks and windows; a prefix; convolutions; vision paths that are not traced; an encoder
-# that goes image by image; compressed keys and values; experts.
+# Values beside the embeddings; blocks and windows; a prefix; convolutions; vision paths that are not traced; a prefix
+# with windows; an encoder that goes image by image; compressed keys and values; experts.
 PATHS = [
     ("qwen3_vl", TWO),
     ("gemma3", BLOCKS),
     ("paligemma", ONE),
     ("lfm2_vl", CONVOLUTIONS),
     ("idefics2", TWO),
+    pytest.param("paligemma2", ONE, marks=SLOW),
     pytest.param("mistral3", TWO, marks=SLOW),
     pytest.param("kimi_k25", ONE, marks=SLOW),
     pytest.param("qwen3_vl_moe", TWO, marks=SLOW),

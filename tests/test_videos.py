@@ -11,7 +11,13 @@ import torch
 import support
 import tvc
 from tvc.api import Prepared
+from tvc.chunks import TAP
 from tvc.errors import InputError
+from tvc.trace.layout import meta_model
+from tvc.trace.observe import replaced
+from tvc.trace.route import video_departs
+from tvc.trace.survey import survey
+from tvc.verification import samples
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 HALF = {
@@ -27,7 +33,24 @@ HALF = {
         }
     ],
 }
-INSIDE = {**HALF, "steps": [{**HALF["steps"][0], "score": {"attention": {"of": "all", "layer": "vision.2"}}}]}
+# Blocks 0 and 2 of Qwen2.5-VL attend inside windows, the others over whole images.
+SCORES = (
+    {"attention": {"of": "all", "layer": "vision.2", "heads": "sum"}},
+    {"attention": {"of": "visual", "layer": "vision.1", "heads": "max"}},
+    {"global": {"above": 1.05, "layer": "vision.2"}},
+    {"global": {"above": 1.05, "layer": "vision.3"}},
+)
+INSIDE = {
+    **HALF,
+    "steps": [
+        {
+            "at": "language.2",
+            "score": [{**score, "weight": 1.0, "normalize": "none"} for score in SCORES],
+            "select": {"threshold": {"above": 0.1}},
+            "rest": "drop",
+        }
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +93,13 @@ def videos(model: Any, grids: list[tuple[int, int, int]]) -> tuple[list[list[int
     counts = [t * h * w // vision.spatial_merge_size**2 for t, h, w in grids]
     start, end = config.vision_start_token_id, config.vision_end_token_id
     return [[start, *[config.video_token_id] * count, end] for count in counts], extra
+
+
+def frames(model: Any, tokens: int) -> dict[str, torch.Tensor]:
+    """A prompt with that many placeholders and a video of eight frames of noise."""
+    ids = torch.tensor([[1, 105, *[model.config.video_token_id] * tokens, 130, 131]])
+    pixels = torch.randn(1, 8, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels}
 
 
 def batch(model: Any, rows: list[list[int]], extra: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -136,9 +166,51 @@ def test_image_and_video_of_one_prompt(half: Any, family: str, image_first: bool
     assert tvc.verify(compiled, model, inputs, steps=3).passed
 
 
-def test_a_video_beside_scores_of_the_encoder_is_refused(prepared: Any) -> None:
+@pytest.fixture(scope="module")
+def inside(prepared: Any) -> tuple[Any, Any]:
     model, traced = prepared("qwen2_5_vl")
-    compiled = traced.compile(INSIDE, verify=False)
+    return model, traced.compile(INSIDE, verify=False)
+
+
+def test_scores_of_packed_images_are_those_of_each_image_alone(inside: Any) -> None:
+    """Their magnitude, which thresholds and sums of scores read; the untouched model under masks agrees."""
+    model, compiled = inside
+    inputs = support.inputs("qwen2_5_vl", 3)
+    lengths = samples.image_lengths(model, inputs)
+    together, answer = _scores(compiled, inputs)
+    start = visual = 0
+    for row, (one, length) in enumerate(zip(samples.singles(model, inputs, lengths), lengths, strict=True)):
+        alone, single = _scores(compiled, one)
+        for name, want in alone.items():
+            got = together[name][start : start + length]
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+        start += length
+        left = int((answer.kept["language.2"][row] >= 0).sum())
+        assert left == int((single.kept["language.2"] >= 0).sum())
+        visual += left - (one["input_ids"].shape[1] - length)
+    assert len(together) == len(SCORES)
+    assert start == len(together[name])
+    assert 0 < visual < start
+    assert tvc.verify(compiled, model, inputs, steps=2).passed
+
+
+def _scores(compiled: Any, inputs: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], Any]:
+    """What the vision graph says of each visual token, by score; and the answer."""
+    seen: dict[str, torch.Tensor] = {}
+    run = compiled.engine.run
+
+    def noting(component: str, given: Any) -> Any:
+        out = run(component, given)
+        seen.update({name: value for name, value in out.items() if component == "vision" and name.startswith(TAP)})
+        return out
+
+    with replaced(compiled.engine, "run", noting):
+        answer = compiled(**inputs)
+    return seen, answer
+
+
+def test_a_video_beside_scores_of_the_encoder_is_refused(inside: Any) -> None:
+    model, compiled = inside
     assert compiled(**support.inputs("qwen2_5_vl", 1)).kept["language.2"].shape[1] > 0
     with pytest.raises(InputError) as caught:
         compiled(**two_videos(model))
@@ -156,3 +228,35 @@ def test_a_family_whose_videos_go_another_way_is_refused(half: Any) -> None:
         compiled(**inputs)
     assert caught.value.slug == "no-video"
     assert "pixel_values_videos" in caught.value.got
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("tokens", (32, 128))
+def test_a_family_that_pools_its_videos_is_refused(half: Any, tokens: int) -> None:
+    """8 frames of 16 tokens, pooled to 4 each: the right number of placeholders, and what would fit unpooled."""
+    model, compiled = half("llava_next_video")
+    inputs = frames(model, tokens)
+    with torch.no_grad():
+        if tokens == 32:
+            assert model(**inputs).logits.isfinite().all()
+        else:
+            with pytest.raises(ValueError, match="do not match"):
+                model(**inputs)
+    with pytest.raises(InputError) as caught:
+        compiled(**inputs)
+    assert caught.value.slug == "no-video"
+    assert "multi_modal_projector" in caught.value.got
+
+
+@pytest.mark.parametrize(("family", "same"), (("llava_onevision", True), ("llava_next_video", False)))
+def test_the_way_of_videos_is_compared_with_that_of_images(family: str, same: bool) -> None:
+    """One pools behind the projector, which the vision graph leaves to the family's code; the other before it."""
+    surveyed = survey(meta_model(support.build_model(family).config), support.build_processor(family))
+    departs = video_departs(surveyed.host, {"pixel_values_videos": torch.randn(1, 8, 3, 56, 56)})
+    assert (departs == "") == same
+
+
+@pytest.mark.conformance
+def test_a_video_that_is_pooled_behind_the_projector_equals_the_untouched_model(half: Any) -> None:
+    model, compiled = half("llava_onevision")
+    assert tvc.verify(compiled, model, frames(model, 33)).passed

@@ -9,9 +9,23 @@ from kernel_oracles import ORACLES, Row, _allowed, _best, _budget, _cosine, _mem
 
 
 def global_score(
-    query: Any, key: Any, mask: Any, rows: list[Row], columns: Any, scale: float, above: float
+    query: Any, key: Any, mask: Any, rows: list[Row], columns: Any, scale: float, above: float, image: Any = None
 ) -> list[Row]:
+    """Of several images, each as if it were alone."""
     result = []
+    if image is not None:
+        for b, sample in enumerate(query):
+            past, scores = len(key[b][0]) - len(sample[0]), [0.0] * len(columns[b])
+            one = None if mask is None else [mask[b if len(mask) > 1 else 0]]
+            for number in set(image[b]):
+                theirs = [row for row in rows[b] if row >= 0 and image[b][row + past] == number]
+                here = [[[c for c in group if c >= 0 and image[b][c] == number] for group in columns[b]]]
+                part = global_score([sample], [key[b]], one, [theirs], here, scale, above)[0]
+                for v, group in enumerate(columns[b]):
+                    share = len(here[0][v]) / max(1, sum(c >= 0 for c in group))
+                    scores[v] += part[v] * share
+            result.append(scores)
+        return result
     for b, sample in enumerate(query):
         used, number = [row for row in rows[b] if row >= 0], len(key[b][0])
         paid: dict[int, Row] = {}

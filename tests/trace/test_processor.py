@@ -32,6 +32,32 @@ def test_image_only_drops_the_video_part() -> None:
     assert image_only(transformers.Qwen2_5_VLProcessor).get_attributes() == ["image_processor", "tokenizer"]
 
 
+@pytest.mark.parametrize(
+    ("narrowed", "like"), (("LlavaNextVideoProcessor", "LlavaNextProcessor"), ("VideoLlavaProcessor", "LlavaProcessor"))
+)
+def test_image_only_puts_parts_in_their_places_wherever_the_video_part_stands(
+    narrowed: str, like: str, tmp_path: pathlib.Path
+) -> None:
+    """The video part is the first of one class and the second of the other; images come out as of the image class."""
+    family = "llava_next_video" if "Next" in narrowed else "llava"
+    record = support.family_record(family)
+    parts = {
+        "image_processor": getattr(transformers, record.image_processor)(**record.image_options),
+        "tokenizer": support.tokenizer(family),
+        **record.processor_options,
+    }
+    made = image_only(getattr(transformers, narrowed))(**parts)
+    made.save_pretrained(tmp_path)
+    loaded = load_processor(str(tmp_path))
+    assert type(loaded).__name__ == narrowed
+    text, images = ["<image> what?", "a <image>"], [support.photo(0, (131, 97)), support.photo(1, (101, 163))]
+    want = getattr(transformers, like)(**parts)(images=images, text=text, padding=True, return_tensors="pt")
+    for processor in (made, loaded):
+        got = processor(images=images, text=text, padding=True, return_tensors="pt")
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
 def test_load_processor_refuses_a_directory_without_one(tmp_path: pathlib.Path) -> None:
     support.build_model("llava").save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="no-processor") as caught:

@@ -16,7 +16,8 @@ from tvc.verification.check import compare
 from tvc.verification.report import TOLERANCES, Comparison, Report
 
 AT_TWO = ("at=language.2", "keep=50%")
-# Everything that a step can do: even spacing, merging, a count settled at run time, both kinds of exit, new positions.
+# Everything that a step can do: even spacing, merging, a count settled at run time, both kinds of exit, new positions
+# (which the layer at a later cut has already, when it is asked for its attention).
 MIXED = """
 version: 1
 name: mixed
@@ -26,7 +27,7 @@ steps:
     select: {stride: {keep: 50%}}
     rest: {merge: {targets: {stride: 3}, by: key_cosine, reduce: size_weighted}}
   - at: language.3
-    score: {cosine: {to: text}}
+    score: {attention: {of: text, layer: self}}
     select: {threshold: {relative: 0.6}}
     rest: drop
   - at: language.4

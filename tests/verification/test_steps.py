@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import tvc
+from tvc.verification.report import DOUBT, TOLERANCES
 from tvc.verification.steps import Sample, carry_out
 
 SLACK = 1e-3
@@ -81,3 +82,65 @@ def test_a_sample_without_visual_tokens_stays_as_it_is():
     outcome = run(step(**TOP), given, [], None)
     assert outcome.sample is given
     assert outcome.planned == 0
+
+
+GREEDY = ("max_min", "log_det", "coverage", "max_sum")
+
+
+def greedily(key, twin, theirs=None, images=(0,) * 8 + (1,) * 4):
+    """A greedy selector over random tokens of two images, of which number 5 is `twin` times noise beside number 2."""
+    torch.manual_seed(0)
+    given = sample(list(images))
+    hidden = torch.randn(len(images) + 2, 6)
+    hidden[1 + 5] = hidden[1 + 2] + twin * torch.randn(6)
+    score = {"score": {"norm": {"of": "feature"}}} if key == "max_sum" else {}
+    made = step(**score, select={key: {"keep": "50%"}}, rest="drop")
+
+    def tap(wanted, _primitive, current):
+        if wanted.kind == "text":
+            return hidden[current.text][None], torch.ones(1, 2, dtype=torch.bool)
+        return hidden[current.slots][None]
+
+    return carry_out(made, given, hidden, tap, theirs, SLACK)
+
+
+@pytest.mark.parametrize("key", GREEDY)
+def test_a_near_tie_inside_a_greedy_loop_is_followed(key):
+    mine = greedily(key, 1e-4).sample.slots
+    assert (3 in mine) != (6 in mine)  # one of the twins
+    theirs = torch.tensor(sorted(9 - int(slot) if slot in (3, 6) else int(slot) for slot in mine))
+    outcome = greedily(key, 1e-4, theirs)
+    assert outcome.different == 2
+    assert 0 <= outcome.gap <= SLACK * outcome.scale < 0.1
+    assert torch.equal(outcome.sample.slots, theirs)
+
+
+@pytest.mark.parametrize("key", GREEDY)
+def test_another_token_than_the_best_of_a_greedy_loop_is_not_excused(key):
+    mine = greedily(key, 1e-4).sample.slots.tolist()
+    other = next(slot for slot in range(1, 9) if slot not in (*mine, 3, 6))
+    for gone in mine[:2]:
+        theirs = torch.tensor(sorted({*mine, other} - {gone}))
+        outcome = greedily(key, 1e-4, theirs)
+        assert outcome.gap > SLACK * outcome.scale, gone
+
+
+@pytest.mark.parametrize(("other", "sure"), (((1.0, -3.0), True), ((1.0, -1.00001), False)))
+def test_taking_in_one_of_two_that_are_equally_near_is_in_doubt(other, sure):
+    hidden = torch.zeros(5, 4)
+    hidden[1:-1, :2] = torch.tensor([(5.0, 0.0), (1.0, 1.0), other])
+    made = step(score={"norm": {"of": "feature"}}, select={"top": {"keep": 1}}, rest={"absorb": {"neighbours": 1}})
+
+    def tap(_wanted, _primitive, current):
+        return hidden[current.slots][None]
+
+    doubt = carry_out(made, sample([0, 0, 0]), hidden, tap, None, SLACK).doubt
+    assert doubt == 1.0 if sure else doubt > DOUBT
+
+
+def test_doubt_widens_what_is_allowed_up_to_a_bound():
+    allowed = TOLERANCES[torch.float32].allowed
+    values = torch.tensor([4.0])
+    assert [allowed(values, doubt) / allowed(values) for doubt in (0.5, 1.0, 3.0, 1e9)] == pytest.approx(
+        [1, 1, 3, DOUBT]
+    )

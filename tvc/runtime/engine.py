@@ -20,6 +20,7 @@ from tvc.trace.decoder import embedding_component
 from tvc.trace.exporters import prepare_vision_inputs
 from tvc.trace.extras import laid_out
 from tvc.trace.host import PIXEL_NAMES, VIDEO, DecoderCall, Host
+from tvc.trace.route import video_departs
 from tvc.trace.spans import read_spans
 from tvc.trace.vision import PIXELS, each_image
 
@@ -151,6 +152,8 @@ class Engine:
     def _chunk(
         self, inputs: dict[str, Any], ids: torch.Tensor, mask: torch.Tensor, past: StagedCache | None, seen: int
     ) -> Chunk:
+        if inputs.get(VIDEO) is not None and (departs := video_departs(self.host, inputs)):
+            raise no_video(departs)
         self.host.feature_lengths = {}
         try:
             with self._masks_made(ids):
@@ -161,7 +164,7 @@ class Engine:
             if isinstance(problem, ValueError) and lengths and sum(lengths) != tokens:
                 raise count_mismatch(tokens, lengths) from problem
             if inputs.get(VIDEO) is not None:
-                raise no_video(problem) from problem
+                raise no_video(f"{type(problem).__name__}: {problem}") from problem
             raise
         has_pixels = any(inputs.get(name) is not None for name in PIXEL_NAMES)
         visual = torch.zeros_like(ids, dtype=torch.bool)

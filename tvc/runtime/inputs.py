@@ -82,12 +82,12 @@ def count_mismatch(tokens: int, lengths: Sequence[int], where: str = "forward") 
     )
 
 
-def no_video(problem: Exception) -> InputError:
-    """The error for a family whose videos go another way than its images."""
+def no_video(problem: str) -> InputError:
+    """The error for a family whose videos go another way than its images; `problem`: what tells."""
     return InputError(
         "videos of this model do not pass through the vision path that was compiled",
         where="forward",
-        got=f"pixel_values_videos, and {type(problem).__name__}: {problem}",
+        got=f"pixel_values_videos, and {problem}",
         want="images; or a model whose videos take the same encoder and projector as its images",
         fix="pass the frames as images",
         slug="no-video",

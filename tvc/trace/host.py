@@ -126,15 +126,15 @@ def _to(value: Any, device: str) -> Any:
             return leaf
         return torch.zeros(leaf.shape, dtype=leaf.dtype) if leaf.is_meta else leaf.to(device)
 
-    return _map_outputs(value, move)
+    return map_outputs(value, move)
 
 
-def _map_outputs(value: Any, function: Callable[[Any], Any]) -> Any:
+def map_outputs(value: Any, function: Callable[[Any], Any]) -> Any:
     """`tree_map` that also walks HF's ModelOutput (which registers itself as a pytree only sometimes)."""
     if hasattr(value, "to_tuple") and isinstance(value, dict):
-        return type(value)(**{key: _map_outputs(item, function) for key, item in value.items()})
+        return type(value)(**{key: map_outputs(item, function) for key, item in value.items()})
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(_map_outputs(item, function) for item in value)
+        return type(value)(map_outputs(item, function) for item in value)
     return pytree.tree_map(function, value)
 
 
@@ -163,7 +163,7 @@ def _observed(model: torch.nn.Module, device: str) -> Iterator[list[_Call]]:
         prepared = prepare_vision_inputs(module, given)
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values()):
             prepared = {name: value for name, value in prepared.items() if name in signature.parameters}
-        images[0] = _images(prepared)
+        images[0] = first_size(prepared)
         return (), _to(prepared, device)
 
     def after(path: str) -> Callable[..., Any]:
@@ -205,7 +205,6 @@ def find_boundary(model: torch.nn.Module, sample: Mapping[str, Any]) -> Boundary
     decoder, embeddings = decoder_paths(model)
     last = calls[-1].output
     structure, features = _exit_structure(last)
-    junk = {call.path: _map_outputs(call.output, lambda leaf: leaf) for call in calls[:-1]}
     return Boundary(
         entry=paths[0],
         between=tuple(dict.fromkeys(p for p in paths[1:-1] if p not in (paths[0], paths[-1]))),
@@ -214,7 +213,7 @@ def find_boundary(model: torch.nn.Module, sample: Mapping[str, Any]) -> Boundary
         embeddings=embeddings,
         exit_structure=structure,
         features=tuple(feature.shape for feature in features),
-        junk=junk,
+        junk={call.path: map_outputs(call.output, lambda leaf: leaf) for call in calls[:-1]},
         images=calls[0].images,
     )
 
@@ -238,7 +237,7 @@ def decoder_paths(model: Any) -> tuple[str, str]:
     return path_of(model, decoder), path_of(model, model.get_input_embeddings())
 
 
-def _images(arguments: Mapping[str, Any]) -> int:
+def first_size(arguments: Mapping[str, Any]) -> int:
     """The first size of the first tensor among `arguments`: as many images, or tiles, as go in."""
     return next((value.shape[0] for value in arguments.values() if isinstance(value, torch.Tensor) and value.dim()), 0)
 
@@ -259,9 +258,9 @@ def _exit_structure(output: Any) -> tuple[Any, list[torch.Tensor]]:
 
     if hasattr(output, "to_tuple") and isinstance(output, dict):
         pooled = output.get("pooler_output") is not None
-        fields = {k: v if pooled and k in _INSIDE else _map_outputs(v, mark) for k, v in output.items()}
+        fields = {k: v if pooled and k in _INSIDE else map_outputs(v, mark) for k, v in output.items()}
         return type(output)(**fields), leaves
-    return _map_outputs(output, mark), leaves
+    return map_outputs(output, mark), leaves
 
 
 def exit_leaves(output: Any) -> list[torch.Tensor]:
@@ -279,6 +278,7 @@ class Host:
         self.entry_module = model.get_submodule(boundary.entry) if boundary.traced else model
         self.feature_lengths: dict[str, list[int]] = {}  # visual tokens of each image and video in the last call
         self.tables: tuple[str, ...] = (boundary.embeddings,)  # embeddings that family code looked up so far
+        self.image_route: Any = None  # a `Route`, where videos might go another way
         self.device = torch.device("cpu")  # where the values are that the family's code works on
         self._stubs = _Stubs()
         self._install()
@@ -313,13 +313,13 @@ class Host:
             if stubs.entry is not None:
                 return stubs.entry(bound)
             stubs.pending = bound
-            return finish() if boundary.entry == boundary.exit else _junk(stubs, boundary, boundary.entry)
+            return finish() if boundary.entry == boundary.exit else junk(boundary, boundary.entry, first_size(bound))
 
         def finish(*_args: Any, **_kwargs: Any) -> Any:
             if stubs.exit is not None:
                 return stubs.exit(*_args, **_kwargs)
             outputs = stubs.vision(stubs.pending) if stubs.vision is not None else []
-            return _map_outputs(
+            return map_outputs(
                 boundary.exit_structure, lambda leaf: outputs[leaf.index] if isinstance(leaf, Leaf) else leaf
             )
 
@@ -483,18 +483,18 @@ def _flat_arguments(signature: inspect.Signature, args: Any, kwargs: Any) -> dic
 
 def _between(stubs: _Stubs, boundary: Boundary, path: str) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return stubs.between[path](*args, **kwargs) if path in stubs.between else _junk(stubs, boundary, path)
+        own = stubs.between.get(path)
+        return own(*args, **kwargs) if own else junk(boundary, path, first_size(stubs.pending))
 
     return forward
 
 
-def _junk(stubs: _Stubs, boundary: Boundary, path: str) -> Any:
-    """What the module at `path` would return for the images under way: family code looks at its shape."""
-    images = _images(stubs.pending)
+def junk(boundary: Boundary, path: str, images: int) -> Any:
+    """What the module at `path` would return for as many images: family code looks at its shape."""
 
     def sized(value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or not value.dim() or value.shape[0] != boundary.images:
             return value
         return value.new_empty(images, *value.shape[1:])
 
-    return _map_outputs(boundary.junk[path], sized)
+    return map_outputs(boundary.junk[path], sized)

@@ -34,6 +34,7 @@ class Seen:
     value: torch.Tensor
     mask: torch.Tensor | None
     scale: float
+    window: int = 0  # keys that a query sees at most, itself and those before it; 0: any number
 
 
 class Observer:
@@ -74,7 +75,8 @@ def _attention(
     if observer is not None and place is not None:
         scale = kwargs.get("scaling")
         scale = float(scale) if scale is not None else query.shape[-1] ** -0.5
-        attention_mask = observer.attention(*place, Seen(query, key, value, attention_mask, scale))
+        window = int(kwargs.get("sliding_window") or 0)
+        attention_mask = observer.attention(*place, Seen(query, key, value, attention_mask, scale, window))
         if observer.silent:
             batch, heads, length, _ = query.shape
             return query.new_zeros(batch, length, heads, value.shape[-1]), None

@@ -76,10 +76,11 @@ def image_only(made: type[ProcessorMixin]) -> type[ProcessorMixin]:
 
     The subclass keeps the name, because that is what is saved as `processor_class`.
     """
-    absent = [name for name in made.get_attributes() if name in _UNWANTED]
+    order = made.get_attributes()
+    absent = [name for name in order if name in _UNWANTED]
     if not absent:
         return made
-    present = [name for name in made.get_attributes() if name not in absent]
+    present = [name for name in order if name not in absent]
     inherited: Any = made.__init__
     # `from_pretrained` reads the accepted names off the constructor's code object, so a wrapper would lose the options:
     # the constructor is copied instead, with None as the default of every argument that has none.
@@ -89,6 +90,20 @@ def image_only(made: type[ProcessorMixin]) -> type[ProcessorMixin]:
     constructor = types.FunctionType(
         inherited.__code__, inherited.__globals__, "__init__", defaults, inherited.__closure__
     )
+
+    class Parts(ProcessorMixin):
+        """Stands behind `made`, whose constructor takes and hands on parts by their place among all of them."""
+
+        @classmethod
+        def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+            parts = dict(zip(present, args, strict=True))
+            places = order[: order.index(present[-1]) + 1]
+            return super().from_args_and_dict([parts.get(name) for name in places], processor_dict, **kwargs)
+
+        def __init__(self, *args: Any, **kwargs: Any):
+            parts = dict(zip(order, args, strict=False)) | kwargs
+            super().__init__(**{name: part for name, part in parts.items() if name not in absent})
+
     members: dict[str, Any] = {
         "__init__": constructor,
         "__module__": made.__module__,
@@ -96,7 +111,7 @@ def image_only(made: type[ProcessorMixin]) -> type[ProcessorMixin]:
         # Chat templates of some families fill in the video defaults even where a conversation holds no video.
         "video_processor": types.SimpleNamespace(num_frames=None, fps=None),
     }
-    return type(made.__name__, (made,), members)
+    return type(made.__name__, (made, Parts), members)
 
 
 def _named_classes(model: str) -> Iterator[str]:

@@ -19,6 +19,7 @@ from tvc.trace.exporters import any_experts
 from tvc.trace.extras import arguments, laid_out, on_all_slots, read_extras, structure
 from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
 from tvc.trace.layout import blocks, cost_fields, residual_argument, used_vision_blocks
+from tvc.trace.route import note_images
 from tvc.trace.sample import default_size, doubled, pixel_inputs, visual_token_ids, with_text
 from tvc.trace.spans import read_spans
 from tvc.trace.untraced import Borrowed
@@ -114,6 +115,7 @@ def _survey(
     ]
     if borrowed is None:
         host = Host(meta, find_boundary(meta, sample))
+        note_images(host, sample)
         identity, lengths = _probe_packing(host, sample)
     else:
         host = borrowed.host(meta)

@@ -102,7 +102,7 @@ class _Comparing:
             difference = _difference(together.logits[number, 0], apart[0, -1])
             if not difference <= worst:
                 worst, where = difference, f"sample {number}"
-        allowed = self.tolerance.allowed(largest)
+        allowed = self.tolerance.allowed(largest, together.doubt)
         if not worst <= allowed:
             own = self._own_difference(batch, several)
             if worst <= 2 * own:
@@ -127,20 +127,26 @@ class _Comparing:
         expected = expect(self.model, self.compiled.policy, case, self.tolerance.relative)
         rows = [*self._selections(name, case, expected), *self._caches(name, run, expected)]
         for step in range(run.logits.shape[1]):
-            rows.append(self._logits(name, step, run.logits[:, step], expected.logits[:, step]))
+            rows.append(self._logits(name, step, run.logits[:, step], expected.logits[:, step], expected.doubts[-1]))
+        run.doubt = expected.doubts[-1]
         return rows, run
 
-    def _logits(self, name: str, step: int, got: torch.Tensor, want: torch.Tensor) -> Comparison:
+    def _logits(self, name: str, step: int, got: torch.Tensor, want: torch.Tensor, doubt: float) -> Comparison:
         site = self._site_before(self._depth())
-        allowed = self.tolerance.allowed(want)
-        return Comparison(
-            name, site, f"logits.{step}", _difference(got, want), allowed, _place(got, want, "sample token")
-        )
+        where = _place(got, want, "sample token")
+        return self._number(name, site, f"logits.{step}", got, want, doubt, where)
+
+    def _number(
+        self, name: str, site: str, output: str, got: torch.Tensor, want: torch.Tensor, doubt: float, where: str
+    ) -> Comparison:
+        if doubt > 1:
+            where += f"; rounding moves merged values up to {doubt:.1f} times further"
+        return Comparison(name, site, output, _difference(got, want), self.tolerance.allowed(want, doubt), where)
 
     def _selections(self, name: str, case: Case, expected: Expected) -> Iterator[Comparison]:
         for number, site, outcomes in expected.outcomes:
             label = f"step {number}"
-            worst = max(outcomes, key=lambda o: o.gap, default=None)
+            worst = max(outcomes, key=lambda o: o.gap / o.scale if o.scale else o.gap, default=None)
             if worst is not None:
                 where = f"{label}, {worst.different} tokens" if worst.different else label
                 slack = self.tolerance.relative * worst.scale
@@ -170,13 +176,13 @@ class _Comparing:
         """Places, keys and values of every layer; one row where all of them agree."""
         rows = []
         for layer, (got, want) in enumerate(zip(run.cache.layers, expected.cache.layers, strict=True)):
-            site = self._site_before(layer + 1)
+            site, doubt = self._site_before(layer + 1), expected.doubts[layer]
             if getattr(got, "keys", None) is None and cached_state(got) is None:  # it reads another layer's
                 continue
             one, other = cached_state(got), cached_state(want)
             if one is not None and other is not None:
-                where, allowed = _place(one, other, "sample channel place"), self.tolerance.allowed(other)
-                rows.append(Comparison(name, site, f"state.{layer}", _difference(one, other), allowed, where))
+                where = _place(one, other, "sample channel place")
+                rows.append(self._number(name, site, f"state.{layer}", one, other, doubt, where))
                 continue
             places, held = run.places(self.compiled, layer), expected.held[layer]
             rows.append(self._places(name, site, layer, places, held, got.keys.shape[2]))
@@ -188,8 +194,7 @@ class _Comparing:
                 real = (places >= 0)[:, None, :, None]
                 one, other = torch.where(real, ours, 0.0), torch.where(real, aligned, 0.0)
                 where = _place(one, other, "sample head token channel")
-                allowed = self.tolerance.allowed(aligned)
-                rows.append(Comparison(name, site, f"{output}.{layer}", _difference(one, other), allowed, where))
+                rows.append(self._number(name, site, f"{output}.{layer}", one, other, doubt, where))
         if not all(row.passed for row in rows):
             return [row for row in rows if not row.passed]
         worst = max((r for r in rows if r.allowed), key=lambda r: r.worst / r.allowed)
@@ -231,6 +236,7 @@ class Run:
     logits: torch.Tensor  # [B, steps, vocabulary]
     kept: dict[str, torch.Tensor]
     cache: Any  # the `StagedCache` after the last call
+    doubt: float = 1.0  # how much of a difference behind its merges is rounding, see `Tolerance.allowed`
 
     def places(self, compiled: Any, layer: int) -> torch.Tensor:
         places: torch.Tensor = self.cache.key_positions[compiled.engine.interface.stage_of_layer[layer]]

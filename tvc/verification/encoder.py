@@ -103,6 +103,14 @@ class EncoderTaps:
 
     owner: torch.Tensor  # [tokens] from `token_map`
     number: int  # visual tokens; those that no encoder token ends in (newlines) get 0
+    images: list[int]  # visual tokens of each image
+
+    def _image(self) -> torch.Tensor:
+        """[tokens] which image each encoder token belongs to; one that ends in no visual token, to that before it."""
+        lengths = torch.tensor(self.images, device=self.owner.device)
+        of_visual = torch.arange(len(self.images), device=self.owner.device).repeat_interleave(lengths)
+        found = torch.where(self.owner < 0, 0, of_visual[self.owner.clamp(min=0)])
+        return found.cummax(0).values
 
     def _pooled(self, values: torch.Tensor) -> torch.Tensor:
         """[visual tokens, ...] means of `values` [tokens, ...] over the encoder tokens of each visual token."""
@@ -119,7 +127,7 @@ class EncoderTaps:
     def attention(self, calls: list[Seen], of: str, heads: str) -> torch.Tensor:
         """[visual tokens] the attention that a block's tokens pay: `cls` (the first), `visual` or `all` of them."""
         received, start = [], 0
-        whole = sum(c.query.shape[0] * c.query.shape[2] for c in calls) if len(calls) > 1 else 0
+        image = self._image() if len(calls) > 1 else None  # else one call holds whole tiles, or one image
         for call in calls:
             batch, _, length, _ = call.query.shape
             weights = _weights(call, heads == "joined")
@@ -131,7 +139,11 @@ class EncoderTaps:
             elif call.mask is not None:  # tokens that were dropped pay nothing
                 rows = rows * _boolean(call.mask).expand(batch, 1, length, length)[:, 0, 0].float()
             by_head = (weights * rows[:, None, :, None]).sum(2)
-            by_head = by_head / (whole or rows.sum(1)[:, None, None].clamp(min=1))  # packed images share one mean
+            payers = rows.sum(1)[:, None, None]
+            if image is not None:  # calls are parts of images: the mean is over the tokens that pay in the whole image
+                paying = (self.owner >= 0) if of == "visual" else torch.ones_like(image, dtype=torch.bool)
+                payers = (paying & (image == image[start])).sum().float()
+            by_head = by_head / payers.clamp(min=1)
             mean = by_head.mean(1)
             pooled = {"mean": mean, "joined": mean, "sum": by_head.sum(1), "max": by_head.amax(1)}[heads]
             received.append(pooled.flatten())
@@ -141,13 +153,21 @@ class EncoderTaps:
     def of_global(self, calls: list[Seen], above: float) -> torch.Tensor:
         """[visual tokens] the attention that those tokens pay which receive more than `above` times the mean of it.
 
-        Where no token does, the one that receives most pays. Tiles are judged apart, packed images together.
+        Where no token does, the one that receives most pays. Tiles are judged apart, and so are packed images.
         """
         tiles = [
             (paid, alive) for call in calls for paid, alive in zip(_weights(call).mean(1), _alive(call), strict=True)
         ]
-        if len(calls) > 1:
-            tiles = [(torch.block_diag(*(paid for paid, _ in tiles)), torch.cat([alive for _, alive in tiles]))]
+        if len(calls) > 1:  # calls are parts of images
+            image, start = self._image(), 0
+            parts: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+            for paid, alive in tiles:
+                parts.setdefault(int(image[start]), []).append((paid, alive))
+                start += len(alive)
+            tiles = [
+                (torch.block_diag(*(paid for paid, _ in part)), torch.cat([alive for _, alive in part]))
+                for part in parts.values()
+            ]
         received = []
         for paid, alive in tiles:
             mass = paid[alive].mean(0)

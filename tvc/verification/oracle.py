@@ -32,6 +32,7 @@ class Expected:
     logits: torch.Tensor  # [B, steps, vocabulary]
     cache: Any = None  # the model's own, over all places
     held: list[torch.Tensor] = dataclasses.field(default_factory=list)  # per layer [B, S] bool: columns in its cache
+    doubts: list[float] = dataclasses.field(default_factory=list)  # per layer, see `carry_out`
     outcomes: list[tuple[int, str, list[Outcome]]] = dataclasses.field(default_factory=list)  # step, site, per sample
 
 
@@ -74,6 +75,7 @@ class _Oracle(Observer):
         self.lengths: dict[str, list[int]] = {}  # visual tokens of each image and of each video
         self.samples: list[Sample] = []
         self.tiles: list[Sample] = []
+        self.doubt = 1.0  # how many times more than rounding does elsewhere, merges in doubt may move what is behind
         self.proportional = False  # sizes of tokens are added to the encoder's logits from here on
         self.transitions: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {
             int((tap.layer or "").removeprefix("language.")): [] for tap in taps if tap.kind == "transition"
@@ -159,22 +161,25 @@ class _Oracle(Observer):
                 self.raters = [text_that_rates(sample, hidden[sample.row]) for sample in self.samples]
         if f"language.{index}" in self.tapped:
             self.inputs_of[f"language.{index}"] = hidden
+        rotary = arguments.get("position_embeddings")
+        self._renumber(index - 1, rotary, arguments)  # a step that asks this block finds what is left numbered already
         hidden = self._steps_at(f"language.{index}", hidden, block, arguments)
         arguments[name] = hidden
         if has_attention(block):
             arguments["attention_mask"] = self._narrowed(arguments["attention_mask"])
         else:
             self._close_up(name, arguments)
-        if self.policy.positions == "renumber" and self._cut_before(index):
-            arguments["position_embeddings"] = self._renumbered(arguments.get("position_embeddings"))
-            arguments["position_ids"] = (self.alive.long().cumsum(1) - 1).clamp(min=0)
+        self._renumber(index, rotary, arguments)
         self.seen.pop(f"language.{index}", None)
         self.expected.held.append(self.alive.clone())
+        self.expected.doubts.append(self.doubt)
 
     def attention(self, component: str, index: int, seen: Seen) -> torch.Tensor | None:
         name = f"{component}.{index}"
         if component == "vision" and self.tiles and (name != "vision.0" or name in self.steps):
             seen.mask = self._tile_mask(seen)
+        if component == "language" and seen.window and seen.mask is not None:
+            seen.mask = self._in_window(seen.mask, seen.window)
         if name in self.tapped:
             self.seen.setdefault(name, []).append(dataclasses.replace(seen))
         return seen.mask
@@ -209,9 +214,21 @@ class _Oracle(Observer):
         there = (places < self.case.prompt) | (places <= places[-own.shape[2] :, None])
         return own & there & self.alive[:, None, None, :]
 
+    def _in_window(self, mask: torch.Tensor, window: int) -> torch.Tensor:
+        """The mask of a layer, whose window holds for tokens that were generated whatever spans there are before it."""
+        places = torch.arange(mask.shape[3], device=mask.device)
+        rows = places[-mask.shape[2] :, None]
+        return mask & ((rows < self.case.prompt) | (places > rows - window))
+
     def _cut_before(self, index: int) -> bool:
         sites = [at for at in self.steps if at.startswith("language.")]
         return any(int(site.removeprefix("language.")) <= index for site in sites)
+
+    def _renumber(self, index: int, rotary: Any, arguments: dict[str, Any]) -> None:
+        """Puts running numbers in the place of a block's positions, if there is a cut at `index` or before it."""
+        if self.policy.positions == "renumber" and self._cut_before(index):
+            arguments["position_embeddings"] = self._renumbered(rotary)
+            arguments["position_ids"] = (self.alive.long().cumsum(1) - 1).clamp(min=0)
 
     def _renumbered(self, given: Any) -> Any:
         """Position embeddings, of the kind that a block was given, for the running numbers of what is left."""
@@ -332,13 +349,14 @@ class _Oracle(Observer):
                 def tap_value(tap: Tap, primitive: Any, sample: Sample, hidden: torch.Tensor = hidden) -> Any:
                     return self._tap(tap, primitive, sample, hidden, inside)
 
-                outcome = carry_out(step, sample, hidden[sample.row], tap_value, theirs, self.slack)
+                outcome = carry_out(step, sample, hidden[sample.row], tap_value, theirs, self.slack, self.doubt)
                 outcomes.append(outcome)
                 if outcome.feature is not None:
                     hidden = hidden.clone()
                     hidden[sample.row, outcome.sample.slots] = outcome.feature.to(hidden.dtype)
                 samples[index] = outcome.sample if site != "projector" else outcome.sample.entering()
             self._mark_alive(samples, alive)
+            self.doubt = max([self.doubt, *(outcome.doubt for outcome in outcomes)])
             self.proportional |= step.merge is not None and step.merge.proportional
             self.expected.outcomes.append((number, site, outcomes))
         return hidden
@@ -425,7 +443,7 @@ class _Oracle(Observer):
 
     def _encoder_tap(self, tap: Tap, primitive: Any, sample: Sample) -> torch.Tensor:
         visual = self._visual_counts()
-        taps, calls = EncoderTaps(self.map, sum(visual)), self.seen[str(tap.layer)]
+        taps, calls = EncoderTaps(self.map, sum(visual), self.lengths["get_image_features"]), self.seen[str(tap.layer)]
         if tap.kind == "attention" and primitive.key == "global":
             values = taps.of_global(calls, primitive.above)
         elif tap.kind == "attention":

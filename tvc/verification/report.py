@@ -18,14 +18,20 @@ class Tolerance:
     relative: float
     because: str
 
-    def allowed(self, values: torch.Tensor) -> float:
-        """For tensors of any scale: below 1 the numbers around them (norms, softmax) set the size of the rounding."""
-        return self.relative * max(1.0, _largest(values))
+    def allowed(self, values: torch.Tensor, doubt: float = 1.0) -> float:
+        """For tensors of any scale: below 1 the numbers around them (norms, softmax) set the size of the rounding.
+
+        `doubt`: how many times more rounding was found to move what merges in front of these values gave; what is
+        beyond `DOUBT` times is not explained by it.
+        """
+        return self.relative * max(1.0, _largest(values)) * min(max(1.0, doubt), DOUBT)
 
     def allowed_score(self, score: torch.Tensor) -> float:
         """For scores, which may all be tiny: attention spreads 1 over every token."""
         return self.relative * _largest(score)
 
+
+DOUBT = 10.0  # merges that rounding moves further than this many times cannot be verified
 
 TOLERANCES: dict[torch.dtype, Tolerance] = {
     torch.float32: Tolerance(2e-5, "a few hundred roundings of 6e-8 each along the layers"),

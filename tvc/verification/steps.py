@@ -10,6 +10,7 @@ import torch
 
 from tvc.kernels.combine_scores import combine
 from tvc.kernels.op import Scope, Tap
+from tvc.verification.ties import DRAWS, fallen_short, moved
 
 TapValue = Callable[[Tap, Any, "Sample"], Any]
 
@@ -69,10 +70,17 @@ class Outcome:
     different: int = 0  # tokens that the compiled model decided otherwise
     gap: float = 0.0  # how far their scores lie from the cut
     scale: float = 0.0  # the largest score
+    doubt: float = 1.0  # how many times more than elsewhere rounding may move its merged values
 
 
 def carry_out(
-    step: Any, sample: Sample, hidden: torch.Tensor, tap_value: TapValue, theirs: torch.Tensor | None, slack: float
+    step: Any,
+    sample: Sample,
+    hidden: torch.Tensor,
+    tap_value: TapValue,
+    theirs: torch.Tensor | None,
+    slack: float,
+    doubt: float = 1.0,
 ) -> Outcome:
     """The step on one sample.
 
@@ -83,11 +91,19 @@ def carry_out(
         tap_value: gives the value of a tap, for a batch of this one sample.
         theirs: columns of the visual tokens that the compiled model kept; None where it does not say.
         slack: relative difference of scores that rounding explains. Within it the compiled model's choice is followed.
+        doubt: how many times more the hidden states may be off, behind earlier merges.
     """
     if not len(sample.slots):
         return Outcome(sample, None, 0, True)
     by_hand = _ByHand(step, sample, hidden, tap_value)
-    score = by_hand.score()
+    outcome = _chosen(by_hand, theirs, slack)
+    if outcome.feature is not None:
+        outcome.doubt = by_hand.doubt(slack, doubt)
+    return outcome
+
+
+def _chosen(by_hand: _ByHand, theirs: torch.Tensor | None, slack: float) -> Outcome:
+    step, sample, score = by_hand.step, by_hand.sample, by_hand.score()
     index, feature, size = by_hand.decide(score)
     planned, exact = _planned(step, sample)
     made = dataclasses.replace(sample.taking(index), size=size)
@@ -109,6 +125,17 @@ def carry_out(
             index, feature, size = by_hand.decide(nudged)
             made = dataclasses.replace(sample.taking(index), size=size)
             outcome.sample, outcome.feature = made, feature
+    if outcome.gap > slack * outcome.scale:
+
+        def again() -> Any:
+            other, other_score = by_hand.shaken(score, slack)
+            return other.decide(other_score)
+
+        found = fallen_short(lambda: by_hand.decide(score), again, wanted)
+        if found is not None:
+            short, unsure, (index, feature, size) = found
+            outcome.gap, outcome.scale = short, unsure / slack
+            outcome.sample, outcome.feature = dataclasses.replace(sample.taking(index), size=size), feature
     if not torch.equal(outcome.sample.slots, sample.slots[wanted]):  # reported; what follows is compared all the same
         outcome.sample, outcome.feature = sample.taking(wanted.nonzero().flatten()), None
     return outcome
@@ -146,9 +173,12 @@ class _ByHand:
     """One step's primitives on one sample."""
 
     def __init__(self, step: Any, sample: Sample, hidden: torch.Tensor, tap_value: TapValue):
-        self.step, self.sample, self.tap_value = step, sample, tap_value
+        self.step, self.sample, self.hidden, self.tap_value = step, sample, hidden, tap_value
         self.feature = hidden[sample.slots][None]
         self.scope = sample.scope(step.scope)
+        self.ranked: torch.Tensor | None = None  # what the last decision was made of: the score,
+        self.chosen: torch.Tensor | None = None  # the tokens selected
+        self.merged: tuple[torch.Tensor, torch.Tensor] | None = None  # and what became of them: numbers, values
 
     def _taps(self, primitive: Any) -> dict[str, Any]:
         return {name: self.tap_value(tap, primitive, self.sample) for name, tap in primitive.taps().items()}
@@ -174,27 +204,66 @@ class _ByHand:
         value: torch.Tensor = primitive.apply(**taps)
         return value
 
+    def shaken(self, score: torch.Tensor | None, slack: float) -> tuple[_ByHand, torch.Tensor | None]:
+        """The same with features, taps and score moved by as much as rounding may."""
+        generator = torch.Generator().manual_seed(0)
+
+        def tap_value(tap: Tap, primitive: Any, sample: Sample) -> Any:
+            return moved(self.tap_value(tap, primitive, sample), slack, generator)
+
+        other = _ByHand(self.step, self.sample, moved(self.hidden, slack, generator), tap_value)
+        if score is not None:
+            noise = torch.randn(score.shape, generator=generator).to(score.device)
+            score = score + slack * score.abs().max() * noise
+        return other, score
+
+    def doubt(self, slack: float, before: float) -> float:
+        """How many times `slack` rounding may move a merged value: more than once where neighbours are nearly alike.
+
+        Which of two tokens that are almost equally near is merged, and what is left of a sum that nearly cancels, hang
+        on the last digits of what enters. So the merge of the last decision is made once more on what enters when it is
+        moved by `slack`, `before` times where it was in doubt already.
+        """
+        if self.merged is None:
+            return before
+        other, score = self.shaken(self.ranked, slack * before)
+        index, feature, _ = other.merge_of(self.chosen, score)
+        own, values = self.merged
+        both = own[torch.isin(own, index)]
+        one, again = values[torch.isin(own, both)].float(), feature[torch.isin(index, both)].float()
+        change = (one - again).abs().amax(1) / one.abs().amax(1).clamp(min=1e-30)
+        return max(before, float(change.max()) / (DRAWS * slack)) if len(both) else before
+
     def decide(self, score: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """(numbers of the visual tokens that stay, their merged values [K, D], their sizes [K])."""
         step, size = self.step, self.sample.size
+        self.ranked, self.chosen, self.merged = score, None, None
         if step.merge is not None:
-            index, feature, sizes = step.merge.apply(self.feature, size[None], self.scope, **self._taps(step.merge))
-            real = index[0] >= 0
-            return index[0][real], feature[0][real], sizes[0][real]
+            return self.merge_of(None, score)
         if step.exit is not None:
             leaves = bool(step.exit.gate.apply(score, self.scope, **self._taps(step.exit.gate)).all())
             index = torch.arange(0 if leaves else len(size), device=size.device)
             return index, None, size[index]
-        chosen = step.select.apply(score, self.scope, **self._taps(step.select))
-        merged = None
-        if step.rest is not None:
+        self.chosen = step.select.apply(score, self.scope, **self._taps(step.select))
+        return self.merge_of(self.chosen, score)
+
+    def merge_of(
+        self, chosen: torch.Tensor | None, score: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        """What `decide` gives, once the tokens are `chosen`; None where the step merges without a selection."""
+        step, size, made = self.step, self.sample.size, None
+        if chosen is None:
+            made = step.merge.apply(self.feature, size[None], self.scope, **self._taps(step.merge))
+        elif step.rest is not None:
             arguments = (self.feature, size[None], chosen, score, self.scope)
-            merged = step.rest.apply(*arguments, **self._taps(step.rest))
-        if merged is None:
-            index = chosen[0][chosen[0] >= 0]
+            made = step.rest.apply(*arguments, **self._taps(step.rest))
+        if made is None:
+            index = chosen[0][chosen[0] >= 0]  # type: ignore[index]
             return index, None, size[index]
-        real = merged[0][0] >= 0
-        return merged[0][0][real], merged[1][0][real], merged[2][0][real]
+        real = made[0][0] >= 0
+        index, feature, sizes = made[0][0][real], made[1][0][real], made[2][0][real]
+        self.merged = (index, feature)
+        return index, feature, sizes
 
 
 def _planned(step: Any, sample: Sample) -> tuple[int, bool]:
