@@ -82,7 +82,7 @@ class Tap:
                       visual token (see kernels/score_transition.py)
           `ordinal`   [B, V] int64 running number of each visual token of the sample, -1 pads
           `weights`   tensors by name, which `tensors` reads (see kernels/weights.py)
-    of: of `attention`, the rows; `text` of `behind`: the text behind the last visual token, all text where there is none
+    of: the rows of `attention`; `behind` of `text`: what stands behind the last visual token, all text if nothing does
     """
 
     kind: Literal["feature", "key", "attention", "text", "ordinal", "transition", "weights"]

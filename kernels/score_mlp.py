@@ -6,7 +6,7 @@ Rule:    score_weight . gelu(visual_weight . n(visual) + text_weight . n(states)
          n divides a vector by the root of the mean of its squares (plus 1e-6).
 Memory:  O(B V h).
 
-Reference: CoViPAL, arXiv 2508.17243 (a small module in front of the decoder rates the tokens). The paper's own module is
+Reference: CoViPAL, arXiv 2508.17243 (a small module in front of decoder layers rates the tokens). The paper's module is
 not published; this one is the plainest of that kind.
 """
 
@@ -26,7 +26,7 @@ from tvc.kernels.weights import Shape, Trained
 def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     torch.manual_seed(0)
     for batch, tokens, width, hidden in ((1, 1, 4, 3), (2, 9, 8, 5), (3, 4, 3, 8)):
-        first, other = torch.randn(hidden, width), torch.randn(hidden, width)
+        first, other = torch.randn(2, hidden, width) / width**0.5
         weights = (torch.randn(hidden), torch.randn(1, hidden), torch.randn(1))
         visual, states = torch.randn(batch, tokens, width), torch.randn(batch, width)
         yield f"B{batch}-V{tokens}-text", (visual, states, first, other, *weights)

@@ -1,6 +1,6 @@
 """text_states: what a module sees of the text: the mean of its tokens and the last of them.
 
-Shapes:  text [B, T, D] float, asked [B, T] bool -> [B, 2, D] float32: the mean of the asked tokens but the last, the last
+Shapes:  text [B, T, D] float, asked [B, T] bool -> [B, 2, D] float32: mean of the asked tokens but the last; the last
 Edges:   one asked token is its own mean; without any both are zeros.
 
 Reference: DyVTE, arXiv 2411.19628 (the state that its routers see). Deviation: the published mean over no token is NaN.

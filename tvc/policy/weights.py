@@ -36,8 +36,8 @@ def check_weights(steps: tuple[Step, ...], layout: Layout) -> None:
     """Compares the files that resolved steps name with what their primitives take in this model.
 
     Raises:
-        WeightsError: a file is missing or is not what it should be, lacks a tensor, holds one that nothing takes, or one
-            of another shape or type; the message names the tensors.
+        WeightsError: there is no such file, or it lacks a tensor, holds one that nothing takes, or one of another shape
+            or type; the message names the tensors.
     """
     known: set[tuple[str, str]] = set()  # (file, name) that some step takes
     users = list(trained(steps))

@@ -1,0 +1,59 @@
+"""Oracles of the ops that trained modules are made of."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from kernel_oracles import ORACLES, Row
+
+
+def _gelu(x: float) -> float:
+    return x * 0.5 * (1 + math.erf(x / math.sqrt(2)))
+
+
+def _dot(one: Row, other: Row) -> float:
+    return sum(a * b for a, b in zip(one, other, strict=True))
+
+
+def _even(row: Row) -> Row:
+    return [x / math.sqrt(_dot(row, row) / len(row) + 1e-6) for x in row]
+
+
+def text_states(text: Any, asked: list[list[bool]]) -> list[Any]:
+    result = []
+    for words, wanted in zip(text, asked, strict=True):
+        rows = [row for row, ok in zip(words, wanted, strict=True) if ok]
+        if not rows:
+            width = len(words[0]) if words else 4
+            result.append([[0.0] * width] * 2)
+            continue
+        before = rows[:-1] or rows
+        result.append([[sum(column) / len(before) for column in zip(*before, strict=True)], rows[-1]])
+    return result
+
+
+def mlp_score(
+    visual: Any, states: Any, visual_weight: Any, text_weight: Any, bias: Row, score_weight: Any, score_bias: Row
+) -> list[Row]:
+    result = []
+    for b, tokens in enumerate(visual):
+        scores = []
+        for token in tokens:
+            hidden = [_dot(w, _even(token)) + extra for w, extra in zip(visual_weight, bias, strict=True)]
+            if states is not None:
+                hidden = [x + _dot(w, _even(states[b])) for x, w in zip(hidden, text_weight, strict=True)]
+            scores.append(_dot(score_weight[0], [_gelu(x) for x in hidden]) + score_bias[0])
+        result.append(scores)
+    return result
+
+
+def exit_logits(states: Any, hidden_weight: Any, route_weight: Any) -> list[Row]:
+    result = []
+    for mean, last in states:
+        hidden = [_gelu(_dot(w, [*mean, *last])) for w in hidden_weight]
+        result.append([_dot(w, hidden) for w in route_weight])
+    return result
+
+
+ORACLES.update(text_states=text_states, mlp_score=mlp_score, exit_logits=exit_logits)
