@@ -3,8 +3,8 @@
     python benchmarks/trained.py [--examples N] [--output DIRECTORY]
 
 The scorer at three budgets, and the exit routers beside exits at fixed layers and beside policies that hold as many
-visual tokens in the decoder's layers on average as the routers did. Replies are kept below the output directory, so that
-a run that was stopped goes on; tables and JSON are written to `benchmarks/results/trained-*`.
+visual tokens in the decoder's layers on average as the routers did. Replies are kept below the output directory, so
+that a run that was stopped goes on; tables and JSON are written to `benchmarks/results/trained-*`.
 """
 
 from __future__ import annotations
