@@ -35,8 +35,7 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     yield "none-chosen", (torch.randn(3, 1, 7, 4), torch.randn(3, 7, 4), segment, counts, chosen[:, :0])
     empty = (torch.zeros(3, 1, 0, 4), torch.zeros(3, 0, 4), segment[:, :0], torch.zeros_like(counts))
     yield "no-visual-token", (*empty, chosen[:, :0])
-    lowest = torch.finfo(torch.float32).min
-    sharp = torch.where(torch.rand(3, 1, 7, 4) > 0.4, lowest, 0.0).index_fill(2, torch.tensor([3, 4, 6]), 0.0)
+    sharp = torch.where(torch.rand(3, 1, 7, 4) > 0.4, -1e4, 0.0)
     yield "nothing-of-most", (sharp, torch.randn(3, 7, 4), segment, counts, chosen)
 
 
@@ -51,8 +50,9 @@ def segment_pool(
     place = ranks(own, there).clamp(min=0, max=most - 1)
     rows = logits.float().gather(3, place[:, None, None, :].expand(-1, heads, logits.shape[2], -1)).transpose(2, 3)
     same = (own[:, :, None] == segment[:, None, :]) & (own >= 0)[:, :, None]  # [B, K, V]
-    # The lowest finite number, not -inf: pads stay free of NaN.
-    shares = rows.masked_fill(~same[:, None], torch.finfo(torch.float32).min).softmax(3)
+    # Places that stand for nothing see everything, so that no row is without a number: they are set to 0 behind it.
+    seen = same | (own < 0)[:, :, None]
+    shares = rows.masked_fill(~seen[:, None], float("-inf")).softmax(3)
     shares = torch.where(same[:, None], shares, 0.0)
     parts = value.float().unflatten(2, (heads, -1)).transpose(1, 2)  # [B, H, V, d]
     return (shares @ parts).transpose(1, 2).flatten(2).clone(memory_format=torch.contiguous_format)

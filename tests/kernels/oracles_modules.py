@@ -57,3 +57,29 @@ def exit_logits(states: Any, hidden_weight: Any, route_weight: Any) -> list[Row]
 
 
 ORACLES.update(text_states=text_states, mlp_score=mlp_score, exit_logits=exit_logits)
+
+
+def segment_pool(logits: Any, value: Any, segment: list[Row], counts: list[Row], chosen: list[Row]) -> Any:
+    result = []
+    for b, places in enumerate(chosen):
+        heads, rows, seen = len(logits[b]), [], dict.fromkeys(range(len(counts[b])), 0)
+        for place in places:
+            width = len(value[b][0]) if value[b] else 0
+            if place < 0:
+                rows.append([0.0] * width)
+                continue
+            own = segment[b][place]
+            number, seen[own] = seen[own], seen[own] + 1
+            members, row = [v for v, s in enumerate(segment[b]) if s == own], []
+            for head in range(heads):
+                most = max(logits[b][head][v][number] for v in members)
+                powers = [math.exp(logits[b][head][v][number] - most) for v in members]
+                for d in range(head * width // heads, (head + 1) * width // heads):
+                    pairs = zip(powers, members, strict=True)
+                    row.append(sum(p * value[b][v][d] for p, v in pairs) / sum(powers))
+            rows.append(row)
+        result.append(rows)
+    return result
+
+
+ORACLES["segment_pool"] = segment_pool
