@@ -56,6 +56,7 @@ SETTINGS = {
     "mqt": ["keep=9", "heads=2"],
     "tokenflex": ["side=3"],
     "flash-latents": ["keep=5"],
+    "qtsplus": ["heads=4", "groups=2"],
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kernel_oracles import ORACLES, Row
+from kernel_oracles import ORACLES, Row, _best, _pad
 
 
 def _gelu(x: float) -> float:
@@ -83,3 +83,72 @@ def segment_pool(logits: Any, value: Any, segment: list[Row], counts: list[Row],
 
 
 ORACLES["segment_pool"] = segment_pool
+
+
+def _softmax(logits: Row) -> Row:
+    powers = [math.exp(x - max(logits)) for x in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def cross_score(query: Any, key: Any, asked: list[list[bool]], seen: list[list[bool]]) -> list[Row]:
+    result = []
+    for b, heads in enumerate(query):
+        tokens = [v for v, ok in enumerate(seen[b]) if ok]
+        best = [0.0] * len(seen[b])
+        for h, words in enumerate(heads):
+            keys = key[b][h * len(key[b]) // len(heads)]
+            for t, word in enumerate(words):
+                if asked[b][t] and tokens:
+                    shares = _softmax([_dot(word, keys[v]) / math.sqrt(len(word)) for v in tokens])
+                    for v, share in zip(tokens, shares, strict=True):
+                        best[v] = max(best[v], share)
+        result.append(best)
+    return result
+
+
+def share_states(score: list[Row], segment: list[Row], counts: list[Row]) -> Any:
+    result = []
+    for b, numbers in enumerate(counts):
+        rows = []
+        for scope, number in enumerate(numbers):
+            values = [max(0.0, x) for x, s in zip(score[b], segment[b], strict=True) if s == scope]
+            total = sum(values)
+            shares = [x / total for x in values if x > 0] if total else []
+            entropy = -sum(share * math.log(share) for share in shares)
+            rows.append([math.log(max(1, number)), max(values, default=0.0), entropy])
+        result.append(rows)
+    return result
+
+
+def numbered_keep(score: list[Row], segment: list[Row], counts: list[Row], number: list[Row]) -> list[Row]:
+    kept = []
+    for b, scopes in enumerate(segment):
+        own = [
+            v
+            for scope, most in enumerate(number[b])
+            for v in _best([v for v, s in enumerate(scopes) if s == scope], score[b], most)
+        ]
+        kept.append(own)
+    return [_pad(own, max(map(len, kept))) for own in kept]
+
+
+def segment_attention(query: Any, key: Any, value: Any, own: list[Row]) -> Any:
+    result = []
+    for b, places in enumerate(own):
+        rows: list[Row] = []
+        for k, scope in enumerate(places):
+            row: Row = []
+            for h, words in enumerate(query[b]):
+                group = h * len(key[b]) // len(query[b])
+                members = [v for v, s in enumerate(places) if s == scope]
+                logits = [_dot(words[k], key[b][group][v]) / math.sqrt(len(words[k])) for v in members]
+                shares = _softmax(logits)
+                for d in range(len(words[k])):
+                    pairs = zip(shares, members, strict=True)
+                    row.append(sum(s * value[b][group][v][d] for s, v in pairs) if scope >= 0 else 0.0)
+            rows.append(row)
+        result.append(rows)
+    return result
+
+
+ORACLES |= {function.__name__: function for function in (cross_score, numbered_keep, segment_attention, share_states)}

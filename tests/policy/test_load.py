@@ -39,6 +39,7 @@ KNOWN = (
     "prumerge",
     "prumerge-plus",
     "pyramiddrop",
+    "qtsplus",
     "random",
     "sparsevlm",
     "tinychart",
