@@ -157,7 +157,11 @@ class Policy:
 
     def digest(self) -> str:
         """sha256 of what the policy does: equal for two texts that differ in names, comments or written defaults."""
-        meaning = {"positions": self.positions, "steps": steps_data(self.steps, names=False), "version": self.version}
+        meaning: dict[str, Any] = {
+            "positions": self.positions,
+            "steps": steps_data(self.steps, names=False),
+            "version": self.version,
+        }
         files = {p.weights for step in self.steps for p in step.primitives() if isinstance(p, Trained)}
         if files:  # what is in them, not where they lie
             meaning["weights"] = {str(file): file.digest() for file in files}
