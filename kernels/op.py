@@ -81,11 +81,14 @@ class Tap:
           `transition` [B, V] how much attention and MLP of `layer`, a decoder layer before the site, changed each
                       visual token (see kernels/score_transition.py)
           `ordinal`   [B, V] int64 running number of each visual token of the sample, -1 pads
+          `weights`   tensors by name, which `tensors` reads (see kernels/weights.py)
+    of: the rows of `attention`; `behind` of `text`: what stands behind the last visual token, all text if nothing does
     """
 
-    kind: Literal["feature", "key", "attention", "text", "ordinal", "transition"]
+    kind: Literal["feature", "key", "attention", "text", "ordinal", "transition", "weights"]
     layer: str | None = None
     of: tuple[str, ...] = ()
+    tensors: Callable[[], dict[str, torch.Tensor]] | None = None
 
 
 class Attention(NamedTuple):

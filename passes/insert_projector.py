@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tvc.errors import SiteError
-from tvc.graphs import open_draft
+from tvc.graphs import identifier, open_draft
 from tvc.kernels.op import Tap
 from tvc.passes.reduction import decide, take_rows
 from tvc.passes.taps import crosses, tap_name
@@ -22,6 +22,14 @@ class ProjectorCut(torch.nn.Module):
     def __init__(self, step: Any, taps: dict[str, int]):
         super().__init__()
         self.step, self.taps = step, list(taps)
+        self.weights: dict[str, dict[str, str]] = {}  # group -> name of a weight -> its attribute here
+        parts = {str(index): term.primitive for index, term in enumerate(step.score)} | step.parts()
+        for group, primitive in parts.items():
+            for tap in primitive.taps().values():
+                for name, tensor in tap.tensors().items() if tap.tensors is not None else ():
+                    attribute = identifier(f"weights.projector.{group}.{name}")
+                    self.register_buffer(attribute, tensor)
+                    self.weights.setdefault(group, {})[name] = attribute
 
     def forward(
         self, features: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor, *taps: torch.Tensor
@@ -30,9 +38,11 @@ class ProjectorCut(torch.nn.Module):
         place = torch.arange(segment.shape[1], device=segment.device).expand(segment.shape[0], -1)
         ordinal = torch.where(segment >= 0, place, -1)
 
-        def value(tap: Tap, group: str, name: str) -> torch.Tensor:
+        def value(tap: Tap, group: str, name: str) -> Any:
             if crosses(tap):
                 return given[tap_name(self.step, group, name)]
+            if tap.kind == "weights":
+                return {name: getattr(self, attribute) for name, attribute in self.weights[group].items()}
             if tap.kind in ("feature", "ordinal"):
                 return features if tap.kind == "feature" else ordinal
             raise SiteError(
@@ -50,7 +60,7 @@ class ProjectorCut(torch.nn.Module):
             if any(crosses(tap) for tap in wanted.values()):
                 scores.append(given[tap_name(self.step, "score", str(index))])
             else:
-                scores.append({name: value(tap, "score", name) for name, tap in wanted.items()})
+                scores.append({name: value(tap, str(index), name) for name, tap in wanted.items()})
         values = {
             group: {name: value(tap, group, name) for name, tap in primitive.taps().items()}
             for group, primitive in self.step.parts().items()
@@ -91,7 +101,8 @@ def add_projector(program: Program, step: Any) -> list[Change]:
     names = ("visual_features", "visual_segment", "visual_counts", *widths)
     shapes = (*dynamic[:3], dynamic[3:]) if taps else dynamic
     with torch.no_grad():
-        exported = torch.export.export(ProjectorCut(step, widths), sample, dynamic_shapes=shapes, strict=False)
+        cut = ProjectorCut(step, widths).to(shape.device)
+        exported = torch.export.export(cut, sample, dynamic_shapes=shapes, strict=False)
     component = Component("projector", exported, names, ("reduced_features", "chosen"), sample, dynamic)
     component.meta["tap_widths"] = widths
     component.draft = open_draft(component)

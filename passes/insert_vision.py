@@ -14,7 +14,7 @@ from tvc.graphs import Block, annotate, backward_closure, clone, find_blocks
 from tvc.kernels.attention import packed_mask
 from tvc.kernels.op import Attention, Tap
 from tvc.passes.reduction import decide, follow, take_rows
-from tvc.passes.taps import all_rows
+from tvc.passes.taps import all_rows, constants
 from tvc.passes.token_map import TokenMap
 from tvc.program import Change, Component, Layout
 
@@ -210,6 +210,8 @@ class VisionInsertion:
 
     def _site_tap(self, tap: Tap, site: int, marker: fx.Node, note: str) -> Any:
         prefix, hidden = self.layout.prefix_tokens, marker.args[0]
+        if tap.kind == "weights":
+            return constants(self.graph, tap, f"vision.{site}", hidden, note)
         if tap.kind == "feature":
             return self._call(_without_prefix, note, hidden, prefix)
         if tap.kind == "ordinal":

@@ -10,7 +10,7 @@ import torch.fx as fx
 
 from tvc.chunks import TAP
 from tvc.errors import SiteError
-from tvc.graphs import Block, annotate, backward_closure, clone
+from tvc.graphs import Block, annotate, backward_closure, clone, identifier
 from tvc.kernels.op import Tap
 from tvc.passes.cuts import ChunkState, Cut
 from tvc.passes.reduction import follow, take_rows
@@ -70,13 +70,25 @@ def real_rows(query_positions: torch.Tensor) -> torch.Tensor:
     return torch.where(query_positions >= 0, slots, -1)
 
 
-def rater_mask(residual: torch.Tensor, visual_index: torch.Tensor, text_index: torch.Tensor) -> torch.Tensor:
-    """[B, T] bool: the text behind the sample's last visual token (all text where there is none) that rates."""
+def behind_image(text_index: torch.Tensor, visual_index: torch.Tensor) -> torch.Tensor:
+    """[B, T] bool: the text behind the sample's last visual token; all of its text where there is none."""
     # One more column keeps the maximum defined for V = 0.
     last = torch.nn.functional.pad(visual_index, (1, 0), value=-1).amax(1, keepdim=True)
     real = text_index >= 0
     behind = real & (text_index > last)
-    asked = behind | (real & (behind.sum(1, keepdim=True) == 0))
+    return behind | (real & (behind.sum(1, keepdim=True) == 0))
+
+
+def text_behind(
+    residual: torch.Tensor, text_index: torch.Tensor, visual_index: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, T, D] hidden states of the text tokens and which of them stand behind the last visual token."""
+    return take_rows(residual, text_index), behind_image(text_index, visual_index)
+
+
+def rater_mask(residual: torch.Tensor, visual_index: torch.Tensor, text_index: torch.Tensor) -> torch.Tensor:
+    """[B, T] bool: the text behind the sample's last visual token (all text where there is none) that rates."""
+    asked = behind_image(text_index, visual_index)
     visual, text = take_rows(residual, visual_index), take_rows(residual, text_index)
     mask: torch.Tensor = torch.ops.tvc.text_raters(visual, visual_index >= 0, text, asked)
     return mask
@@ -120,6 +132,20 @@ def key_rows(key: torch.Tensor, query: torch.Tensor, index: torch.Tensor) -> tor
     return take_rows(key.float().mean(1), torch.where(index >= 0, index + past, 0))
 
 
+def constants(graph: fx.Graph, tap: Tap, site: str, near: Any, note: str) -> dict[str, fx.Node]:
+    """The tensors of a `weights` tap as constants of the graph, on the device of the value `near`."""
+    root: Any = graph.owning_module
+    nodes = {}
+    for name, tensor in tap.tensors().items():  # type: ignore[misc]
+        attribute = identifier(f"weights.{site}.{name}")
+        while hasattr(root, attribute):
+            attribute += "_"
+        root.register_buffer(attribute, tensor.to(near.meta["val"].device))
+        nodes[name] = graph.get_attr(attribute)
+        annotate(nodes[name], note)
+    return nodes
+
+
 class DecoderTaps:
     """Resolves taps for one step; nodes are made at the graph's current insertion point."""
 
@@ -150,8 +176,11 @@ class DecoderTaps:
         state = self.states[-1]
         if tap.kind == "feature":
             return self.call(visual_rows, state.residual, state.visual_index)
+        if tap.kind == "weights":
+            return constants(self.graph, tap, site, state.residual, self.note)
         if tap.kind == "text":
-            pair = self.call(text_rows, state.residual, state.text_index)
+            chosen = (text_behind, state.visual_index) if tap.of == ("behind",) else (text_rows,)
+            pair = self.call(chosen[0], state.residual, state.text_index, *chosen[1:])
             return (self.graph.call_function(_first, (pair,)), self.graph.call_function(_second, (pair,)))
         if tap.kind == "ordinal":
             return self.call(running_number, state.segment, state.origin)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import safetensors.torch
 import skimage.data
 import torch
 import transformers
@@ -19,7 +20,26 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tvc.policy import Policy, resolve
+from tvc.policy.weights import trained
+from tvc.program import Layout
 from tvc.trace.processor import image_only
+
+
+def with_weights(policy: Policy, layout: Layout, folder: pathlib.Path, seed: int = 0) -> Policy:
+    """The policy with files of random weights, as it takes them in this model, behind its parameter `weights`."""
+    draw, tensors = torch.Generator().manual_seed(seed), {}
+    for step, primitive in trained(resolve(policy, layout).steps):
+        width = layout.vision_width if step.at.startswith("vision.") else layout.hidden_size
+        for name, shape in primitive.shapes(width or 0).items():
+            # Sizes that a file decides: a square number, as some stand for a grid.
+            sizes = [16 if isinstance(size, str) else size for size in shape]
+            full = f"{primitive.prefix}.{name}" if primitive.prefix else name
+            tensors[full] = torch.randn(sizes, generator=draw) / max(sizes[-1], 1) ** 0.5
+    if not tensors:
+        return policy
+    safetensors.torch.save_file(tensors, folder / "weights.safetensors")
+    return policy.with_settings({"weights": str(folder / "weights.safetensors")})
 
 
 def script(name: str) -> Any:

@@ -16,6 +16,7 @@ from tvc.errors import ExportError, ModelError, TraceError, TvcError
 from tvc.export.base import target as find_target
 from tvc.model import CompiledModel
 from tvc.policy import Policy, ResolvedPolicy, load_policy, resolve
+from tvc.policy.weights import check_weights
 from tvc.program import Layout, Program
 from tvc.report.cost import one_image
 from tvc.report.plan import Plan
@@ -179,6 +180,7 @@ class Prepared:
 
         def attempt() -> tuple[Program, ResolvedPolicy]:
             resolved = resolve(policy, self.survey.layout)
+            check_weights(resolved.steps, self.survey.layout)
             cuts = tuple(step.at for step in resolved.steps if step.at.startswith("vision."))
             return self._components(cuts, resolved, progress), resolved
 

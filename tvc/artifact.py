@@ -17,7 +17,9 @@ from tvc.export import manifest
 from tvc.export.base import Options
 from tvc.export.base import target as find_target
 from tvc.model import CompiledModel
+from tvc.modules import carry, check_carried
 from tvc.policy import ResolvedPolicy, load_policy, resolve
+from tvc.policy.schema import dump_yaml
 from tvc.program import Program
 from tvc.report.cost import one_image
 from tvc.report.report import write_report
@@ -70,8 +72,9 @@ def save(
         if given_sample and compiled.processor is None:  # else loading makes a sample of its own
             shapes = {name: value.contiguous() for name, value in surveyed.sample.items()}
             safetensors.torch.save_file(shapes, folder / SAMPLE)
-        (folder / "policy.yaml").write_text(compiled.policy.original.to_yaml(), encoding="utf-8")
-        (folder / "policy.resolved.yaml").write_text(compiled.policy.to_yaml(), encoding="utf-8")
+        written, decided = carry(folder, compiled.policy)
+        (folder / "policy.yaml").write_text(dump_yaml(written), encoding="utf-8")
+        (folder / "policy.resolved.yaml").write_text(dump_yaml(decided), encoding="utf-8")
         readme = _README.format(
             model=source.name, policy=compiled.policy.name, target=compiled.target, name=place.name or "out"
         )
@@ -93,7 +96,7 @@ def save(
                     "revision": source.revision,
                     "class": type(source.meta).__mro__[0].__name__,
                 },
-                policy=compiled.policy.policy.document.data,
+                policy=decided,
                 runtime=compiled.engine.interface.to_json(),
                 image_size=list(surveyed.layout.image_size),
             )
@@ -135,6 +138,7 @@ def open_artifact(
     interface = Interface.from_json(content["runtime"], where)
     runner = find_target(content["target"]).open(folder, content, where, Options(threads=threads))
     policy = stored_policy(folder, surveyed)
+    check_carried(folder, policy, content["files"])
     compiled = CompiledModel(
         Engine(surveyed.host, interface, runner),
         target=content["target"],
@@ -151,8 +155,8 @@ def open_artifact(
 
 def stored_policy(folder: Path, surveyed: Survey) -> ResolvedPolicy:
     """The policy as it was resolved when the artifact was made."""
-    resolved = load_policy((folder / "policy.resolved.yaml").read_text(encoding="utf-8"))
-    original = load_policy((folder / "policy.yaml").read_text(encoding="utf-8"))
+    resolved = load_policy(folder / "policy.resolved.yaml")
+    original = load_policy(folder / "policy.yaml")
     again = resolve(resolved, surveyed.layout)
     return ResolvedPolicy(again.policy, original)
 

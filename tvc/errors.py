@@ -43,6 +43,12 @@ class SiteError(TvcError):
     code, slug, exit_code = "TVC120", "bad-site", 2
 
 
+class WeightsError(TvcError):
+    """The weights that a policy names are not there, or are not those that its step takes in this model."""
+
+    code, slug, exit_code = "TVC125", "bad-weights", 2
+
+
 class ArgumentError(TvcError):
     """An argument of a command or of a public function is wrong."""
 

@@ -57,6 +57,7 @@ class Layout:
     used_vision_blocks: int | None = None  # encoder blocks that the features depend on; None: all of them
     image_size: tuple[int, int] = (0, 0)  # (height, width) of the sample image
     untraced: str = ""  # why the vision path is the model's own code and no graph; empty where it is a graph
+    vision_width: int | None = None  # width of the encoder's hidden states; None: not known
     in_order: bool = True  # features leave the encoder tile by tile, row by row; False: packed, or stitched together
 
     def site(self, name: str) -> Site | None:

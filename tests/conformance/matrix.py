@@ -19,6 +19,7 @@ import logging
 import pathlib
 import re
 import sys
+import tempfile
 import time
 import warnings
 from typing import Any
@@ -53,6 +54,10 @@ SETTINGS = {
     "visionzip": ["keep=25%", "contextual=2"],
     "sparsevlm": ["first=1", "second=2", "third=4"],
     "transprune": ["first=2", "second=3", "third=5"],
+    "mqt": ["keep=9", "heads=2"],
+    "tokenflex": ["side=3"],
+    "flash-latents": ["keep=5"],
+    "qtsplus": ["heads=4", "groups=2"],
 }
 
 
@@ -82,6 +87,7 @@ def verify_cells(
     }
     started = time.perf_counter()
     policy = load_policy(preset, SETTINGS.get(preset, ()))
+    weights = tempfile.TemporaryDirectory(prefix="tvc-weights-")
 
     def refused(target: str, refusal: TvcError) -> Cell:
         spent = time.perf_counter() - started
@@ -90,6 +96,7 @@ def verify_cells(
     try:
         sample = None if processor is not None else support.inputs(family, 2)
         prepared = api.Prepared(model, processor=processor, inputs=sample)
+        policy = support.with_weights(policy, prepared.survey.layout, pathlib.Path(weights.name))
         program, resolved = prepared.reduce(policy)
     except TvcError as refusal:
         return [refused(target, refusal) for target in targets]

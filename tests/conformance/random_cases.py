@@ -267,6 +267,8 @@ def _of_schema(schema: Mapping[str, Any], named: Mapping[str, Any], blocks: Mapp
             return _integers(schema)
         case "number":
             return _floats(schema)
+        case "string" if schema.get("format") == "safetensors":
+            return st.just("weights.safetensors")
         case "string":
             return st.sampled_from(_SHARES) if "pattern" in schema else _layers(blocks)
         case "boolean":

@@ -111,6 +111,12 @@ def test_what_a_model_cannot_do_is_refused_with_the_reason():
     assert all(isinstance(one, Variant) for one in planned([], ["50%"]))
 
 
+def test_a_policy_whose_weights_are_not_there_is_refused_with_the_reason():
+    (refused,) = [one for one in planned(["covipal"], ["25%"]) if isinstance(one, Refused)]
+    assert refused.label == "covipal"
+    assert "the weights that a step names are not there" in refused.reason
+
+
 @pytest.mark.parametrize("text", ["0.5", "50", "0%", "120%", "half", ""])
 def test_a_budget_that_is_no_share_is_refused(text):
     with pytest.raises(ArgumentError, match="no share"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -74,14 +75,21 @@ def test_op_passes_opcheck(name: str) -> None:
     torch.library.opcheck(OPS[name].overload, arguments)
 
 
-def single(arguments: tuple[Any, ...], b: int, batch: int) -> tuple[Any, ...]:
-    return tuple(a[b : b + 1] if torch.is_tensor(a) and a.shape[0] == batch else a for a in arguments)
+def sampled(name: str, arguments: tuple[Any, ...]) -> list[bool]:
+    """Which arguments have one row a sample: all tensors but the weights of modules."""
+    names = inspect.signature(OPS[name].reference).parameters
+    return [torch.is_tensor(a) and not n.endswith(("weight", "bias")) for n, a in zip(names, arguments, strict=False)]
+
+
+def single(name: str, arguments: tuple[Any, ...], b: int, batch: int) -> tuple[Any, ...]:
+    rows = sampled(name, arguments)
+    return tuple(a[b : b + 1] if has and a.shape[0] == batch else a for a, has in zip(arguments, rows, strict=True))
 
 
 def _batched() -> Iterator[Any]:
     for case in CASES:
         name, arguments = case.values
-        batch = max(a.shape[0] for a in arguments if torch.is_tensor(a))
+        batch = max(a.shape[0] for a, has in zip(arguments, sampled(name, arguments), strict=True) if has)
         if batch > 1 and name not in ("attention_runs", "packed_attention"):  # one result for all samples
             yield pytest.param(name, arguments, batch, id=case.id)
 
@@ -90,7 +98,7 @@ def _batched() -> Iterator[Any]:
 def test_a_batch_equals_its_samples_one_by_one(name: str, arguments: tuple[Any, ...], batch: int) -> None:
     together = outputs(OPS[name].overload(*arguments))
     for b in range(batch):
-        alone = outputs(OPS[name].overload(*single(arguments, b, batch)))
+        alone = outputs(OPS[name].overload(*single(name, arguments, b, batch)))
         for whole, part in zip(together, alone, strict=True):
             row = whole[b : b + 1]
             # A run-time size is the largest of the batch: the sample alone has fewer pads in front.

@@ -85,6 +85,8 @@ READING: dict[str, tuple[object, object]] = {
     "unknown-selector": (policy(step("language.2", "score: uniform\n    select: {topp: 3}")), ()),
     "unknown-rest": (policy(step("language.2", TOP + "\n    rest: merg")), ()),
     "unknown-gate": (policy(step("language.2", "exit: {when: alway}")), ()),
+    "weights-no-safetensors": (policy(step("language.2", "exit: {when: {router: gate.pt}}")), ()),
+    "weights-no-text": (policy(step("language.2", "exit: {when: {router: {weights: 3}}}")), ()),
     "score-with-two-names": (policy(step("language.2", "score: {norm: {}, random: {}}\n    select: {top: 3}")), ()),
     "score-with-a-stray-key": (policy(step("language.2", "score: {norm: {}, wieght: 1}\n    select: {top: 3}")), ()),
     "score-empty": (policy(step("language.2", "score: []\n    select: {top: 3}")), ()),

@@ -7,10 +7,11 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tvc.errors import ArgumentError, SiteError
+from tvc.errors import ArgumentError, SiteError, WeightsError
 from tvc.kernels.budget import Budget
 from tvc.policy import Policy, load_policy, resolve
 from tvc.policy.schema import score_data
+from tvc.policy.weights import check_weights
 from tvc.program import Layout
 from tvc.report.plan import Plan
 from tvc.report.schedule import plan_policy, solve_average, solve_kept
@@ -110,8 +111,9 @@ def variants(
             try:
                 settings = _settings(policy, layout, budget, average)
                 chosen = policy.with_settings(settings)
+                check_weights(resolve(chosen, layout).steps, layout)
                 plan = plan_policy(chosen, layout, text_tokens=text_tokens, new_tokens=1)
-            except (SiteError, ArgumentError) as problem:
+            except (SiteError, ArgumentError, WeightsError) as problem:
                 yield Refused(label, budget, f"{problem.summary}: {problem.got}; possible: {problem.want}")
                 continue
             reached = plan.average_visual_tokens if average else float(plan.layers[-1].visual)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -37,11 +38,15 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """Nested mappings, lists and scalars; `marks` says for a path which file and line wrote the value there."""
+    """Nested mappings, lists and scalars; `marks` says for a path which file and line wrote the value there.
+
+    `files` are the sources among them that are files: what a value names lies beside the file that wrote it.
+    """
 
     data: Any
     marks: Mapping[Path, str]
     source: str
+    files: frozenset[str] = frozenset()
 
     def get(self, path: Path) -> Any:
         """The value at `path`, or None where there is none."""
@@ -55,8 +60,16 @@ class Document:
 
     def where(self, path: Path) -> str:
         """`file:line, dotted.path`, the line of the closest ancestor where the value itself has none."""
-        mark = next((self.marks[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.marks), self.source)
+        mark = self._mark(path)
         return f"{mark}, {dotted(path)}" if path else mark
+
+    def _mark(self, path: Path) -> str:
+        return next((self.marks[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.marks), self.source)
+
+    def folder(self, path: Path) -> pathlib.Path:
+        """Where relative paths in the value at `path` start: beside its file, or in the working directory."""
+        source = self._mark(path).rpartition(":")[0]
+        return pathlib.Path(source).parent if source in self.files else pathlib.Path()
 
     def error(self, path: Path, summary: str, *, got: object, want: object, fix: str, slug: str) -> PolicyError:
         return PolicyError(summary, where=self.where(path), got=got, want=want, fix=fix, slug=slug)
@@ -79,13 +92,13 @@ class Document:
         marks = dict(self.marks)
         data = _merge(self.data, over.data, (), marks)
         marks.update({path: mark for path, mark in over.marks.items() if path})
-        return Document(data, marks, over.source)
+        return Document(data, marks, over.source, self.files | over.files)
 
     def replaced(self, path: Path, value: Any, mark: str) -> Document:
         """A copy in which the value at `path` is another one; the way to it must exist, its last key may be new."""
         marks = {p: m for p, m in self.marks.items() if p[: len(path)] != path}
         marks[path] = mark
-        return Document(_put(self.data, path, value), marks, self.source)
+        return Document(_put(self.data, path, value), marks, self.source, self.files)
 
 
 def _merge(base: Any, over: Any, path: Path, marks: dict[Path, str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -99,7 +100,7 @@ def _read_file(shown: str, path: pathlib.Path) -> Document:
     except OSError as error:
         problem, fix = f"can't be read: {error.strerror}", "check the path and its permissions"
     else:
-        return from_yaml(content, shown)
+        return dataclasses.replace(from_yaml(content, shown), files=frozenset({shown}))
     raise PolicyError(
         "the policy's file can't be read",
         where=shown,
@@ -141,7 +142,7 @@ def _flatten(document: Document, chain: tuple[str, ...]) -> Document:
     over = {key: value for key, value in data.items() if key != "extends"}
     if isinstance(base.data, dict) and "name" in base.data and "name" not in over:
         over["name"] = f"{base.data['name']}-variant"
-    merged = base.merged(Document(over, document.marks, document.source))
+    merged = base.merged(dataclasses.replace(document, data=over))
     return _without_unused(merged, spare=over.get("parameters", {}))
 
 
@@ -153,7 +154,7 @@ def _without_unused(document: Document, spare: Any) -> Document:
     used = used_parameters([data.get("steps"), data.get("positions")])
     kept = {name: value for name, value in data["parameters"].items() if name in used or name in spare}
     trimmed = {**data, "parameters": kept} if kept else {k: v for k, v in data.items() if k != "parameters"}
-    return Document(trimmed, document.marks, document.source)
+    return dataclasses.replace(document, data=trimmed)
 
 
 # Settings -------------------------------------------------------------------------------------------------------------

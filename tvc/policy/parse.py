@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from tvc.kernels.op import PRIMITIVES, Kind, Primitive
+from tvc.kernels.weights import Trained, Weights
 from tvc.policy.document import Document, Path, nearest
 from tvc.policy.explain import build
 from tvc.policy.schema import (
@@ -135,7 +137,8 @@ def expand(document: Document) -> Document:
     data, marks = dict(document.data), dict(document.marks)
     for key in ("steps", "positions"):
         if key in data:
-            data[key] = _expand(Document(data, marks, document.source), (key,), data[key], parameters, used, marks)
+            here = dataclasses.replace(document, data=data, marks=marks)
+            data[key] = _expand(here, (key,), data[key], parameters, used, marks)
     for name in parameters:
         if name not in used:
             close = nearest(name, [p for p in parameters if p in used])
@@ -147,7 +150,7 @@ def expand(document: Document) -> Document:
                 fix=f'write "{close}"' if close else f'refer to it as "{{{name}}}" in a step, or remove it',
                 slug="unused-parameter",
             )
-    return Document(data, marks, document.source)
+    return dataclasses.replace(document, data=data, marks=marks)
 
 
 def used_parameters(data: Any) -> set[str]:
@@ -379,7 +382,11 @@ def _build(document: Document, path: Path, settings: Any, kind: Kind, key: str) 
     if not isinstance(settings, dict) and cls.shorthand is None:
         want = f"a mapping with {', '.join(cls.model_fields)}" if cls.model_fields else "no settings"
         raise _wrong(document, path, settings, want, f"write {key}: {{}}")
-    return build(cls, document, path, settings)
+    made = build(cls, document, path, settings)
+    if not isinstance(made, Trained):
+        return made
+    inside = (*path, "weights") if isinstance(settings, dict) else path
+    return made.model_copy(update={"weights": Weights(made.weights.name, document.folder(inside))})
 
 
 def _ordered(document: Document, steps: tuple[Step, ...]) -> None:

@@ -25,6 +25,7 @@ from tvc.policy.schema import (
     parse_sites,
     steps_data,
 )
+from tvc.policy.weights import settled
 from tvc.program import Layout
 
 
@@ -288,6 +289,7 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
     """The primitive with its `layer` concrete and its `of` decided."""
     here: Path = (*path, primitive.key)
     changes = _grid(policy, layout, site, here, primitive) | _since(policy, layout, site, here, primitive)
+    changes |= settled(policy, int(path[1]), site, primitive)
     for tap in primitive.taps().values():
         layer = _layer(policy, layout, site, (*here, "layer"), primitive, tap)
         if layer is not None and layer.component not in primitive.components:
@@ -405,7 +407,7 @@ def _layer(
     policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive, tap: Tap
 ) -> SiteName | None:
     """The layer a tap is taken from, or None where it is the site's own value."""
-    if tap.kind == "ordinal" or (tap.layer is None and tap.kind != "key"):
+    if tap.kind in ("ordinal", "weights") or (tap.layer is None and tap.kind != "key"):
         return None
     written = tap.layer or "self"
     if written in ("self", "previous"):

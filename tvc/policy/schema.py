@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from tvc.kernels.op import Merging, Primitive, Rest, Score, Select, When
+from tvc.kernels.weights import Trained
 from tvc.policy.document import Document
 
 VERSION = 1
@@ -156,7 +157,14 @@ class Policy:
 
     def digest(self) -> str:
         """sha256 of what the policy does: equal for two texts that differ in names, comments or written defaults."""
-        meaning = {"positions": self.positions, "steps": steps_data(self.steps, names=False), "version": self.version}
+        meaning: dict[str, Any] = {
+            "positions": self.positions,
+            "steps": steps_data(self.steps, names=False),
+            "version": self.version,
+        }
+        files = {p.weights for step in self.steps for p in step.primitives() if isinstance(p, Trained)}
+        if files:  # what is in them, not where they lie
+            meaning["weights"] = {str(file): file.digest() for file in files}
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
     def with_settings(self, settings: Iterable[str] | Mapping[str, Any]) -> Policy:

@@ -231,7 +231,8 @@ def cost_fields(model: torch.nn.Module) -> dict[str, Any]:
     """The fields of `tvc.program.Layout` that say what a token costs, from a model on any device, `meta` included.
 
     Returns:
-        language, vision, patch_linear, projector_linear, head_linear, hidden_size, vocabulary, element_size.
+        language, vision, patch_linear, projector_linear, head_linear, hidden_size, vision_width, vocabulary,
+        element_size.
 
     Raises:
         ModelError: the blocks were not found or cannot be read.
@@ -252,6 +253,7 @@ def cost_fields(model: torch.nn.Module) -> dict[str, Any]:
         "projector_linear": _weights(after) + _weights(_outside(model, tower, decoder, head)),
         "head_linear": head.weight.numel(),
         "hidden_size": text_config.hidden_size,
+        "vision_width": _first(image_config, names=("embed_dim", "hidden_size")),
         "vocabulary": head.weight.shape[0],
         "element_size": next(decoder.parameters()).element_size(),
     }

@@ -22,7 +22,7 @@ from tvc.trace.layout import blocks, has_attention, residual_argument
 from tvc.trace.observe import Observer, Seen, observed, plain_cache, replaced
 from tvc.verification.branches import changes, watched
 from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
-from tvc.verification.steps import Outcome, Sample, carry_out, text_that_rates
+from tvc.verification.steps import Outcome, Sample, carry_out, text_behind, text_that_rates
 
 
 @dataclasses.dataclass
@@ -399,6 +399,8 @@ class _Oracle(Observer):
 
     def _tap(self, tap: Tap, primitive: Any, sample: Sample, hidden: torch.Tensor, inside: bool) -> Any:
         layer = tap.layer or ""
+        if tap.kind == "weights":
+            return {name: tensor.to(hidden.device) for name, tensor in tap.tensors().items()}  # type: ignore[misc]
         if tap.kind == "ordinal":
             return sample.origin[None]
         if tap.kind == "transition":
@@ -412,7 +414,8 @@ class _Oracle(Observer):
         if tap.kind == "feature":
             return hidden[sample.row, sample.slots][None]
         if tap.kind == "text":
-            rows = hidden[sample.row, sample.text][None]
+            columns = text_behind(sample) if tap.of == ("behind",) else sample.text
+            rows = hidden[sample.row, columns][None]
             return rows, torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
         seen = self.seen[layer][-1]
         if tap.kind == "key":

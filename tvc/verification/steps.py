@@ -279,14 +279,20 @@ def _planned(step: Any, sample: Sample) -> tuple[int, bool]:
     return sum(left), step.select.exact and (step.rest is None or step.rest.exact)
 
 
+def text_behind(sample: Sample) -> torch.Tensor:
+    """Columns of the text behind the last visual token, or of all text where none is behind."""
+    asked = sample.text
+    if len(sample.slots) and bool((asked > sample.slots.max()).any()):
+        asked = asked[asked > sample.slots.max()]
+    return asked
+
+
 def text_that_rates(sample: Sample, hidden: torch.Tensor) -> torch.Tensor:
     """Columns of the text tokens that the visual tokens resemble more than the average one, from hidden states [S, D].
 
     Text behind the last visual token, or all of it where none is behind. Where none stands out, all of it rates.
     """
-    asked = sample.text
-    if len(sample.slots) and bool((asked > sample.slots.max()).any()):
-        asked = asked[asked > sample.slots.max()]
+    asked = text_behind(sample)
     if not len(sample.slots):
         return asked
     shares = (hidden[sample.slots].double() @ hidden[asked].double().T).softmax(1).mean(0)

@@ -1,0 +1,133 @@
+"""Trained poolings against PyTorch's own layers: one image, two images, fewer queries, folded or not."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from tvc.errors import WeightsError
+from tvc.kernels import PRIMITIVES
+from tvc.kernels.merge_queries import sines
+from tvc.kernels.op import Scope
+
+SIDE, WIDTH, HEADS, QUERIES = 6, 16, 2, 9
+PLACES = SIDE * SIDE
+
+
+def images(number: int) -> tuple[torch.Tensor, Scope]:
+    """Random tokens of `number` images, with two pads in front, and their scope."""
+    torch.manual_seed(number)
+    segment = torch.cat([torch.full((2,), -1), torch.arange(number).repeat_interleave(PLACES)])[None]
+    feature = torch.randn(1, len(segment[0]), WIDTH)
+    return feature, Scope(segment, torch.full((1, number), PLACES), number)
+
+
+def pooled(key: str, settings: dict[str, Any], number: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(chosen, feature [N, K, D], size) of `number` images."""
+    made = PRIMITIVES["merge"][key].model_validate(settings)
+    feature, scope = images(number)
+    size = (scope.segment >= 0).float()
+    chosen, merged, sizes = made.apply(feature, size, scope, weights=made.tensors())
+    assert made.kept([PLACES] * number) == [chosen.shape[1] // number] * number
+    assert chosen[0].tolist() == sorted(chosen[0].tolist())
+    torch.testing.assert_close(sizes.sum(), torch.tensor(float(PLACES * number)))
+    return chosen, merged.unflatten(1, (number, -1))[0], sizes
+
+
+def each(number: int) -> torch.Tensor:
+    """[N, P, D] the tokens of each image."""
+    return images(number)[0][0, 2:].unflatten(0, (number, PLACES))
+
+
+@pytest.fixture(scope="module")
+def resampler(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
+    """A file of weights, and what it means in layers of PyTorch: queries [M, D], tokens [N, P, D] -> [N, M, D]."""
+    torch.manual_seed(5)
+    attention = torch.nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    norms = {name: torch.nn.LayerNorm(WIDTH, eps=1e-6) for name in ("query", "key", "value")}
+    project, queries = torch.nn.Linear(WIDTH, WIDTH, bias=False), torch.randn(QUERIES, WIDTH)
+    for part in (attention, *norms.values()):
+        for value in part.parameters():
+            torch.nn.init.normal_(value, std=0.4)
+    state = {f"attention.{name}": value for name, value in attention.state_dict().items()}
+    state |= {f"norm_{n}.{name}": value for n, norm in norms.items() for name, value in norm.state_dict().items()}
+    state |= {"queries": queries, "project.weight": project.weight.detach()}
+    path = tmp_path_factory.mktemp("weights") / "queries.safetensors"
+    safetensors.torch.save_file(state, path)
+
+    def published(tokens: torch.Tensor, number: int) -> torch.Tensor:
+        small = sines(math.isqrt(QUERIES), WIDTH)
+        image = small.T.reshape(1, WIDTH, math.isqrt(QUERIES), -1)
+        large = torch.nn.functional.interpolate(image, (SIDE, SIDE), mode="bicubic").flatten(2)[0].T
+        asked = norms["query"](queries[:number] + small[:number]).expand(len(tokens), -1, -1)
+        keys = norms["key"](large).expand(len(tokens), -1, -1)
+        with torch.no_grad():
+            made: torch.Tensor = project(attention(asked, keys, norms["value"](tokens))[0])
+        return made
+
+    return str(path), published
+
+
+@pytest.mark.parametrize("fold", [True, False], ids=["folded", "in-the-graph"])
+@pytest.mark.parametrize(("keep", "number"), [(9, 1), (4, 1), (1, 2), (7, 2), ("25%", 2)])
+def test_queries_are_the_published_resampler(resampler: Any, keep: Any, number: int, fold: bool) -> None:
+    file, published = resampler
+    settings = {"weights": file, "keep": keep, "heads": HEADS, "columns": SIDE, "fold": fold}
+    chosen, feature, _ = pooled("queries", settings, number)
+    torch.testing.assert_close(feature, published(each(number), chosen.shape[1] // number), rtol=1e-5, atol=2e-6)
+
+
+def test_what_is_folded_is_a_constant_without_the_queries(resampler: Any) -> None:
+    settings = {"weights": resampler[0], "keep": 4, "heads": HEADS, "columns": SIDE}
+    folded = PRIMITIVES["merge"]["queries"].model_validate(settings).tensors()
+    assert folded["logits"].shape == (HEADS, PLACES, QUERIES)
+    assert folded["attention.in_proj_weight"].shape == (WIDTH, WIDTH)
+    assert not {name for name in folded if name.startswith(("queries", "places", "norm_query", "norm_key"))}
+
+
+def test_a_place_has_the_sines_of_its_column_and_of_its_row() -> None:
+    table = sines(3, 8).reshape(3, 3, 8)
+    for row in range(3):
+        for column in range(3):
+            rates = [1.0, 10000**-0.5]
+            one, other = ([f(n * r) for f in (math.sin, math.cos) for r in rates] for n in (column, row))
+            torch.testing.assert_close(table[row, column], torch.tensor([*one, *other]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "got"), [({"keep": 10}, "keep 10, and 9 queries"), ({"heads": 3}, "3 heads, 16 wide")]
+)
+def test_queries_that_do_not_fit_are_refused(resampler: Any, changes: dict[str, Any], got: str) -> None:
+    settings = {"weights": resampler[0], "keep": 4, "heads": HEADS, "columns": SIDE, **changes}
+    with pytest.raises(WeightsError, match="queries-mismatch") as caught:
+        PRIMITIVES["merge"]["queries"].model_validate(settings).tensors()
+    assert caught.value.got == got
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("side", [1, 2, 4, 5, 6])
+def test_a_grid_is_pytorchs_adaptive_pooling_and_a_gated_network(
+    tmp_path: pathlib.Path, side: int, number: int
+) -> None:
+    gate, up, down = torch.randn(10, WIDTH), torch.randn(10, WIDTH), torch.randn(WIDTH, 10)
+    file = tmp_path / "w.safetensors"
+    safetensors.torch.save_file({"gate.weight": gate, "up.weight": up, "down.weight": down}, file)
+    _, feature, _ = pooled("grid_mlp", {"weights": str(file), "side": side, "columns": SIDE}, number)
+    maps = each(number).transpose(1, 2).unflatten(2, (SIDE, SIDE))
+    cells = torch.nn.functional.adaptive_avg_pool2d(maps, side).flatten(2).transpose(1, 2)
+    wanted = (torch.nn.functional.silu(cells @ gate.T) * (cells @ up.T)) @ down.T
+    torch.testing.assert_close(feature, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_latents_weigh_tokens_by_their_products(tmp_path: pathlib.Path, number: int) -> None:
+    latents, file = torch.randn(5, WIDTH) / 4, tmp_path / "w.safetensors"
+    safetensors.torch.save_file({"latents": latents}, file)
+    _, feature, _ = pooled("latents", {"weights": str(file), "keep": 5}, number)
+    tokens = each(number)
+    torch.testing.assert_close(feature, (latents @ tokens.transpose(1, 2)).softmax(-1) @ tokens, rtol=1e-5, atol=1e-5)
