@@ -81,9 +81,10 @@ class Tap:
           `transition` [B, V] how much attention and MLP of `layer`, a decoder layer before the site, changed each
                       visual token (see kernels/score_transition.py)
           `ordinal`   [B, V] int64 running number of each visual token of the sample, -1 pads
+          `frame`     a `(frame, place)` pair, each [B, V] int64 with -1 pads (see kernels/frames.py)
     """
 
-    kind: Literal["feature", "key", "attention", "text", "ordinal", "transition"]
+    kind: Literal["feature", "key", "attention", "text", "ordinal", "transition", "frame"]
     layer: str | None = None
     of: tuple[str, ...] = ()
 
@@ -132,6 +133,7 @@ class Score(Primitive):
     """Higher = keep."""
 
     kind: ClassVar[Kind] = "score"
+    scoped: ClassVar[bool] = False  # `apply` takes the scope as well
 
     def apply(self, *args: Any, **taps: Any) -> torch.Tensor:
         """[B, V] float32, one number a visual token (pads: any finite number)."""

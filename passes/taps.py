@@ -12,6 +12,7 @@ from tvc.chunks import TAP
 from tvc.errors import SiteError
 from tvc.graphs import Block, annotate, backward_closure, clone
 from tvc.kernels.op import Tap
+from tvc.kernels.segments import ranks
 from tvc.passes.cuts import ChunkState, Cut
 from tvc.passes.reduction import follow, take_rows
 
@@ -82,6 +83,33 @@ def rater_mask(residual: torch.Tensor, visual_index: torch.Tensor, text_index: t
     return mask
 
 
+def frames_of(
+    position_ids: torch.Tensor, visual_index: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, V] the frame of each visual token, counted through the sample, and its place there; -1 pads.
+
+    An image is one frame. Where positions have axes for time, rows and columns, a video's frames are told by the places
+    at which a token has the row and the column of the video's first token again.
+    """
+    first = ranks(segment, counts) == 0
+    start = first
+    if position_ids.dim() == 3:
+        spatial = position_ids[1:].gather(2, visual_index.clamp(min=0).expand(position_ids.shape[0] - 1, -1, -1))
+        # Where each segment starts; one more column in front takes the pads.
+        begin = torch.zeros(counts.shape[0], counts.shape[1] + 1, dtype=torch.int64, device=counts.device)
+        slot = torch.arange(segment.shape[1], device=segment.device).expand(segment.shape)
+        begin = begin.scatter_reduce(1, torch.where(first, segment + 1, 0), torch.where(first, slot, 0), "amax")
+        begin = begin.gather(1, segment + 1).expand(spatial.shape)
+        start = (spatial == spatial.gather(2, begin)).all(0)
+    valid = segment >= 0
+    number = (start & valid).long().cumsum(1)
+    # A frame's tokens stand side by side: the place counts from where its number is first reached.
+    before = torch.zeros(segment.shape[0], segment.shape[1] + 1, dtype=torch.int64, device=segment.device)
+    before = before.scatter_add(1, torch.where(valid, number, 0), torch.ones_like(segment))
+    place = torch.arange(segment.shape[1], device=segment.device) - (before.cumsum(1) - before).gather(1, number)
+    return torch.where(valid, number - 1, -1), torch.where(valid, place, -1)
+
+
 def raters_among(text_index: torch.Tensor, raters: torch.Tensor) -> torch.Tensor:
     """[B, T] int64: the slots of the text tokens that rate, -1 for the others."""
     return torch.where(raters, text_index, -1)
@@ -133,9 +161,10 @@ class DecoderTaps:
         key_positions: fx.Node,
         raters: Callable[[str], fx.Node],
         transition: Callable[[int, ChunkState, str], fx.Node],
+        frames: Callable[[str], fx.Node],
     ):
         self.graph, self.blocks, self.states, self.cuts, self.note = graph, blocks, states, cuts, note
-        self.key_positions, self.raters, self.transition = key_positions, raters, transition
+        self.key_positions, self.raters, self.transition, self.frames = key_positions, raters, transition, frames
 
     def call(self, function: Any, *arguments: Any) -> fx.Node:
         node = self.graph.call_function(function, arguments)
@@ -153,6 +182,12 @@ class DecoderTaps:
         if tap.kind == "text":
             pair = self.call(text_rows, state.residual, state.text_index)
             return (self.graph.call_function(_first, (pair,)), self.graph.call_function(_second, (pair,)))
+        if tap.kind == "frame":
+            pair = self.frames(self.note)
+            return tuple(
+                self.call(running_number, state.segment, self.call(_still_there, self.call(part, pair), state.origin))
+                for part in (_first, _second)
+            )
         if tap.kind == "ordinal":
             return self.call(running_number, state.segment, state.origin)
         layer = int((tap.layer or "").removeprefix("language."))

@@ -18,15 +18,18 @@ from tvc.kernels.rest_cluster import Cluster
 from tvc.kernels.rest_fold import Fold
 from tvc.kernels.rest_merge import Merge
 from tvc.kernels.score_attention import AttentionScore
+from tvc.kernels.score_change import ChangeScore
 from tvc.kernels.score_cosine import CosineScore
 from tvc.kernels.score_global import GlobalScore
 from tvc.kernels.score_norm import NormScore
+from tvc.kernels.score_novelty import NoveltyScore
 from tvc.kernels.score_pagerank import PageRankScore
 from tvc.kernels.score_random import RandomScore
 from tvc.kernels.score_uniform import UniformScore
 from tvc.kernels.select_anchors import Anchors
 from tvc.kernels.select_chunks import Chunks
 from tvc.kernels.select_coverage import Coverage
+from tvc.kernels.select_frames import FrameSelect
 from tvc.kernels.select_log_det import LogDet
 from tvc.kernels.select_max_min import MaxMin
 from tvc.kernels.select_max_sum import MaxSum
@@ -40,6 +43,7 @@ from tvc.kernels.select_top import Top
 from tvc.kernels.when_always import Always
 from tvc.kernels.when_cross_attention import CrossAttention
 from tvc.kernels.when_threshold import ThresholdGate
+from tvc.passes.taps import frames_of
 
 OP = torch.ops.tvc
 WIDTH, HEADS, GROUPS, HEAD_WIDTH = 12, 4, 2, 8
@@ -68,6 +72,9 @@ class Inputs:
     text: torch.Tensor
     boundaries: torch.Tensor
     vectors: torch.Tensor
+
+    def chunk(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.visual_index, self.segment, self.counts
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
@@ -150,6 +157,7 @@ class OneGraph(torch.nn.Module):
         self.selections(at, scores, scope, out)
         self.merges(at, scores, scope, out)
         self.between_layers(at, mask, scores, scope, out)
+        self.videos(at, scores, scope, out)
         type(self).labels = tuple(out)
         return tuple(out.values())
 
@@ -270,3 +278,19 @@ class OneGraph(torch.nn.Module):
         parts = cluster.apply(at.feature, at.size, out["select.top.count"], score, scope)
         for name, part in zip(("index", "feature", "size"), parts, strict=True):
             out[f"cluster.{name}"] = part
+
+    def videos(self, at: Inputs, score: torch.Tensor, scope: Scope, out: dict[str, torch.Tensor]) -> None:
+        frames = frames_of(torch.stack([at.query_positions // 4, at.query_positions % 2]), *at.chunk())
+        out["frames.number"], out["frames.place"] = frames
+        flat = frames_of(at.query_positions, *at.chunk())
+        out["frames.images"] = flat[0]
+        out["score.change"] = ChangeScore().apply(scope, at.feature, frames)
+        out["score.change.window"] = ChangeScore(window=4).apply(scope, at.feature, frames)
+        out["score.novelty"] = NoveltyScore().apply(scope, at.feature, flat)
+        rules: dict[str, Any] = {
+            "each": {"keep": "40%"},
+            "together": {"keep": 3, "together": True},
+            "window": {"keep": "40%", "window": 4, "bug_compatible": True},
+        }
+        for label, rule in rules.items():
+            out[f"select.frames.{label}"] = FrameSelect.model_validate(rule).apply(score, scope, frames)

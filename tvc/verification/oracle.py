@@ -22,7 +22,7 @@ from tvc.trace.layout import blocks, has_attention, residual_argument
 from tvc.trace.observe import Observer, Seen, observed, plain_cache, replaced
 from tvc.verification.branches import changes, watched
 from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
-from tvc.verification.steps import Outcome, Sample, carry_out, text_that_rates
+from tvc.verification.steps import Outcome, Sample, carry_out, frames_in, text_that_rates
 
 
 @dataclasses.dataclass
@@ -72,6 +72,8 @@ class _Oracle(Observer):
         self.inputs_of: dict[str, torch.Tensor] = {}  # hidden states that enter a tapped decoder layer
         self.expected = Expected(torch.empty(0))
         self.lengths: dict[str, list[int]] = {}  # visual tokens of each image and of each video
+        self.frames_of: list[int] = []  # frames of each image and video of the batch, as `_owners` numbers them
+        self.frames: list[tuple[torch.Tensor, torch.Tensor]] = []  # per sample (frame, place) of each visual token
         self.samples: list[Sample] = []
         self.tiles: list[Sample] = []
         self.proportional = False  # sizes of tokens are added to the encoder's logits from here on
@@ -275,6 +277,7 @@ class _Oracle(Observer):
             known: dict[int, int] = {}  # numbers in the order in which the sample shows its images
             numbers = [known.setdefault(image, len(known)) for image in owner[row, slots].tolist()]
             segment = torch.tensor(numbers, dtype=torch.int64, device=ids.device)
+            self.frames.append(frames_in(owner[row, slots], self.frames_of))
             self.samples.append(Sample.fresh(row, (mask[row] & ~visual[row]).nonzero().flatten(), slots, segment))
         self._drop_of_encoder()
 
@@ -287,6 +290,9 @@ class _Oracle(Observer):
             lengths = next((each for each in self.lengths.values() if sum(each) == len(places)), None)
             if lengths is None:
                 lengths = [int((places[:, 0] == row).sum()) for row in range(len(ids))]
+            videos = lengths is self.lengths.get("get_video_features")
+            grids = self.case.inputs.get("video_grid_thw") if videos else None
+            self.frames_of += [1] * len(lengths) if grids is None else grids[:, 0].tolist()
             for part in places.split(lengths):
                 owner[part[:, 0], part[:, 1]] = found
                 found += 1
@@ -387,6 +393,8 @@ class _Oracle(Observer):
             number = int(layer.removeprefix("language."))
             there = self.expected.held[number][sample.row, : self.case.prompt].nonzero().flatten()
             return changes(self.transitions[number], sample, there)[None]
+        if tap.kind == "frame":
+            return tuple(values[sample.number][None] for values in self.frames[sample.row])
         if not inside and layer.startswith("vision."):
             return self._encoder_tap(tap, primitive, sample)
         if tap.kind in ("feature", "text") and layer in self.inputs_of:
