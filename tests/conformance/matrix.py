@@ -52,6 +52,14 @@ SETTINGS = {
     "visionzip": ["keep=25%", "contextual=2"],
     "sparsevlm": ["first=1", "second=2", "third=4"],
     "transprune": ["first=2", "second=3", "third=5"],
+    "visiondrop": [
+        "keep=60%",
+        "contextual=20%",
+        "contextual_first=20%",
+        "contextual_second=20%",
+        "contextual_third=30%",
+    ],
+    "stc": ["keep=3"],
 }
 
 

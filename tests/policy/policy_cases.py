@@ -129,6 +129,11 @@ READING: dict[str, tuple[object, object]] = {
         policy(step("language.2", "score: uniform\n    select: {threshold: {relative: 3}}")),
         (),
     ),
+    "deviations-of-another-kind": (policy(step("language.2"), head="version: 1\nunverified: everything"), ()),
+    "bug-without-a-window": (
+        policy(step("language.2", "score: uniform\n    select: {frames: {keep: 3, bug_compatible: true}}")),
+        (),
+    ),
     "settings-that-exclude-each-other": (
         policy(step("language.2", "score: uniform\n    select: {threshold: {above: 1, relative: 0.5}}")),
         (),
@@ -203,6 +208,14 @@ RESOLVING: dict[str, tuple[str, Layout]] = {
     ),
     "same-site-of-a-model": (policy(step("language.3"), step("language.-1")), layout(language=4)),
     "step-order-of-a-model": (policy(step("language.-1"), step("language.2")), layout(language=4)),
+    "frames-outside-the-decoder": (
+        policy(step("projector", "score: change\n    select: {top: 3}")),
+        layout(),
+    ),
+    "frames-behind-a-cut": (
+        policy(step("language.2"), step("language.4", "score: uniform\n    select: {frames: 50%}")),
+        layout(),
+    ),
     "average-out-of-reach": (
         policy(step("language.6", "select: {stride: {keep: {average: 20}}}")),
         layout(),
