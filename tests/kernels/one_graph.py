@@ -33,6 +33,7 @@ from tvc.kernels.select_frames import FrameSelect
 from tvc.kernels.select_log_det import LogDet
 from tvc.kernels.select_max_min import MaxMin
 from tvc.kernels.select_max_sum import MaxSum
+from tvc.kernels.select_medoids import Medoids
 from tvc.kernels.select_outliers import Outliers
 from tvc.kernels.select_pairs import Pairs
 from tvc.kernels.select_pivots import Pivots
@@ -205,6 +206,7 @@ class OneGraph(torch.nn.Module):
         count, share, words = Budget(count=3), Budget(permille=400), (at.text, at.text_index >= 0)
         out["select.max_min"] = MaxMin(keep=share).apply(None, scope, at.feature)
         out["select.max_sum"] = MaxSum(keep=count).apply(score, scope, at.feature)
+        out["select.medoids"] = Medoids(keep=count).apply(None, scope, at.feature)
         out["select.log_det"] = LogDet(keep=share).apply(score.sigmoid(), scope, at.feature)
         out["select.coverage"] = Coverage(keep=count).apply(None, scope, at.feature, words)
         for reduce in ("max", "mean", "sum"):

@@ -162,4 +162,37 @@ def coverage_keep(
     return _each(segment, counts, permille, count, slots, rule)
 
 
-ORACLES.update({f.__name__: f for f in (max_min_keep, max_sum_keep, log_det_keep, coverage_keep)})
+def medoids_keep(
+    feature: Any, segment: Any, counts: Any, permille: int, count: int, slots: int, rounds: int
+) -> list[Row]:
+    def rule(b: int, members: list[int], number: int) -> list[int]:
+        rows = {i: [0.0 if math.isnan(value) else value for value in feature[b][i]] for i in members}
+
+        def apart(one: int, other: int) -> float:
+            return math.dist(rows[one], rows[other])
+
+        medoids: list[int] = []
+        while len(medoids) < number:
+            free = [token for token in members if token not in medoids]
+            if medoids:
+                medoids.append(_first_best(free, lambda token: min(apart(token, other) for other in medoids)))
+            else:
+                medoids.append(_first_best(free, lambda token: math.hypot(*rows[token])))
+        for _ in range(rounds if medoids else 0):
+            groups: dict[int, list[int]] = {medoid: [] for medoid in sorted(medoids)}
+            for token in members:
+                home = token if token in groups else _first_best(list(groups), lambda m, t=token: -apart(t, m))
+                groups[home].append(token)
+            moved = [
+                _first_best(group, lambda token, group=group: -sum(apart(token, other) for other in group))
+                for group in groups.values()
+            ]
+            if sorted(moved) == sorted(medoids):
+                break
+            medoids = moved
+        return medoids
+
+    return _each(segment, counts, permille, count, slots, rule)
+
+
+ORACLES.update({f.__name__: f for f in (max_min_keep, max_sum_keep, log_det_keep, coverage_keep, medoids_keep)})
