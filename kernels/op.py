@@ -75,8 +75,10 @@ class Tap:
     """A value of the traced graph that a primitive asks for.
 
     kind: `feature`   [B, V, D] the visual tokens at the site
-          `key`       [B, V, d] attention keys of the visual tokens in `layer`, averaged over heads
-          `attention` an `Attention` bundle taken from `layer`, rows chosen by `of`
+          `key`       [B, V, d] attention keys of the visual tokens in `layer`, averaged over heads; with `of` joined
+                      [B, V, G d] those of all heads side by side, which only a decoder layer has
+          `attention` an `Attention` bundle taken from `layer`, rows chosen by `of`; with `rotary` False its q and k are
+                      those of a layer that is about to run, before positions turned them
           `text`      a `(hidden [B, T, D], valid [B, T] bool)` pair: the text tokens at the site
           `transition` [B, V] how much attention and MLP of `layer`, a decoder layer before the site, changed each
                       visual token (see kernels/score_transition.py)
@@ -87,6 +89,7 @@ class Tap:
     kind: Literal["feature", "key", "attention", "text", "ordinal", "transition", "frame"]
     layer: str | None = None
     of: tuple[str, ...] = ()
+    rotary: bool = True
 
 
 class Attention(NamedTuple):

@@ -210,7 +210,7 @@ class _DecoderInsertion:
     ) -> ChunkState:
         note = f"InsertReductions: {step.where}"
         cuts = self.component.meta["cuts"]
-        shared = (self._raters, self._transition, self._frames)
+        shared = (self._raters, self._transition, self._frames, self.inputs["position_ids"])
         resolver = DecoderTaps(self.graph, self.blocks, states, cuts, note, key_positions, *shared)
         with self.graph.inserting_before(first):
             scores, taps = self._step_taps(step, number, resolver, first)

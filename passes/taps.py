@@ -142,10 +142,11 @@ def columns_of(index: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> t
     return torch.where(index >= 0, index + past, -1).unsqueeze(2)
 
 
-def key_rows(key: torch.Tensor, query: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[B, V, d] keys of the chunk's slots `index`, averaged over heads."""
+def key_rows(key: torch.Tensor, query: torch.Tensor, index: torch.Tensor, joined: bool) -> torch.Tensor:
+    """[B, V, d] keys of the chunk's slots `index`, averaged over heads; `joined`: [B, V, G d], all side by side."""
     past = key.shape[2] - query.shape[2]
-    return take_rows(key.float().mean(1), torch.where(index >= 0, index + past, 0))
+    heads = key.float().transpose(1, 2)
+    return take_rows(heads.flatten(2) if joined else heads.mean(2), torch.where(index >= 0, index + past, 0))
 
 
 class DecoderTaps:
@@ -162,9 +163,11 @@ class DecoderTaps:
         raters: Callable[[str], fx.Node],
         transition: Callable[[int, ChunkState, str], fx.Node],
         frames: Callable[[str], fx.Node],
+        position_ids: fx.Node,
     ):
         self.graph, self.blocks, self.states, self.cuts, self.note = graph, blocks, states, cuts, note
         self.key_positions, self.raters, self.transition, self.frames = key_positions, raters, transition, frames
+        self.position_ids = position_ids
 
     def call(self, function: Any, *arguments: Any) -> fx.Node:
         node = self.graph.call_function(function, arguments)
@@ -193,15 +196,15 @@ class DecoderTaps:
         layer = int((tap.layer or "").removeprefix("language."))
         if tap.kind == "transition":
             return self._transition(layer)
-        query, key, mask, scale, stage = self._attention(layer, site, first)
+        query, key, mask, scale, stage = self._attention(layer, site, first, tap.rotary)
         index = self._slots_in(stage)
         if tap.kind == "key":
-            return self.call(key_rows, key, query, index)
+            return self.call(key_rows, key, query, index, tap.of == ("joined",))
         rows = self._rows(tap, query, stage, index)
         columns = self.call(columns_of, index, query, key)
         return (query, key, mask, rows, columns, scale)
 
-    def _attention(self, layer: int, site: str, first: fx.Node) -> tuple[Any, Any, Any, float, int]:
+    def _attention(self, layer: int, site: str, first: fx.Node, rotary: bool) -> tuple[Any, Any, Any, float, int]:
         """(query, key, mask, scale, stage) of the attention in `layer`, which runs before the cut or is recomputed."""
         node = self.blocks[layer].attention
         query, key, mask, scale = node.args[0], node.args[1], node.args[3], node.args[4]
@@ -210,8 +213,14 @@ class DecoderTaps:
             return query, key, mask, scale, stage  # type: ignore[return-value]
         # The block's own attention, on the tokens that have not been cut yet: its q and k are computed here as well.
         ahead = [n for n in backward_closure([query, key]) if not n < first]  # type: ignore[list-item]
-        copies = clone(ahead, {}, self.note)
         state = self.states[-1]
+        known: dict[fx.Node, fx.Node] = {}
+        if not rotary:
+            # A token at position 0 is not turned: what the positions alone decide is worked out once more for zeros.
+            residual: fx.Node = state.residual  # type: ignore[assignment]
+            known = {self.position_ids: self.call(torch.zeros_like, self.position_ids), residual: residual}
+            ahead = backward_closure([query, key], stop=known)  # type: ignore[list-item]
+        copies = clone(ahead, known, self.note)
         window = mask.args[2]  # type: ignore[union-attr]
         keys = self.call(_joined, self.key_positions, state.query_positions)
         mask = self.call(torch.ops.tvc.attention_mask.default, state.query_positions, keys, window, state.spans)

@@ -21,6 +21,7 @@ from tvc.kernels.score_attention import AttentionScore
 from tvc.kernels.score_change import ChangeScore
 from tvc.kernels.score_cosine import CosineScore
 from tvc.kernels.score_global import GlobalScore
+from tvc.kernels.score_mean_query import MeanQueryScore
 from tvc.kernels.score_norm import NormScore
 from tvc.kernels.score_novelty import NoveltyScore
 from tvc.kernels.score_pagerank import PageRankScore
@@ -29,6 +30,7 @@ from tvc.kernels.score_uniform import UniformScore
 from tvc.kernels.select_anchors import Anchors
 from tvc.kernels.select_chunks import Chunks
 from tvc.kernels.select_coverage import Coverage
+from tvc.kernels.select_density import Density
 from tvc.kernels.select_frames import FrameSelect
 from tvc.kernels.select_log_det import LogDet
 from tvc.kernels.select_max_min import MaxMin
@@ -225,7 +227,7 @@ class OneGraph(torch.nn.Module):
 
     def merges(self, at: Inputs, score: torch.Tensor, scope: Scope, out: dict[str, torch.Tensor]) -> None:
         rules: dict[str, Any] = {
-            "kept": {"targets": "kept", "reduce": "size_weighted"},
+            "kept": {"targets": "kept", "reduce": "size_weighted", "within": 1.1},
             "stride": {"targets": {"stride": 2}, "by": "key_cosine", "reduce": "target_mean"},
             "top": {"targets": {"top": 2}, "reduce": "mean"},
             "share": {"targets": {"stride": "30%"}, "reduce": "mean"},
@@ -269,6 +271,8 @@ class OneGraph(torch.nn.Module):
         every = torch.where(at.query_positions < 0, -1, torch.arange(at.query.shape[2], device=at.query.device))
         out["score.pagerank"] = PageRankScore(temperature=0.5).apply(bundle._replace(rows=every))
         words = (at.text, at.text_index >= 0)
+        out["score.mean_query"] = MeanQueryScore().apply(scope, at.feature, bundle._replace(rows=every))
+        out["select.density"] = Density(keep=Budget(permille=600), cutoff=0.5).apply(score, scope, at.metric)
         for label, budget in (("count", 3), ("share", "40%")):
             pivots = Pivots(keep=Budget.model_validate(budget), visual=2, text=2)
             out[f"select.pivots.{label}"] = pivots.apply(None, scope, at.feature, words, bundle)

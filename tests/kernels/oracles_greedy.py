@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kernel_oracles import ORACLES, Row, _budget, _members, _pad
+from kernel_oracles import ORACLES, Row, _best, _budget, _members, _pad
 
 
 def _directions(vectors: list[Row]) -> list[Row]:
@@ -195,4 +195,30 @@ def medoids_keep(
     return _each(segment, counts, permille, count, slots, rule)
 
 
-ORACLES.update({f.__name__: f for f in (max_min_keep, max_sum_keep, log_det_keep, coverage_keep, medoids_keep)})
+def density_keep(
+    metric: Any, score: Any, segment: Any, counts: Any, permille: int, count: int, cutoff: float
+) -> list[Row]:
+    result = []
+    for b, scopes in enumerate(segment):
+        unit, taken = _directions(metric[b]), []
+        for scope in range(len(counts[b])):
+            members = _members(scopes, scope)
+            pool = sorted(_best(members, score[b], _budget(len(members), permille, count)))
+
+            def apart(one: int, other: int, unit: list[Row] = unit) -> float:
+                return 0.0 if one == other else max(0.0, 1 - _dot(unit[one], unit[other]))
+
+            density = {i: sum(math.exp(-((apart(i, j) / 2) ** 2)) for j in pool) for i in pool}
+            centres: list[int] = []
+            while pool:
+                centre = _first_best(pool, lambda token, density=density: density[token])
+                pool.remove(centre)
+                if all(apart(centre, other) > cutoff for other in centres):
+                    centres.append(centre)
+            taken += centres
+        result.append(sorted(taken))
+    return [_pad(row, max(map(len, result))) for row in result]
+
+
+ORACLES.update({f.__name__: f for f in (max_min_keep, max_sum_keep, log_det_keep, coverage_keep)})
+ORACLES.update({f.__name__: f for f in (medoids_keep, density_keep)})

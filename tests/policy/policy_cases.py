@@ -216,6 +216,16 @@ RESOLVING: dict[str, tuple[str, Layout]] = {
         policy(step("language.2"), step("language.4", "score: uniform\n    select: {frames: 50%}")),
         layout(),
     ),
+    "queries-of-a-layer-that-has-run": (
+        policy(step("language.2", "score: {mean_query: previous}\n    select: {top: 3}")),
+        layout(),
+    ),
+    "joined-keys-of-the-encoder": (
+        policy(
+            step("language.2", TOP + "\n    rest: {merge: {by: key_cosine, layer: vision.2, heads: joined}}"),
+        ),
+        layout(),
+    ),
     "average-out-of-reach": (
         policy(step("language.6", "select: {stride: {keep: {average: 20}}}")),
         layout(),

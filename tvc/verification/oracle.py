@@ -24,6 +24,8 @@ from tvc.verification.branches import changes, watched
 from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
 from tvc.verification.steps import Outcome, Sample, carry_out, frames_in, text_that_rates
 
+UNTURNED = "at position 0"  # behind a layer's name: what its probe saw when no position turned it
+
 
 @dataclasses.dataclass
 class Expected:
@@ -61,11 +63,11 @@ class _Oracle(Observer):
     def __init__(self, model: Any, policy: Any, case: Case, slack: float):
         self.model, self.policy, self.case, self.slack = model, policy, case, slack
         self.depth = len(blocks(model)[0])
+        self.primitives = [p for step in policy.steps for p in step.primitives()]
         self.steps: dict[str, list[tuple[int, Any]]] = {}
         for number, step in enumerate(policy.steps):
             self.steps.setdefault(step.at, []).append((number, step))
-        primitives = [p for step in policy.steps for p in step.primitives()]
-        taps = [tap for p in primitives for tap in p.taps().values()]
+        taps = [tap for p in self.primitives for tap in p.taps().values()]
         self.tapped = {tap.layer for tap in taps if tap.layer}
         self.sees_encoder = any(name.startswith("vision.") for name in (*self.tapped, *self.steps))
         self.seen: dict[str, list[Seen]] = {}
@@ -217,6 +219,10 @@ class _Oracle(Observer):
 
     def _renumbered(self, given: Any) -> Any:
         """Position embeddings, of the kind that a block was given, for the running numbers of what is left."""
+        return self._rotary_at(given, (self.alive.long().cumsum(1) - 1).clamp(min=0))
+
+    def _rotary_at(self, given: Any, positions: torch.Tensor) -> Any:
+        """Position embeddings, of the kind that a block was given, for `positions`."""
         if not self.rotary:
             raise TraceError(
                 "the decoder has no rotary module whose positions could be numbered afresh",
@@ -228,14 +234,13 @@ class _Oracle(Observer):
             )
         calls = [call for output, *call in self.rotary if output is given] or [list(self.rotary[-1][1:])]
         module, args, kwargs = calls[-1]
-        positions = (self.alive.long().cumsum(1) - 1).clamp(min=0)
         if "position_ids" in kwargs:
             kwargs = {**kwargs, "position_ids": positions}
         else:
             args = (args[0], positions, *args[2:])
-        self.probing = True
+        probing, self.probing = self.probing, True
         made = module(*args, **kwargs)
-        self.probing = False
+        self.probing = probing
         return made
 
     # Steps ------------------------------------------------------------------------------------------------------------
@@ -381,6 +386,14 @@ class _Oracle(Observer):
             given["attention_mask"] = self._narrowed(arguments["attention_mask"])
         self.probing = True
         block.forward(**given)
+        if not inside and any(not tap.rotary for p in self.primitives for tap in p.taps().values()):
+            name = next(reversed(self.seen))
+            turned = self.seen[name].copy()
+            zeros = torch.zeros_like(self.mask, dtype=torch.int64)
+            zeros = zeros.expand(self.case.axes, *zeros.shape) if self.case.axes else zeros
+            block.forward(**{**given, "position_embeddings": self._rotary_at(given.get("position_embeddings"), zeros)})
+            self.seen[f"{name} {UNTURNED}"] = [self.seen[name].pop()]
+            self.seen[name] = turned
         self.probing = False
 
     # Taps -------------------------------------------------------------------------------------------------------------
@@ -404,9 +417,11 @@ class _Oracle(Observer):
         if tap.kind == "text":
             rows = hidden[sample.row, sample.text][None]
             return rows, torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
-        seen = self.seen[layer][-1]
+        seen = self.seen[layer if tap.rotary else f"{layer} {UNTURNED}"][-1]
         if tap.kind == "key":
-            return seen.key[sample.row].float().mean(0)[sample.slots][None]
+            keys = seen.key[sample.row].float()
+            joined = keys.transpose(0, 1).flatten(1) if tap.of == ("joined",) else keys.mean(0)
+            return joined[sample.slots][None]
         row = slice(sample.row, sample.row + 1)
         mask = seen.mask
         if mask is not None and mask.shape[0] > 1:
