@@ -198,6 +198,7 @@ class Merging(Primitive):
     """Joins tokens without a selection: a step of its own."""
 
     kind: ClassVar[Kind] = "merge"
+    exact: ClassVar[bool] = True  # as in `Select`
     proportional: bool = Field(
         False, description="from here on the encoder's blocks add the log of a token's size to the attention it gets"
     )
@@ -221,6 +222,10 @@ class Merging(Primitive):
     def kept(self, counts: list[int]) -> list[int]:
         """How many of `counts` visual tokens (one number a scope) are left: the plan's side of `apply`."""
         raise NotImplementedError
+
+    def fewest(self, counts: list[int]) -> list[int]:
+        """How many are left at least, where the number is known only at run time."""
+        return self.kept(counts)
 
 
 class When(Primitive):

@@ -8,7 +8,10 @@ import sys
 
 HERE = pathlib.Path(__file__).parent
 
-ORACLES = ("oracles", *(f"oracles_{group}" for group in ("folding", "encoder", "decoder", "pairs", "greedy", "frames")))
+ORACLES = (
+    "oracles",
+    *(f"oracles_{group}" for group in ("folding", "encoder", "decoder", "pairs", "greedy", "frames", "windows")),
+)
 
 for name in (*ORACLES, "one_graph", "provider_cases"):
     spec = importlib.util.spec_from_file_location(f"kernel_{name}", HERE / f"{name}.py")

@@ -11,6 +11,7 @@ from tvc.kernels.budget import Budget
 from tvc.kernels.combine_scores import combine
 from tvc.kernels.exit_select import exit_chosen
 from tvc.kernels.merge_bipartite import Bipartite
+from tvc.kernels.merge_windows import Windows
 from tvc.kernels.op import Attention, Scope
 from tvc.kernels.rest_absorb import Absorb
 from tvc.kernels.rest_cells import Cells
@@ -25,12 +26,14 @@ from tvc.kernels.score_mean_query import MeanQueryScore
 from tvc.kernels.score_norm import NormScore
 from tvc.kernels.score_novelty import NoveltyScore
 from tvc.kernels.score_pagerank import PageRankScore
+from tvc.kernels.score_peak import PeakScore
 from tvc.kernels.score_random import RandomScore
 from tvc.kernels.score_uniform import UniformScore
 from tvc.kernels.select_anchors import Anchors
 from tvc.kernels.select_chunks import Chunks
 from tvc.kernels.select_coverage import Coverage
 from tvc.kernels.select_density import Density
+from tvc.kernels.select_either import Either
 from tvc.kernels.select_frames import FrameSelect
 from tvc.kernels.select_log_det import LogDet
 from tvc.kernels.select_max_min import MaxMin
@@ -175,6 +178,7 @@ class OneGraph(torch.nn.Module):
         every = torch.arange(at.query.shape[2], device=at.query.device).expand(at.query.shape[0], -1)
         out["score.global"] = GlobalScore(above=1.0).apply(bundle._replace(rows=every))
         out["score.global.visual"] = GlobalScore(above=1.0).apply(visual)
+        out["score.peak"] = PeakScore().apply(bundle)
         out["score.attention.all"] = AttentionScore(of="all").apply(bundle._replace(rows=every))
         text = (at.text, at.text_index >= 0)
         out["score.cosine.mean"] = CosineScore().apply(feature=at.feature, ordinal=at.ordinal)
@@ -202,6 +206,10 @@ class OneGraph(torch.nn.Module):
         anchors = Anchors(keep=Budget(permille=600), share=1000, columns=2)
         anchored = anchors.joined([out["score.random"], out["score.cosine.text"]], scope)
         out["score.anchored"], out["select.anchors"] = anchored, anchors.apply(anchored, scope)
+        either = Either(keep=Budget(count=1), share=0.2, least=0.3)
+        shares = [out["score.attention"], out["score.peak"], out["score.random"]]
+        out["score.either"] = either.joined(shares, scope)
+        out["select.either"] = either.apply(out["score.either"], scope)
         out["select.rows"] = Rows(keep=Budget(permille=600), columns=2).apply(score, scope)
         out["select.chunks"] = Chunks(keep=Budget(count=3), number=3).apply(score, scope, at.feature)
         out["select.pairs"] = Pairs(keep=Budget(count=2), drop=1).apply(score, scope, at.feature)
@@ -252,6 +260,9 @@ class OneGraph(torch.nn.Module):
             parts = joining.apply(at.feature, at.size, scope, **metric)
             for name, part in zip(("index", "feature", "size"), parts, strict=True):
                 out[f"bipartite.{label}.{name}"] = part
+        parts = Windows(side=2, above=-0.2, columns=3).apply(at.feature, at.size, scope)
+        for name, part in zip(("index", "feature", "size"), parts, strict=True):
+            out[f"windows.{name}"] = part
         rests: dict[str, Any] = {
             "absorb": (Absorb(neighbours=2), "select.outliers"),
             "absorb.extra": (Absorb(neighbours=2, extra=True), "select.top.count"),

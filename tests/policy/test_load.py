@@ -35,6 +35,7 @@ KNOWN = (
     "holov",
     "illava",
     "mmtok",
+    "mustdrop",
     "pact",
     "prumerge",
     "prumerge-plus",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -10,9 +11,11 @@ from policy_cases import layout
 
 from tvc.errors import SiteError
 from tvc.kernels.op import Attention, Scope
+from tvc.passes.insert_vision import _check_static
 from tvc.passes.reduction import Decision, decide
 from tvc.policy import Step, load_policy, resolve
 from tvc.policy.budgets import leaving
+from tvc.report.schedule import make_plan
 
 Row = list[float]
 HEADS, GROUPS, WIDTH, DEPTH = 4, 2, 6, 5
@@ -145,3 +148,85 @@ def test_pact_acts_in_front_of_the_fifth_layer_of_28() -> None:
     assert step.select.kept([576]) == [316]
     with pytest.raises(SiteError, match="turned-layer"):
         resolve(load_policy("pact", set=["steps.0.score.mean_query=language.1"]), layout(language=28))
+
+
+# MustDrop -------------------------------------------------------------------------------------------------------------
+
+
+def windows(x: list[Row], columns: int, above: float) -> dict[int, Row]:
+    """3 x 3 windows whose 72 ordered pairs are alike on average, each as its mean in the place of its middle."""
+    made = dict(enumerate(x))
+    for top in range(0, len(x) // columns - 2, 3):
+        for start in range(0, columns - 2, 3):
+            tokens = [(top + r) * columns + start + c for r in range(3) for c in range(3)]
+            alike = [1 - apart(x[i], x[j]) for i in tokens for j in tokens if i != j]
+            if sum(alike) / 72 >= above:
+                for token in tokens:
+                    del made[token]
+                made[tokens[4]] = [value / 9 for value in total([x[i] for i in tokens])]
+    return made
+
+
+@pytest.mark.parametrize("side", [6, 8, 24])
+def test_mustdrop_merges_like_windows(side: int) -> None:
+    model = layout(visual=(side * side,))
+    model = dataclasses.replace(model, tile_tokens=side * side + 1)
+    steps = resolve(load_policy("mustdrop"), model).steps
+    generator = torch.Generator().manual_seed(side)
+    # Noise of different strength around one direction in each window.
+    rows, columns = torch.arange(side) // 3, torch.arange(side) // 3
+    base = torch.randn(64, DEPTH, generator=generator)[rows[:, None] * 8 + columns]
+    noise = torch.linspace(0.1, 1.2, 64)[rows[:, None] * 8 + columns][:, :, None]
+    feature = (base + noise * torch.randn(side, side, DEPTH, generator=generator)).flatten(0, 1)[None]
+    number = side * side
+    segment, counts = torch.zeros(1, number, dtype=torch.int64), torch.tensor([[number]])
+    decision = decide(steps[0], feature, torch.ones(1, number), segment, counts, [], {})
+    want = windows(feature[0].tolist(), side, 0.8)
+    assert decision.chosen[0].tolist() == sorted(want)
+    assert decision.feature is not None
+    torch.testing.assert_close(decision.feature[0], torch.tensor([want[i] for i in sorted(want)]), rtol=1e-4, atol=1e-5)
+    assert int(decision.size.sum()) == number
+
+
+@pytest.mark.parametrize(("share", "least"), [(0.05, 0.2), (0.03, 0.05), (0.9, 0.9)])
+def test_mustdrop_filters_by_two_thresholds(share: float, least: float) -> None:
+    asking, tokens, guarded = 7, 40, 4
+    step = resolve(load_policy("mustdrop", set={"guarded": guarded, "share": share, "least": least}), layout()).steps[1]
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(1, HEADS, asking, WIDTH, generator=generator) * 2
+    key = torch.randn(1, GROUPS, tokens + 5, WIDTH, generator=generator)
+    columns = torch.arange(5, tokens + 5)[None, :, None]
+    given = Attention(query, key, None, torch.arange(asking)[None], columns, WIDTH**-0.5)
+    guard = torch.rand(1, tokens, generator=generator)
+    paid = [[0.0] * tokens for _ in range(asking)]
+    for row in range(asking):
+        for head in range(HEADS):
+            logits = [dot(query[0, head, row].tolist(), k) * WIDTH**-0.5 for k in key[0, head // 2].tolist()]
+            powers = [math.exp(value) for value in logits]
+            for n in range(tokens):
+                paid[row][n] += powers[n + 5] / sum(powers) / HEADS
+    sums = total(paid)
+    guards = sorted(range(tokens), key=lambda n: -guard[0, n])[:guarded]
+    gone = [n for n in range(tokens) if sums[n] < share * sum(sums) and max(row[n] for row in paid) < least]
+    want = [n for n in range(tokens) if n not in gone or n in guards]
+    segment, counts = torch.zeros(1, tokens, dtype=torch.int64), torch.tensor([[tokens]])
+    feature = torch.randn(1, tokens, DEPTH, generator=generator)
+    scores = [{"attention": given}, {"attention": given}, guard]
+    decision = decide(step, feature, torch.ones(1, tokens), segment, counts, scores, {})
+    assert decision.chosen[0].tolist() == want
+    assert len(want) >= guarded
+
+
+def test_mustdrop_acts_where_the_paper_does_and_leaves_the_number_open() -> None:
+    model = dataclasses.replace(layout(vision=24, language=32, visual=(576,)), tile_tokens=577)
+    steps = resolve(load_policy("mustdrop"), model).steps
+    assert [step.at for step in steps] == ["language.0", *(f"language.{k}" for k in (3, 7, 11, 15))]
+    assert [step.score[0].primitive.layer for step in steps[1:]] == [f"language.{k}" for k in (2, 6, 10, 14)]  # type: ignore[attr-defined]
+    assert [left for _, _, left in leaving(steps, model)] == [[576]] * 5
+    plan = make_plan(resolve(load_policy("mustdrop"), model), model)
+    assert plan.fired is not None
+    merge = steps[0].merge
+    assert merge is not None
+    assert merge.fewest([576]) == [64]
+    with pytest.raises(SiteError, match="ragged-encoder"):
+        _check_static(dataclasses.replace(steps[0], at="vision.1"))
