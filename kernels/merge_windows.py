@@ -39,7 +39,6 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield f"side2-above{above:g}", (*plain, 4, 2, above)
         yield f"odd-columns-above{above:g}", (*plain, 3, 2, above)
     yield "side3", (*plain, 4, 3, -1.0)
-    yield "side1", (*plain, 4, 1, -1.0)
     yield "none-alike", (*plain, 4, 2, 1.5)
     yield "all-alike", (torch.ones(3, 16, 5), *plain[1:], 4, 2, 0.9)
     yield "no-direction", (torch.zeros(3, 16, 5), *plain[1:], 4, 2, 0.0)
@@ -47,6 +46,8 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     yield "interleaved", (torch.randn(1, 9, 5), torch.ones(1, 9), mixed, torch.tensor([[4, 4]]), 2, 2, -1.0)
     one = torch.zeros(1, 1, dtype=torch.int64)
     yield "one-token", (torch.randn(1, 1, 5), torch.ones(1, 1), one, one + 1, 1, 2, -1.0)
+    nothing = (feature[:, :0], plain[1][:, :0], segment[:, :0], torch.zeros_like(counts))
+    yield "no-visual-token", (*nothing, 4, 2, 0.3)
     many = (torch.randn(1, 581, 5), torch.ones(1, 581), torch.zeros(1, 581, dtype=torch.int64), torch.tensor([[581]]))
     yield "V581", (*many, 24, 3, 0.0)
 
@@ -82,7 +83,7 @@ def window_merge(
     total = gathered(unit)
     pairs = (total * total) @ ones - gathered((unit * unit) @ ones)
     alike = (pairs / max(1, number * (number - 1))).squeeze(2)
-    joins = inside & (alike >= above) & (number > 1)
+    joins = inside & (alike >= above)
 
     wide, weight = feature.float(), size.float()[:, :, None]
     sizes = gathered(weight)

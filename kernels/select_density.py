@@ -48,6 +48,8 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     shuffled = torch.tensor([[1, 0, 1, 0, -1, 1, 0, 0, 0, 1]])
     mixed = (torch.randn(1, 10, 3), torch.randn(1, 10), shuffled, torch.tensor([[5, 4]]))
     yield "interleaved", (*mixed, 0, 4, 0.5)
+    nothing = (metric[:, :0], score[:, :0], segment[:, :0], torch.zeros_like(counts))
+    yield "no-visual-token", (*nothing, 500, 0, 0.5)
     one = (torch.randn(1, 1, 3), torch.ones(1, 1), torch.tensor([[0]]), torch.tensor([[1]]))
     yield "one-token", (*one, 1000, 0, 0.2)
     whole = (torch.randn(1, 301, 4), torch.randn(1, 301), torch.zeros(1, 301, dtype=torch.int64), torch.tensor([[301]]))

@@ -18,6 +18,7 @@ from tvc.kernels.rest_cells import Cells
 from tvc.kernels.rest_cluster import Cluster
 from tvc.kernels.rest_fold import Fold
 from tvc.kernels.rest_merge import Merge
+from tvc.kernels.rest_recycle import Recycle
 from tvc.kernels.score_attention import AttentionScore
 from tvc.kernels.score_change import ChangeScore
 from tvc.kernels.score_cosine import CosineScore
@@ -42,6 +43,7 @@ from tvc.kernels.select_medoids import Medoids
 from tvc.kernels.select_outliers import Outliers
 from tvc.kernels.select_pairs import Pairs
 from tvc.kernels.select_pivots import Pivots
+from tvc.kernels.select_recover import Recover
 from tvc.kernels.select_rows import Rows
 from tvc.kernels.select_stride import Stride
 from tvc.kernels.select_threshold import Threshold
@@ -214,6 +216,7 @@ class OneGraph(torch.nn.Module):
         out["select.chunks"] = Chunks(keep=Budget(count=3), number=3).apply(score, scope, at.feature)
         out["select.pairs"] = Pairs(keep=Budget(count=2), drop=1).apply(score, scope, at.feature)
         count, share, words = Budget(count=3), Budget(permille=400), (at.text, at.text_index >= 0)
+        out["select.recover"] = Recover(keep=share, neighbours=2).apply(score, scope, at.feature, words)
         out["select.max_min"] = MaxMin(keep=share).apply(None, scope, at.feature)
         out["select.max_sum"] = MaxSum(keep=count).apply(score, scope, at.feature)
         out["select.medoids"] = Medoids(keep=count).apply(None, scope, at.feature)
@@ -263,6 +266,10 @@ class OneGraph(torch.nn.Module):
         parts = Windows(side=2, above=-0.2, columns=3).apply(at.feature, at.size, scope)
         for name, part in zip(("index", "feature", "size"), parts, strict=True):
             out[f"windows.{name}"] = part
+        recycle, words = Recycle(neighbours=2, around=2), (at.text, at.text_index >= 0)
+        parts = recycle.apply(at.feature, at.size, out["select.top.share"], score, scope, at.metric, words)
+        for name, part in zip(("index", "feature", "size"), parts, strict=True):
+            out[f"recycle.{name}"] = part
         rests: dict[str, Any] = {
             "absorb": (Absorb(neighbours=2), "select.outliers"),
             "absorb.extra": (Absorb(neighbours=2, extra=True), "select.top.count"),

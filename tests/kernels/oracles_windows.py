@@ -31,7 +31,7 @@ def window_merge(
                     left[tokens[len(tokens) // 2]] = ([sum(column) / weight for column in columns_of], weight)
         made.append(dict(sorted(left.items())))
     width = max(map(len, made))
-    depth = len(feature[0][0]) if feature[0] else 0
+    depth = len(feature[0][0]) if feature[0] else 5
     index = [[-1] * (width - len(left)) + list(left) for left in made]
     rows = [[[0.0] * depth] * (width - len(left)) + [row for row, _ in left.values()] for left in made]
     return index, rows, [[0.0] * (width - len(left)) + [weight for _, weight in left.values()] for left in made]

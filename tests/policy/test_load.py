@@ -41,6 +41,7 @@ KNOWN = (
     "prumerge-plus",
     "pyramiddrop",
     "random",
+    "recoverable",
     "sparsevlm",
     "stc",
     "tinychart",
