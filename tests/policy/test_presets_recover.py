@@ -1,4 +1,4 @@
-"""The preset recoverable: its step on random numbers against the paper's formulas and scikit-learn's outlier factors."""
+"""The preset recoverable: its step on random numbers against the formulas of the paper and of scikit-learn."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def recoverable(x: list[Row], keys: list[Row], a: Row, s: Row, near: int) -> dic
     return made
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate values")
 @pytest.mark.parametrize(("tokens", "seed"), [(144, 0), (97, 1), (61, 2), (40, 3)])
 def test_recoverable(tokens: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -75,7 +76,7 @@ def test_recoverable(tokens: int, seed: int) -> None:
     step = step_of("neighbours=6")
     decision = decide(step, feature, torch.ones(1, tokens), segment, counts, [score], taps)
     want = recoverable(feature[0].tolist(), metric[0].tolist(), score[0].tolist(), likeness, 6)
-    assert 3 < len(want) < tokens
+    assert 2 < len(want) < tokens
     assert decision.chosen[0].tolist() == sorted(want)
     assert decision.feature is not None
     torch.testing.assert_close(decision.feature[0], torch.tensor([want[i] for i in sorted(want)]), rtol=1e-4, atol=1e-5)
