@@ -329,26 +329,7 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
                 fix="write at: language.0",
                 slug="no-text",
             )
-        if not tap.rotary and layer is not None and layer != site:
-            raise refusal(
-                policy,
-                (*here, "layer"),
-                f"`{primitive.key}` takes queries and keys before positions turn them, of the layer that runs next",
-                got=f"layer: {layer} at {site}",
-                want="layer: self",
-                fix="write layer: self",
-                slug="turned-layer",
-            )
-        if tap.kind == "key" and "joined" in tap.of and layer is not None and layer.component == "vision":
-            raise refusal(
-                policy,
-                (*here, "heads"),
-                "keys of all heads side by side are had of decoder layers alone",
-                got=f"heads: joined of {layer}",
-                want="heads: mean, or a layer of the decoder",
-                fix="write heads: mean",
-                slug="decoder-only",
-            )
+        _check_heads(policy, site, here, primitive, tap, layer)
         if tap.kind == "frame":
             check_frames(policy, site, here, primitive)
         if tap.kind == "attention" and layer is not None:
@@ -367,6 +348,32 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
             slug="empty-range",
         )
     return made
+
+
+def _check_heads(
+    policy: Policy, site: SiteName, path: Path, primitive: Primitive, tap: Tap, layer: SiteName | None
+) -> None:
+    """Refuses queries and keys in a form that the layer does not give."""
+    if not tap.rotary and layer is not None and layer != site:
+        raise refusal(
+            policy,
+            (*path, "layer"),
+            f"`{primitive.key}` takes queries and keys before positions turn them, of the layer that runs next",
+            got=f"layer: {layer} at {site}",
+            want="layer: self",
+            fix="write layer: self",
+            slug="turned-layer",
+        )
+    if tap.kind == "key" and "joined" in tap.of and layer is not None and layer.component == "vision":
+        raise refusal(
+            policy,
+            (*path, "heads"),
+            "keys of all heads side by side are had of decoder layers alone",
+            got=f"heads: joined of {layer}",
+            want="heads: mean, or a layer of the decoder",
+            fix="write heads: mean",
+            slug="decoder-only",
+        )
 
 
 def _since(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> dict[str, Any]:
