@@ -180,7 +180,6 @@ class OneGraph(torch.nn.Module):
         every = torch.arange(at.query.shape[2], device=at.query.device).expand(at.query.shape[0], -1)
         out["score.global"] = GlobalScore(above=1.0).apply(bundle._replace(rows=every))
         out["score.global.visual"] = GlobalScore(above=1.0).apply(visual)
-        out["score.peak"] = PeakScore().apply(bundle)
         out["score.attention.all"] = AttentionScore(of="all").apply(bundle._replace(rows=every))
         text = (at.text, at.text_index >= 0)
         out["score.cosine.mean"] = CosineScore().apply(feature=at.feature, ordinal=at.ordinal)
@@ -208,18 +207,12 @@ class OneGraph(torch.nn.Module):
         anchors = Anchors(keep=Budget(permille=600), share=1000, columns=2)
         anchored = anchors.joined([out["score.random"], out["score.cosine.text"]], scope)
         out["score.anchored"], out["select.anchors"] = anchored, anchors.apply(anchored, scope)
-        either = Either(keep=Budget(count=1), share=0.2, least=0.3)
-        shares = [out["score.attention"], out["score.peak"], out["score.random"]]
-        out["score.either"] = either.joined(shares, scope)
-        out["select.either"] = either.apply(out["score.either"], scope)
         out["select.rows"] = Rows(keep=Budget(permille=600), columns=2).apply(score, scope)
         out["select.chunks"] = Chunks(keep=Budget(count=3), number=3).apply(score, scope, at.feature)
         out["select.pairs"] = Pairs(keep=Budget(count=2), drop=1).apply(score, scope, at.feature)
         count, share, words = Budget(count=3), Budget(permille=400), (at.text, at.text_index >= 0)
-        out["select.recover"] = Recover(keep=share, neighbours=2).apply(score, scope, at.feature, words)
         out["select.max_min"] = MaxMin(keep=share).apply(None, scope, at.feature)
         out["select.max_sum"] = MaxSum(keep=count).apply(score, scope, at.feature)
-        out["select.medoids"] = Medoids(keep=count).apply(None, scope, at.feature)
         out["select.log_det"] = LogDet(keep=share).apply(score.sigmoid(), scope, at.feature)
         out["select.coverage"] = Coverage(keep=count).apply(None, scope, at.feature, words)
         for reduce in ("max", "mean", "sum"):
@@ -238,7 +231,7 @@ class OneGraph(torch.nn.Module):
 
     def merges(self, at: Inputs, score: torch.Tensor, scope: Scope, out: dict[str, torch.Tensor]) -> None:
         rules: dict[str, Any] = {
-            "kept": {"targets": "kept", "reduce": "size_weighted", "within": 1.1},
+            "kept": {"targets": "kept", "reduce": "size_weighted"},
             "stride": {"targets": {"stride": 2}, "by": "key_cosine", "reduce": "target_mean"},
             "top": {"targets": {"top": 2}, "reduce": "mean"},
             "share": {"targets": {"stride": "30%"}, "reduce": "mean"},
@@ -263,13 +256,6 @@ class OneGraph(torch.nn.Module):
             parts = joining.apply(at.feature, at.size, scope, **metric)
             for name, part in zip(("index", "feature", "size"), parts, strict=True):
                 out[f"bipartite.{label}.{name}"] = part
-        parts = Windows(side=2, above=-0.2, columns=3).apply(at.feature, at.size, scope)
-        for name, part in zip(("index", "feature", "size"), parts, strict=True):
-            out[f"windows.{name}"] = part
-        recycle, words = Recycle(neighbours=2, around=2), (at.text, at.text_index >= 0)
-        parts = recycle.apply(at.feature, at.size, out["select.top.share"], score, scope, at.metric, words)
-        for name, part in zip(("index", "feature", "size"), parts, strict=True):
-            out[f"recycle.{name}"] = part
         rests: dict[str, Any] = {
             "absorb": (Absorb(neighbours=2), "select.outliers"),
             "absorb.extra": (Absorb(neighbours=2, extra=True), "select.top.count"),
@@ -289,8 +275,6 @@ class OneGraph(torch.nn.Module):
         every = torch.where(at.query_positions < 0, -1, torch.arange(at.query.shape[2], device=at.query.device))
         out["score.pagerank"] = PageRankScore(temperature=0.5).apply(bundle._replace(rows=every))
         words = (at.text, at.text_index >= 0)
-        out["score.mean_query"] = MeanQueryScore().apply(scope, at.feature, bundle._replace(rows=every))
-        out["select.density"] = Density(keep=Budget(permille=600), cutoff=0.5).apply(score, scope, at.metric)
         for label, budget in (("count", 3), ("share", "40%")):
             pivots = Pivots(keep=Budget.model_validate(budget), visual=2, text=2)
             out[f"select.pivots.{label}"] = pivots.apply(None, scope, at.feature, words, bundle)
@@ -306,15 +290,50 @@ class OneGraph(torch.nn.Module):
     def videos(self, at: Inputs, score: torch.Tensor, scope: Scope, out: dict[str, torch.Tensor]) -> None:
         frames = frames_of(torch.stack([at.query_positions // 4, at.query_positions % 2]), *at.chunk())
         out["frames.number"], out["frames.place"] = frames
+        out["score.change"] = ChangeScore(window=4).apply(scope, at.feature, frames)
+        rule = {"keep": "40%", "window": 4, "bug_compatible": True}
+        out["select.frames"] = FrameSelect.model_validate(rule).apply(score, scope, frames)
+
+
+class MoreGraph(OneGraph):
+    """The ops whose lowering takes long, in a graph of their own, and further settings of others."""
+
+    labels: tuple[str, ...] = ()
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        at = Inputs(*tensors)
+        scope, words = Scope(at.segment, at.counts, at.counts.shape[1]), (at.text, at.text_index >= 0)
+        mask = OP.attention_mask(at.query_positions, at.key_positions, 0)
+        every = torch.where(at.query_positions < 0, -1, torch.arange(at.query.shape[2], device=at.query.device))
+        bundle = Attention(at.query, at.key, mask, every, at.columns, HEAD_WIDTH**-0.5)
+        score = NormScore().apply(at.metric)
+        out = {"score.mean_query": MeanQueryScore().apply(scope, at.feature, bundle)}
+        frames = frames_of(torch.stack([at.query_positions // 4, at.query_positions % 2]), *at.chunk())
+        out["score.change"] = ChangeScore().apply(scope, at.feature, frames)
         flat = frames_of(at.query_positions, *at.chunk())
         out["frames.images"] = flat[0]
-        out["score.change"] = ChangeScore().apply(scope, at.feature, frames)
-        out["score.change.window"] = ChangeScore(window=4).apply(scope, at.feature, frames)
         out["score.novelty"] = NoveltyScore().apply(scope, at.feature, flat)
-        rules: dict[str, Any] = {
-            "each": {"keep": "40%"},
-            "together": {"keep": 3, "together": True},
-            "window": {"keep": "40%", "window": 4, "bug_compatible": True},
-        }
+        rules: dict[str, Any] = {"each": {"keep": "40%"}, "together": {"keep": 3, "together": True}}
         for label, rule in rules.items():
             out[f"select.frames.{label}"] = FrameSelect.model_validate(rule).apply(score, scope, frames)
+        out["select.density"] = Density(keep=Budget(permille=600), cutoff=0.5).apply(score, scope, at.metric)
+        out["select.medoids"] = Medoids(keep=Budget(count=3)).apply(None, scope, at.feature)
+        out["score.peak"] = PeakScore().apply(bundle._replace(rows=at.rows))
+        either = Either(keep=Budget(count=1), share=0.2, least=0.3)
+        out["score.either"] = either.joined([out["score.peak"], out["score.mean_query"], score], scope)
+        out["select.either"] = either.apply(out["score.either"], scope)
+        share = Budget(permille=600)
+        out["select.recover"] = Recover(keep=share, neighbours=2).apply(score, scope, at.feature, words)
+        chosen = Top(keep=share).apply(score, scope)
+        near = Merge.model_validate({"targets": "kept", "within": 1.1})
+        tensors = (at.feature, at.size, chosen, score, scope)
+        made = {
+            "windows": Windows(side=2, above=-0.2, columns=3).apply(at.feature, at.size, scope),
+            "recycle": Recycle(neighbours=2, around=2).apply(*tensors, at.metric, words),
+            "within": near.apply(*tensors),
+        }
+        for label, parts in made.items():
+            for name, part in zip(("index", "feature", "size"), parts, strict=True):
+                out[f"{label}.{name}"] = part
+        type(self).labels = tuple(out)
+        return tuple(out.values())
