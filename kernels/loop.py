@@ -14,7 +14,12 @@ from torch._higher_order_ops.while_loop import while_loop
 State = tuple[torch.Tensor, ...]
 
 
-def repeat(body: Callable[..., State], state: State, rounds: torch.Tensor) -> State:
+def repeat(
+    body: Callable[..., State],
+    state: State,
+    rounds: torch.Tensor,
+    unsettled: Callable[..., torch.Tensor] | None = None,
+) -> State:
     """What `state` is after `rounds` times `state = body(number of the round, *state)`.
 
     Args:
@@ -22,14 +27,17 @@ def repeat(body: Callable[..., State], state: State, rounds: torch.Tensor) -> St
             and devices, none of them an argument itself. It may read tensors and sizes around it.
         state: tensors, none of them a view of another or of what the body reads.
         rounds: int64 scalar tensor, at least 0. With 0 rounds the state comes back as it is.
+        unsettled: a bool scalar tensor of the state; where it is False the loop ends early.
     """
     if not torch.compiler.is_exporting():
         for number in range(int(rounds)):
+            if unsettled is not None and not bool(unsettled(*state)):
+                break
             state = body(torch.tensor(number, device=state[0].device), *state)
         return state
 
-    def going_on(number: torch.Tensor, *unused: torch.Tensor) -> torch.Tensor:
-        return number < rounds
+    def going_on(number: torch.Tensor, *now: torch.Tensor) -> torch.Tensor:
+        return number < rounds if unsettled is None else (number < rounds) & unsettled(*now)
 
     def once(number: torch.Tensor, *now: torch.Tensor) -> State:
         return number + 1, *body(number, *now)

@@ -75,20 +75,24 @@ class Tap:
     """A value of the traced graph that a primitive asks for.
 
     kind: `feature`   [B, V, D] the visual tokens at the site
-          `key`       [B, V, d] attention keys of the visual tokens in `layer`, averaged over heads
-          `attention` an `Attention` bundle taken from `layer`, rows chosen by `of`
+          `key`       [B, V, d] attention keys of the visual tokens in `layer`, averaged over heads; with `of` joined
+                      [B, V, G d] those of all heads side by side, which only a decoder layer has
+          `attention` an `Attention` bundle taken from `layer`, rows chosen by `of`; with `rotary` False its q and k are
+                      those of a layer that is about to run, before positions turned them
           `text`      a `(hidden [B, T, D], valid [B, T] bool)` pair: the text tokens at the site
           `transition` [B, V] how much attention and MLP of `layer`, a decoder layer before the site, changed each
                       visual token (see kernels/score_transition.py)
           `ordinal`   [B, V] int64 running number of each visual token of the sample, -1 pads
           `weights`   tensors by name, which `tensors` reads (see kernels/weights.py)
+          `frame`     a `(frame, place)` pair, each [B, V] int64 with -1 pads (see kernels/frames.py)
     of: the rows of `attention`; `behind` of `text`: what stands behind the last visual token, all text if nothing does
     """
 
-    kind: Literal["feature", "key", "attention", "text", "ordinal", "transition", "weights"]
+    kind: Literal["feature", "key", "attention", "text", "ordinal", "transition", "weights", "frame"]
     layer: str | None = None
     of: tuple[str, ...] = ()
     tensors: Callable[[], dict[str, torch.Tensor]] | None = None
+    rotary: bool = True
 
 
 class Attention(NamedTuple):
@@ -136,6 +140,7 @@ class Score(Primitive):
     """Higher = keep."""
 
     kind: ClassVar[Kind] = "score"
+    scoped: ClassVar[bool] = False  # `apply` takes the scope as well
 
     def apply(self, *args: Any, **taps: Any) -> torch.Tensor:
         """[B, V] float32, one number a visual token (pads: any finite number)."""
@@ -197,6 +202,7 @@ class Merging(Primitive):
     """Joins tokens without a selection: a step of its own."""
 
     kind: ClassVar[Kind] = "merge"
+    exact: ClassVar[bool] = True  # as in `Select`
     proportional: bool = Field(
         False, description="from here on the encoder's blocks add the log of a token's size to the attention it gets"
     )
@@ -220,6 +226,10 @@ class Merging(Primitive):
     def kept(self, counts: list[int]) -> list[int]:
         """How many of `counts` visual tokens (one number a scope) are left: the plan's side of `apply`."""
         raise NotImplementedError
+
+    def fewest(self, counts: list[int]) -> list[int]:
+        """How many are left at least, where the number is known only at run time."""
+        return self.kept(counts)
 
 
 class When(Primitive):

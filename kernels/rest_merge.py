@@ -8,7 +8,8 @@ Targets: `amount` per segment; with amount 0, permille / 1000 of the tokens it h
                  step = max(1, M // amount); top: the `amount` best-scored of them; both: K2 = K + slots.
          kept:   the chosen tokens themselves; K2 = K.
 Merging: every other token goes to the target of its own segment with the highest cosine of the metric (the lower index
-         among equals). A token of a segment without a target is dropped.
+         among equals). A token of a segment without a target is dropped; so is, with within < 2, one whose 1 - cosine
+         with its target is above that.
 Reduce:  mean: (target + members) / (1 + number of members); target_mean: target + mean of members, nothing added to a
          target without members; size_weighted: sum(size * x) / sum(size). Sizes add up. Sums are float32.
 Memory:  O(B V C) for C targets, never V x V.
@@ -46,6 +47,8 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield f"kept-{reduce}", (*tensors, "kept", 0, 0, reduce)
         yield f"stride-share-{reduce}", (*tensors, "stride", 0, 3, reduce, 340)
         yield f"top-share-{reduce}", (*tensors, "top", 0, 3, reduce, 340)
+        yield f"kept-within-{reduce}", (*tensors, "kept", 0, 0, reduce, 0, 0.6)
+    yield "none-within", (*tensors, "stride", 2, 4, "mean", 0, 0.0)
     plain = (feature, metric, torch.ones(3, 9), segment, counts)
     yield "more-targets-than-rest", (*plain, chosen, score, "stride", 20, 40, "mean")
     nothing = torch.zeros(3, 0, dtype=torch.int64)
@@ -78,8 +81,10 @@ def pick_targets(
     return rest & (place % step == 0) & (place // step < per_token(amounts, left))
 
 
-def _nearest(metric: torch.Tensor, segment: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[B, V] int64: the column of `index [B, C]` each token is nearest to, C where its segment has no target."""
+def _nearest(
+    metric: torch.Tensor, segment: torch.Tensor, index: torch.Tensor, within: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The column of `index [B, C]` each token is nearest to, C where its segment has none; whether it is within."""
     metric = metric.float()
     ones = torch.ones(metric.shape[2], 1, device=metric.device)
     metric = metric / ((metric * metric) @ ones).sqrt().clamp(min=1e-12)
@@ -89,7 +94,7 @@ def _nearest(metric: torch.Tensor, segment: torch.Tensor, index: torch.Tensor) -
     # Below every cosine, above every forbidden target. The row added on top keeps V = 0 right in ONNX Runtime, which
     # leaves the reduced axis of an empty tensor in place.
     near = torch.nn.functional.pad(near, (0, 1, 1, 0), value=-2.0)
-    return near.argmax(2)[:, 1:]
+    return near.argmax(2)[:, 1:], (near.amax(2) >= 1.0 - within)[:, 1:]
 
 
 @op(_cases)
@@ -106,6 +111,7 @@ def merge_nearest(
     slots: int,
     reduce: str,
     permille: int = 0,
+    within: float = 2.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(index, feature, size) of the chosen tokens and the targets, the other tokens merged into the targets."""
     kept = mark(chosen, segment.shape[1])
@@ -117,7 +123,9 @@ def merge_nearest(
         stays, width, total = kept | target, slots, chosen.shape[1] + slots
     index = pack(target, width)
     member = rest & ~target
-    nearest = _nearest(metric, segment, index)
+    nearest, close = _nearest(metric, segment, index, within)
+    if within < 2.0:
+        member = member & close
     to = ((nearest[:, :, None] == torch.arange(width + 1, device=index.device)) & member[:, :, None]).float()
     to = to.transpose(1, 2)  # [B, C + 1, V]
 
@@ -186,10 +194,13 @@ class Merge(Rest):
     )
     by: Literal["key_cosine", "feature_cosine"] = "feature_cosine"
     layer: str | None = Field(None, description="for key_cosine: the layer of the keys; default: the step's own")
+    heads: Literal["mean", "joined"] = Field("mean", description="for key_cosine: their mean, or all side by side")
     reduce: Literal["mean", "target_mean", "size_weighted"] = "mean"
+    within: float = Field(2.0, ge=0, le=2, description="1 - cosine with the target beyond which a token is dropped")
 
     def taps(self) -> dict[str, Tap]:
-        return {"metric": Tap("key", self.layer)} if self.by == "key_cosine" else {}
+        heads = ("joined",) if self.heads == "joined" else ()
+        return {"metric": Tap("key", self.layer, heads)} if self.by == "key_cosine" else {}
 
     @property
     def needs_score(self) -> bool:
@@ -235,7 +246,7 @@ class Merge(Rest):
         amount = amount or Budget(count=1)
         slots = amount.slots(scope.segment.shape[1], scope.number)
         merged: tuple[Any, Any, Any] = merge_nearest.overload(
-            *tensors, targets, amount.count or 0, slots, self.reduce, amount.permille or 0
+            *tensors, targets, amount.count or 0, slots, self.reduce, amount.permille or 0, self.within
         )
         return merged
 

@@ -10,6 +10,8 @@ Where a rule does not fit, the evidence says why, and the nodes stay as they are
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.fx as fx
 
@@ -68,8 +70,8 @@ def _evidence(component: Component, node: fx.Node, what: str, why: str) -> Chang
 
 
 def _attend(graph: fx.Graph, node: fx.Node, runs: dict[fx.Node, fx.Node]) -> None:
-    query, key, value, mask, scale, _ = node.args
-    queries, keys = mask.args[:2]
+    query, key, value, mask, scale, _ = cast("tuple[fx.Node, ...]", node.args)
+    queries, keys = cast("tuple[fx.Node, ...]", mask.args[:2])
     if keys not in runs:
         with graph.inserting_before(mask):
             runs[keys] = graph.call_function(OP.attention_runs.default, (keys,))

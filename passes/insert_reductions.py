@@ -22,7 +22,7 @@ from tvc.passes.branches import branches
 from tvc.passes.cuts import RESULTS, ChunkState, Cut, cut_function, gather_tokens, start_sizes
 from tvc.passes.insert_projector import add_projector
 from tvc.passes.insert_vision import VisionInsertion
-from tvc.passes.taps import DecoderTaps, crosses, crossing, rater_mask, tap_name, transitions
+from tvc.passes.taps import DecoderTaps, crosses, crossing, frames_of, rater_mask, tap_name, transitions
 from tvc.program import Change, Component, Program, Stage
 
 COMPONENTS = ("vision", "projector", "language")
@@ -116,6 +116,7 @@ class _DecoderInsertion:
         self.inputs = placeholders(self.graph)
         self.changes: list[Change] = []
         self._rater_mask: fx.Node | None = None
+        self._frame_pair: fx.Node | None = None
         self._transitions: dict[int, fx.Node] = {}
 
     def insert(self, steps: list[Any]) -> list[Change]:
@@ -209,7 +210,7 @@ class _DecoderInsertion:
     ) -> ChunkState:
         note = f"InsertReductions: {step.where}"
         cuts = self.component.meta["cuts"]
-        shared = (self._raters, self._transition)
+        shared = (self._raters, self._transition, self._frames, self.inputs["position_ids"])
         resolver = DecoderTaps(self.graph, self.blocks, states, cuts, note, key_positions, *shared)
         with self.graph.inserting_before(first):
             scores, taps = self._step_taps(step, number, resolver, first)
@@ -255,6 +256,15 @@ class _DecoderInsertion:
                 self._rater_mask = self.graph.call_function(rater_mask, arguments)
             annotate(self._rater_mask, note)
         return self._rater_mask
+
+    def _frames(self, note: str) -> fx.Node:
+        """Frame and place of every visual token, found once, where they enter the decoder."""
+        if self._frame_pair is None:
+            names = ("position_ids", "visual_index", "visual_segment", "visual_counts")
+            with self.graph.inserting_before(first_node(self.graph, self.blocks[0])):
+                self._frame_pair = self.graph.call_function(frames_of, tuple(self.inputs[name] for name in names))
+            annotate(self._frame_pair, note)
+        return self._frame_pair
 
     def _transition(self, layer: int, state: ChunkState, note: str) -> fx.Node:
         """[B, V] how much `layer` changed the visual tokens of its stage, found where the layer ends."""

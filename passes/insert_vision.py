@@ -355,7 +355,11 @@ def _without_prefix(hidden: torch.Tensor, prefix: int) -> torch.Tensor:
 
 def _check_static(step: Any) -> None:
     """Inside the encoder every tile keeps the same number of tokens."""
-    late = [f"{part.kind}: {part.key}" for part in (step.select, step.rest) if part is not None and not part.exact]
+    late = [
+        f"{part.kind}: {part.key}"
+        for part in (step.select, step.rest, step.merge)
+        if part is not None and not part.exact
+    ]
     what = "an exit" if step.exit is not None else " with ".join(late)
     if what:
         raise SiteError(

@@ -65,7 +65,7 @@ def decide(
     if terms:
         values = [
             (
-                given if isinstance(given, torch.Tensor) else term.primitive.apply(**_bundles(given)),
+                given if isinstance(given, torch.Tensor) else one_score(term.primitive, _bundles(given), scope),
                 term.weight,
                 term.normalize,
             )
@@ -85,6 +85,12 @@ def decide(
     if merged is None:
         return Decision(chosen, None, _take(size, chosen))
     return Decision(merged[0], merged[1], merged[2])
+
+
+def one_score(primitive: Any, taps: dict[str, Any], scope: Scope) -> torch.Tensor:
+    """[B, V] float32: what a score primitive makes of its taps."""
+    value: torch.Tensor = primitive.apply(scope=scope, **taps) if primitive.scoped else primitive.apply(**taps)
+    return value
 
 
 def _bundles(taps: dict[str, Any]) -> dict[str, Any]:

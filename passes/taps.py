@@ -12,6 +12,7 @@ from tvc.chunks import TAP
 from tvc.errors import SiteError
 from tvc.graphs import Block, annotate, backward_closure, clone, identifier
 from tvc.kernels.op import Tap
+from tvc.kernels.segments import ranks
 from tvc.passes.cuts import ChunkState, Cut
 from tvc.passes.reduction import follow, take_rows
 
@@ -94,6 +95,33 @@ def rater_mask(residual: torch.Tensor, visual_index: torch.Tensor, text_index: t
     return mask
 
 
+def frames_of(
+    position_ids: torch.Tensor, visual_index: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, V] the frame of each visual token, counted through the sample, and its place there; -1 pads.
+
+    An image is one frame. Where positions have axes for time, rows and columns, a video's frames are told by the places
+    at which a token has the row and the column of the video's first token again.
+    """
+    first = ranks(segment, counts) == 0
+    start = first
+    if position_ids.dim() == 3:
+        spatial = position_ids[1:].gather(2, visual_index.clamp(min=0).expand(position_ids.shape[0] - 1, -1, -1))
+        # Where each segment starts; one more column in front takes the pads.
+        begin = torch.zeros(counts.shape[0], counts.shape[1] + 1, dtype=torch.int64, device=counts.device)
+        slot = torch.arange(segment.shape[1], device=segment.device).expand(segment.shape)
+        begin = begin.scatter_reduce(1, torch.where(first, segment + 1, 0), torch.where(first, slot, 0), "amax")
+        begin = begin.gather(1, segment + 1).expand(spatial.shape)
+        start = (spatial == spatial.gather(2, begin)).all(0)
+    valid = segment >= 0
+    number = (start & valid).long().cumsum(1)
+    # A frame's tokens stand side by side: the place counts from where its number is first reached.
+    before = torch.zeros(segment.shape[0], segment.shape[1] + 1, dtype=torch.int64, device=segment.device)
+    before = before.scatter_add(1, torch.where(valid, number, 0), torch.ones_like(segment))
+    place = torch.arange(segment.shape[1], device=segment.device) - (before.cumsum(1) - before).gather(1, number)
+    return torch.where(valid, number - 1, -1), torch.where(valid, place, -1)
+
+
 def raters_among(text_index: torch.Tensor, raters: torch.Tensor) -> torch.Tensor:
     """[B, T] int64: the slots of the text tokens that rate, -1 for the others."""
     return torch.where(raters, text_index, -1)
@@ -126,10 +154,11 @@ def columns_of(index: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> t
     return torch.where(index >= 0, index + past, -1).unsqueeze(2)
 
 
-def key_rows(key: torch.Tensor, query: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[B, V, d] keys of the chunk's slots `index`, averaged over heads."""
+def key_rows(key: torch.Tensor, query: torch.Tensor, index: torch.Tensor, joined: bool) -> torch.Tensor:
+    """[B, V, d] keys of the chunk's slots `index`, averaged over heads; `joined`: [B, V, G d], all side by side."""
     past = key.shape[2] - query.shape[2]
-    return take_rows(key.float().mean(1), torch.where(index >= 0, index + past, 0))
+    heads = key.float().transpose(1, 2)
+    return take_rows(heads.flatten(2) if joined else heads.mean(2), torch.where(index >= 0, index + past, 0))
 
 
 def constants(graph: fx.Graph, tap: Tap, site: str, near: Any, note: str) -> dict[str, fx.Node]:
@@ -159,9 +188,12 @@ class DecoderTaps:
         key_positions: fx.Node,
         raters: Callable[[str], fx.Node],
         transition: Callable[[int, ChunkState, str], fx.Node],
+        frames: Callable[[str], fx.Node],
+        position_ids: fx.Node,
     ):
         self.graph, self.blocks, self.states, self.cuts, self.note = graph, blocks, states, cuts, note
-        self.key_positions, self.raters, self.transition = key_positions, raters, transition
+        self.key_positions, self.raters, self.transition, self.frames = key_positions, raters, transition, frames
+        self.position_ids = position_ids
 
     def call(self, function: Any, *arguments: Any) -> fx.Node:
         node = self.graph.call_function(function, arguments)
@@ -182,20 +214,26 @@ class DecoderTaps:
             chosen = (text_behind, state.visual_index) if tap.of == ("behind",) else (text_rows,)
             pair = self.call(chosen[0], state.residual, state.text_index, *chosen[1:])
             return (self.graph.call_function(_first, (pair,)), self.graph.call_function(_second, (pair,)))
+        if tap.kind == "frame":
+            pair = self.frames(self.note)
+            return tuple(
+                self.call(running_number, state.segment, self.call(_still_there, self.call(part, pair), state.origin))
+                for part in (_first, _second)
+            )
         if tap.kind == "ordinal":
             return self.call(running_number, state.segment, state.origin)
         layer = int((tap.layer or "").removeprefix("language."))
         if tap.kind == "transition":
             return self._transition(layer)
-        query, key, mask, scale, stage = self._attention(layer, site, first)
+        query, key, mask, scale, stage = self._attention(layer, site, first, tap.rotary)
         index = self._slots_in(stage)
         if tap.kind == "key":
-            return self.call(key_rows, key, query, index)
+            return self.call(key_rows, key, query, index, tap.of == ("joined",))
         rows = self._rows(tap, query, stage, index)
         columns = self.call(columns_of, index, query, key)
         return (query, key, mask, rows, columns, scale)
 
-    def _attention(self, layer: int, site: str, first: fx.Node) -> tuple[Any, Any, Any, float, int]:
+    def _attention(self, layer: int, site: str, first: fx.Node, rotary: bool) -> tuple[Any, Any, Any, float, int]:
         """(query, key, mask, scale, stage) of the attention in `layer`, which runs before the cut or is recomputed."""
         node = self.blocks[layer].attention
         query, key, mask, scale = node.args[0], node.args[1], node.args[3], node.args[4]
@@ -204,8 +242,14 @@ class DecoderTaps:
             return query, key, mask, scale, stage  # type: ignore[return-value]
         # The block's own attention, on the tokens that have not been cut yet: its q and k are computed here as well.
         ahead = [n for n in backward_closure([query, key]) if not n < first]  # type: ignore[list-item]
-        copies = clone(ahead, {}, self.note)
         state = self.states[-1]
+        known: dict[fx.Node, fx.Node] = {}
+        if not rotary:
+            # A token at position 0 is not turned: what the positions alone decide is worked out once more for zeros.
+            residual: fx.Node = state.residual  # type: ignore[assignment]
+            known = {self.position_ids: self.call(torch.zeros_like, self.position_ids), residual: residual}
+            ahead = backward_closure([query, key], stop=known)  # type: ignore[list-item]
+        copies = clone(ahead, known, self.note)
         window = mask.args[2]  # type: ignore[union-attr]
         keys = self.call(_joined, self.key_positions, state.query_positions)
         mask = self.call(torch.ops.tvc.attention_mask.default, state.query_positions, keys, window, state.spans)

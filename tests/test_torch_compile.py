@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import build, inputs
 
 import tvc
+from support import build, inputs
 from tvc.errors import ArgumentError
 
 

@@ -166,6 +166,32 @@ def test_image_and_video_of_one_prompt(half: Any, family: str, image_first: bool
     assert tvc.verify(compiled, model, inputs, steps=3).passed
 
 
+SLOW = pytest.mark.conformance
+
+
+@pytest.mark.parametrize(
+    ("preset", "settings", "left"),
+    [
+        # Of eight frames of 6 tokens and five of 8; of two frames of 4 tokens and three of 8.
+        ("dycoke", {}, [[23, 14], [5, 10]]),
+        pytest.param("evs", {}, [[12, 10], [4, 8]], marks=SLOW),
+        pytest.param("stc", {"keep": 3}, [[24, 15], [6, 9]], marks=SLOW),
+    ],
+)
+def test_video_presets_see_frames(prepared: Any, preset: str, settings: dict[str, Any], left: list[list[int]]) -> None:
+    model, traced = prepared("qwen2_5_vl")
+    compiled = traced.compile(tvc.load_policy(preset, set=settings), verify=False)
+    made, extra = videos(model, [(8, 4, 6), (5, 4, 8)])
+    longer = batch(model, [[1, 105, 106, *made[0], 130, 131], [1, 107, *made[1], 132, 133, 134]], extra)
+    for inputs, numbers in zip((longer, two_videos(model)), left, strict=True):
+        kept = compiled(**inputs).kept["language.0"]
+        for row, places in enumerate(kept):
+            video = inputs["input_ids"][row] == model.config.video_token_id
+            assert int(video[places[places >= 0]].sum()) == numbers[row]
+    for inputs in (longer, image_and_video("qwen2_5_vl", model, image_first=False)):
+        assert tvc.verify(compiled, model, inputs, steps=2).passed
+
+
 @pytest.fixture(scope="module")
 def inside(prepared: Any) -> tuple[Any, Any]:
     model, traced = prepared("qwen2_5_vl")

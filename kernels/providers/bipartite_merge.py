@@ -31,7 +31,9 @@ def supports(
     if any(value.dtype not in FLOATS for value in (feature, metric, size)):
         return no(f"feature, metric and size are {feature.dtype}, {metric.dtype} and {size.dtype}")
     if feature.shape[1] > MOST:
-        return no(f"there are {feature.shape[1]} visual tokens; above {MOST} the reference's matrix products are faster")
+        return no(
+            f"there are {feature.shape[1]} visual tokens; above {MOST} the reference's matrix products are faster"
+        )
     return YES
 
 

@@ -28,9 +28,12 @@ def supports(
     slots: int,
     reduce: str,
     permille: int = 0,
+    within: float = 2.0,
 ) -> Support:
     if any(value.dtype not in FLOATS for value in (feature, metric, size)):
         return no(f"feature, metric and size are {feature.dtype}, {metric.dtype} and {size.dtype}")
+    if within < 2.0:
+        return no(f"tokens farther than {within} from their target are dropped")
     return YES
 
 
@@ -47,6 +50,7 @@ def launch(
     slots: int,
     reduce: str,
     permille: int = 0,
+    within: float = 2.0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(index, feature, size) of the chosen tokens and the targets, the other tokens merged into the targets."""
     batch, visual = segment.shape

@@ -58,6 +58,17 @@ SETTINGS = {
     "tokenflex": ["side=3"],
     "flash-latents": ["keep=5"],
     "qtsplus": ["heads=4", "groups=2"],
+    "visiondrop": [
+        "keep=60%",
+        "contextual=20%",
+        "contextual_first=20%",
+        "contextual_second=20%",
+        "contextual_third=30%",
+    ],
+    "stc": ["keep=3"],
+    "pact": ["depth=2"],
+    "recoverable": ["neighbours=4"],
+    "mustdrop": ["alike=0.3", "guarded=2", "share=0.06", "least=0.2", "first=1", "second=2", "third=3", "fourth=4"],
 }
 
 

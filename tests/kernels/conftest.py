@@ -10,7 +10,10 @@ HERE = pathlib.Path(__file__).parent
 
 ORACLES = (
     "oracles",
-    *(f"oracles_{group}" for group in ("folding", "encoder", "decoder", "pairs", "greedy", "modules")),
+    *(
+        f"oracles_{group}"
+        for group in ("folding", "encoder", "decoder", "pairs", "greedy", "frames", "windows", "recover", "modules")
+    ),
 )
 
 for name in (*ORACLES, "one_graph", "provider_cases"):

@@ -11,28 +11,39 @@ from tvc.kernels.budget import Budget
 from tvc.kernels.combine_scores import combine
 from tvc.kernels.exit_select import exit_chosen
 from tvc.kernels.merge_bipartite import Bipartite
+from tvc.kernels.merge_windows import Windows
 from tvc.kernels.op import Attention, Scope
 from tvc.kernels.rest_absorb import Absorb
 from tvc.kernels.rest_cells import Cells
 from tvc.kernels.rest_cluster import Cluster
 from tvc.kernels.rest_fold import Fold
 from tvc.kernels.rest_merge import Merge
+from tvc.kernels.rest_recycle import Recycle
 from tvc.kernels.score_attention import AttentionScore
+from tvc.kernels.score_change import ChangeScore
 from tvc.kernels.score_cosine import CosineScore
 from tvc.kernels.score_global import GlobalScore
+from tvc.kernels.score_mean_query import MeanQueryScore
 from tvc.kernels.score_norm import NormScore
+from tvc.kernels.score_novelty import NoveltyScore
 from tvc.kernels.score_pagerank import PageRankScore
+from tvc.kernels.score_peak import PeakScore
 from tvc.kernels.score_random import RandomScore
 from tvc.kernels.score_uniform import UniformScore
 from tvc.kernels.select_anchors import Anchors
 from tvc.kernels.select_chunks import Chunks
 from tvc.kernels.select_coverage import Coverage
+from tvc.kernels.select_density import Density
+from tvc.kernels.select_either import Either
+from tvc.kernels.select_frames import FrameSelect
 from tvc.kernels.select_log_det import LogDet
 from tvc.kernels.select_max_min import MaxMin
 from tvc.kernels.select_max_sum import MaxSum
+from tvc.kernels.select_medoids import Medoids
 from tvc.kernels.select_outliers import Outliers
 from tvc.kernels.select_pairs import Pairs
 from tvc.kernels.select_pivots import Pivots
+from tvc.kernels.select_recover import Recover
 from tvc.kernels.select_rows import Rows
 from tvc.kernels.select_stride import Stride
 from tvc.kernels.select_threshold import Threshold
@@ -40,6 +51,7 @@ from tvc.kernels.select_top import Top
 from tvc.kernels.when_always import Always
 from tvc.kernels.when_cross_attention import CrossAttention
 from tvc.kernels.when_threshold import ThresholdGate
+from tvc.passes.taps import frames_of
 
 OP = torch.ops.tvc
 WIDTH, HEADS, GROUPS, HEAD_WIDTH = 12, 4, 2, 8
@@ -68,6 +80,9 @@ class Inputs:
     text: torch.Tensor
     boundaries: torch.Tensor
     vectors: torch.Tensor
+
+    def chunk(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.visual_index, self.segment, self.counts
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
@@ -153,6 +168,7 @@ class OneGraph(torch.nn.Module):
         self.selections(at, scores, scope, out)
         self.merges(at, scores, scope, out)
         self.between_layers(at, mask, scores, scope, out)
+        self.videos(at, scores, scope, out)
         type(self).labels = tuple(out)
         return tuple(out.values())
 
@@ -273,3 +289,54 @@ class OneGraph(torch.nn.Module):
         parts = cluster.apply(at.feature, at.size, out["select.top.count"], score, scope)
         for name, part in zip(("index", "feature", "size"), parts, strict=True):
             out[f"cluster.{name}"] = part
+
+    def videos(self, at: Inputs, score: torch.Tensor, scope: Scope, out: dict[str, torch.Tensor]) -> None:
+        frames = frames_of(torch.stack([at.query_positions // 4, at.query_positions % 2]), *at.chunk())
+        out["frames.number"], out["frames.place"] = frames
+        out["score.change"] = ChangeScore(window=4).apply(scope, at.feature, frames)
+        rule = {"keep": "40%", "window": 4, "bug_compatible": True}
+        out["select.frames"] = FrameSelect.model_validate(rule).apply(score, scope, frames)
+
+
+class MoreGraph(OneGraph):
+    """The ops whose lowering takes long, in a graph of their own, and further settings of others."""
+
+    labels: tuple[str, ...] = ()
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        at = Inputs(*tensors)
+        scope, words = Scope(at.segment, at.counts, at.counts.shape[1]), (at.text, at.text_index >= 0)
+        mask = OP.attention_mask(at.query_positions, at.key_positions, 0)
+        every = torch.where(at.query_positions < 0, -1, torch.arange(at.query.shape[2], device=at.query.device))
+        bundle = Attention(at.query, at.key, mask, every, at.columns, HEAD_WIDTH**-0.5)
+        score = NormScore().apply(at.metric)
+        out = {"score.mean_query": MeanQueryScore().apply(scope, at.feature, bundle)}
+        frames = frames_of(torch.stack([at.query_positions // 4, at.query_positions % 2]), *at.chunk())
+        out["score.change"] = ChangeScore().apply(scope, at.feature, frames)
+        flat = frames_of(at.query_positions, *at.chunk())
+        out["frames.images"] = flat[0]
+        out["score.novelty"] = NoveltyScore().apply(scope, at.feature, flat)
+        rules: dict[str, Any] = {"each": {"keep": "40%"}, "together": {"keep": 3, "together": True}}
+        for label, rule in rules.items():
+            out[f"select.frames.{label}"] = FrameSelect.model_validate(rule).apply(score, scope, frames)
+        out["select.density"] = Density(keep=Budget(permille=600), cutoff=0.5).apply(score, scope, at.metric)
+        out["select.medoids"] = Medoids(keep=Budget(count=3)).apply(None, scope, at.feature)
+        out["score.peak"] = PeakScore().apply(bundle._replace(rows=at.rows))
+        either = Either(keep=Budget(count=1), share=0.2, least=0.3)
+        out["score.either"] = either.joined([out["score.peak"], out["score.mean_query"], score], scope)
+        out["select.either"] = either.apply(out["score.either"], scope)
+        share = Budget(permille=600)
+        out["select.recover"] = Recover(keep=share, neighbours=2).apply(score, scope, at.feature, words)
+        chosen = Top(keep=share).apply(score, scope)
+        near = Merge.model_validate({"targets": "kept", "within": 1.1})
+        tensors = (at.feature, at.size, chosen, score, scope)
+        made = {
+            "windows": Windows(side=2, above=-0.2, columns=3).apply(at.feature, at.size, scope),
+            "recycle": Recycle(neighbours=2, around=2).apply(*tensors, at.metric, words),
+            "within": near.apply(*tensors),
+        }
+        for label, parts in made.items():
+            for name, part in zip(("index", "feature", "size"), parts, strict=True):
+                out[f"{label}.{name}"] = part
+        type(self).labels = tuple(out)
+        return tuple(out.values())

@@ -296,6 +296,7 @@ def merge_nearest(
     slots: int,
     reduce: str,
     permille: int = 0,
+    within: float = 2.0,
 ) -> Any:
     indices, features, sizes = [], [], []
     # Without a token the lists cannot tell the width; the case without one has 6.
@@ -314,7 +315,9 @@ def merge_nearest(
             for v in left:
                 if goals and v not in goals:
                     # max returns the first of equals: the lowest index.
-                    into[max(goals, key=lambda goal, v=v: _cosine(metric[b][v], metric[b][goal]))].append(v)
+                    goal = max(goals, key=lambda goal, v=v: _cosine(metric[b][v], metric[b][goal]))
+                    if within == 2.0 or 1 - _cosine(metric[b][v], metric[b][goal]) <= within:
+                        into[goal].append(v)
         total = len(chosen[b]) + (0 if targets == "kept" else slots)
         index = _pad(sorted({*kept, *into}), total)
         indices.append(index)

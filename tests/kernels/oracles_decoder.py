@@ -151,7 +151,28 @@ def _dot(a: Row, b: Row) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True))
 
 
+def mean_query_score(
+    feature: Any, query: Any, key: Any, rows: Any, columns: Any, segment: Any, scale: float
+) -> list[Row]:
+    result = []
+    for b, videos in enumerate(segment):
+        past = len(key[b][0]) - len(query[b][0])
+        visual = {v: group[0] for v, group in enumerate(columns[b]) if group[0] >= 0}
+        used = [row for row in rows[b] if 0 <= row <= max(visual.values(), default=-1) - past]
+        score = [0.0] * len(videos)
+        for h, head in enumerate(query[b]):
+            keys = key[b][h * len(key[b]) // len(query[b])]
+            mean = [sum(column) / len(used) for column in zip(*(head[row] for row in used), strict=True)]
+            for image in set(videos) - {-1}:
+                tokens = [v for v, owner in enumerate(videos) if owner == image]
+                paid = _weights(mean, [keys[visual[v]] for v in tokens], scale, [True] * len(tokens))
+                for v, share in zip(tokens, paid, strict=True):
+                    score[v] += share / len(query[b]) * math.sqrt(sum(x * x for x in feature[b][v]))
+        result.append(score)
+    return result
+
+
 ORACLES |= {
     function.__name__: function
-    for function in (merge_clusters, pagerank_score, pivot_keep, text_raters, transition_score)
+    for function in (mean_query_score, merge_clusters, pagerank_score, pivot_keep, text_raters, transition_score)
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from kernel_oracles import ORACLES, Row, _budget, _members, _pad
+from kernel_oracles import ORACLES, Row, _best, _budget, _members, _pad
 
 
 def _directions(vectors: list[Row]) -> list[Row]:
@@ -162,4 +162,63 @@ def coverage_keep(
     return _each(segment, counts, permille, count, slots, rule)
 
 
+def medoids_keep(
+    feature: Any, segment: Any, counts: Any, permille: int, count: int, slots: int, rounds: int
+) -> list[Row]:
+    def rule(b: int, members: list[int], number: int) -> list[int]:
+        rows = {i: [0.0 if math.isnan(value) else value for value in feature[b][i]] for i in members}
+
+        def apart(one: int, other: int) -> float:
+            return math.dist(rows[one], rows[other])
+
+        medoids: list[int] = []
+        while len(medoids) < number:
+            free = [token for token in members if token not in medoids]
+            if medoids:
+                medoids.append(_first_best(free, lambda token: min(apart(token, other) for other in medoids)))
+            else:
+                medoids.append(_first_best(free, lambda token: math.hypot(*rows[token])))
+        for _ in range(rounds if medoids else 0):
+            groups: dict[int, list[int]] = {medoid: [] for medoid in sorted(medoids)}
+            for token in members:
+                home = token if token in groups else _first_best(list(groups), lambda m, t=token: -apart(t, m))
+                groups[home].append(token)
+            moved = [
+                _first_best(group, lambda token, group=group: -sum(apart(token, other) for other in group))
+                for group in groups.values()
+            ]
+            if sorted(moved) == sorted(medoids):
+                break
+            medoids = moved
+        return medoids
+
+    return _each(segment, counts, permille, count, slots, rule)
+
+
+def density_keep(
+    metric: Any, score: Any, segment: Any, counts: Any, permille: int, count: int, cutoff: float
+) -> list[Row]:
+    result = []
+    for b, scopes in enumerate(segment):
+        unit, taken = _directions(metric[b]), []
+        for scope in range(len(counts[b])):
+            members = _members(scopes, scope)
+            pool = sorted(_best(members, score[b], _budget(len(members), permille, count)))
+
+            def apart(one: int, other: int, unit: list[Row] = unit) -> float:
+                return 0.0 if one == other else max(0.0, 1 - _dot(unit[one], unit[other]))
+
+            density = {i: sum(math.exp(-((apart(i, j) / 2) ** 2)) for j in pool) for i in pool}
+            centres: list[int] = []
+            while pool:
+                centre = _first_best(pool, lambda token, density=density: density[token])
+                pool.remove(centre)
+                if all(apart(centre, other) > cutoff for other in centres):
+                    centres.append(centre)
+            taken += centres
+        result.append(sorted(taken))
+    return [_pad(row, max(map(len, result))) for row in result]
+
+
 ORACLES.update({f.__name__: f for f in (max_min_keep, max_sum_keep, log_det_keep, coverage_keep)})
+ORACLES.update({f.__name__: f for f in (medoids_keep, density_keep)})

@@ -8,7 +8,8 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from kernel_one_graph import Inputs, OneGraph, make, names
+from kernel_one_graph import Inputs, MoreGraph, OneGraph, make, names
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tvc.export.ort_operators import translations
 from tvc.export.torchscript import plain_module
@@ -47,9 +48,15 @@ def trace(module: torch.nn.Module, nested: bool) -> torch.export.ExportedProgram
     )
 
 
+@pytest.fixture(scope="module", params=[OneGraph, pytest.param(MoreGraph, marks=pytest.mark.conformance)])
+def graph(request: Any) -> type[OneGraph]:
+    made: type[OneGraph] = request.param
+    return made
+
+
 @pytest.fixture(scope="module")
-def exported() -> torch.export.ExportedProgram:
-    return trace(OneGraph(), nested=True)
+def exported(graph: type[OneGraph]) -> torch.export.ExportedProgram:
+    return trace(graph(), nested=True)
 
 
 @pytest.fixture(scope="module")
@@ -82,9 +89,11 @@ def session(lowered: torch.export.ExportedProgram, tmp_path_factory: Any) -> onn
 
 
 @pytest.fixture(scope="module")
-def scripted(lowered: torch.export.ExportedProgram, tmp_path_factory: Any) -> torch.jit.ScriptModule:
+def scripted(
+    graph: type[OneGraph], lowered: torch.export.ExportedProgram, tmp_path_factory: Any
+) -> torch.jit.ScriptModule:
     path = pathlib.Path(tmp_path_factory.mktemp("script")) / "ops.pt"
-    results = tuple(OneGraph.labels)
+    results = tuple(graph.labels)
     part = Component("ops", lowered, tuple(names()), results, TRACED.tensors(), ({},) * len(names()))
     torch.jit.script(plain_module(part)).save(path)
     return torch.jit.load(path)
@@ -100,14 +109,38 @@ def compare(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None
         )
 
 
-def eager(inputs: Inputs) -> dict[str, torch.Tensor]:
-    module = OneGraph()
+def eager(graph: type[OneGraph], inputs: Inputs) -> dict[str, torch.Tensor]:
+    module = graph()
     values = module(*inputs.tensors())
     return dict(zip(module.labels, values, strict=True))
 
 
-def test_every_op_is_one_node_of_the_traced_graph(exported: torch.export.ExportedProgram) -> None:
-    assert {entry.overload for entry in OPS.values()} <= {node.target for node in exported.graph.nodes}
+class Called(TorchDispatchMode):
+    """Notes the ops of `tvc` that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ops |= {func} if func.namespace == "tvc" else set()
+        return func(*args, **(kwargs or {}))
+
+
+def called(graph: type[OneGraph]) -> set[Any]:
+    with Called() as mode:
+        eager(graph, TRACED)
+    return mode.ops
+
+
+def test_every_op_is_in_one_of_the_graphs() -> None:
+    assert called(OneGraph) | called(MoreGraph) == {entry.overload for entry in OPS.values()}
+
+
+def test_every_op_is_one_node_of_the_traced_graph(
+    graph: type[OneGraph], exported: torch.export.ExportedProgram
+) -> None:
+    assert called(graph) <= {node.target for node in exported.graph.nodes}
 
 
 def test_lowering_leaves_no_op_behind(lowered: torch.export.ExportedProgram) -> None:
@@ -115,14 +148,14 @@ def test_lowering_leaves_no_op_behind(lowered: torch.export.ExportedProgram) -> 
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_onnx_runtime_equals_eager(session: onnxruntime.InferenceSession, size: str) -> None:
-    want = eager(SIZES[size])
+def test_onnx_runtime_equals_eager(graph: type[OneGraph], session: onnxruntime.InferenceSession, size: str) -> None:
+    want = eager(graph, SIZES[size])
     feeds = {slot.name: value.numpy() for slot, value in zip(session.get_inputs(), SIZES[size].tensors(), strict=True)}
     got = session.run(None, feeds)
     compare({name: torch.from_numpy(value) for name, value in zip(want, got, strict=True)}, want)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_torchscript_equals_eager(scripted: torch.jit.ScriptModule, size: str) -> None:
-    want = eager(SIZES[size])
+def test_torchscript_equals_eager(graph: type[OneGraph], scripted: torch.jit.ScriptModule, size: str) -> None:
+    want = eager(graph, SIZES[size])
     compare(dict(zip(want, scripted(*SIZES[size].tensors()), strict=True)), want)

@@ -131,6 +131,11 @@ READING: dict[str, tuple[object, object]] = {
         policy(step("language.2", "score: uniform\n    select: {threshold: {relative: 3}}")),
         (),
     ),
+    "deviations-of-another-kind": (policy(step("language.2"), head="version: 1\nunverified: everything"), ()),
+    "bug-without-a-window": (
+        policy(step("language.2", "score: uniform\n    select: {frames: {keep: 3, bug_compatible: true}}")),
+        (),
+    ),
     "settings-that-exclude-each-other": (
         policy(step("language.2", "score: uniform\n    select: {threshold: {above: 1, relative: 0.5}}")),
         (),
@@ -205,6 +210,24 @@ RESOLVING: dict[str, tuple[str, Layout]] = {
     ),
     "same-site-of-a-model": (policy(step("language.3"), step("language.-1")), layout(language=4)),
     "step-order-of-a-model": (policy(step("language.-1"), step("language.2")), layout(language=4)),
+    "frames-outside-the-decoder": (
+        policy(step("projector", "score: change\n    select: {top: 3}")),
+        layout(),
+    ),
+    "frames-behind-a-cut": (
+        policy(step("language.2"), step("language.4", "score: uniform\n    select: {frames: 50%}")),
+        layout(),
+    ),
+    "queries-of-a-layer-that-has-run": (
+        policy(step("language.2", "score: {mean_query: previous}\n    select: {top: 3}")),
+        layout(),
+    ),
+    "joined-keys-of-the-encoder": (
+        policy(
+            step("language.2", TOP + "\n    rest: {merge: {by: key_cosine, layer: vision.2, heads: joined}}"),
+        ),
+        layout(),
+    ),
     "average-out-of-reach": (
         policy(step("language.6", "select: {stride: {keep: {average: 20}}}")),
         layout(),

@@ -175,6 +175,49 @@ def test_the_encoder_refuses_what_only_the_run_can_count(part: dict[str, Any]) -
 # VisionDrop -----------------------------------------------------------------------------------------------------------
 
 
+def visiondrop(x: list[Row], keys: list[Row], score: Row, dominant: int, contextual: int) -> dict[int, Row]:
+    """The best-scored, and every step-th of the others with the mean of what is nearest to it added."""
+    made = {i: x[i] for i in sorted(range(len(x)), key=lambda i: -score[i])[:dominant]}
+    others = [i for i in range(len(x)) if i not in made]
+    targets = others[:: max(1, len(others) // contextual)][:contextual]
+    near = {i: max(targets, key=lambda t: cosine(keys[i], keys[t])) for i in others if i not in targets}
+    for t in targets:
+        members = [x[i] for i in near if near[i] == t]
+        made[t] = total([x[t], *members], [1.0, *[1 / max(1, len(members))] * len(members)])
+    return made
+
+
+@pytest.mark.parametrize(("number", "sizes"), [(1, (48, 30, 5)), (2, (35, 22, 4)), (3, (26, 16, 3))])
+def test_a_stage_of_visiondrop(number: int, sizes: tuple[int, int, int]) -> None:
+    tokens, dominant, contextual = sizes
+    step = steps_of("visiondrop")[number]
+    given = bundle(tokens, 0, number)
+    causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None]
+    feature = torch.randn(1, tokens, DEPTH)
+    paid = [[0.0] * tokens for _ in range(HEADS)]
+    for head in range(HEADS):
+        keys = given.key[0, head].tolist()
+        for row in range(tokens):
+            query = given.query[0, head, row].tolist()
+            for n, value in enumerate(softmax([dot(query, key) * given.scale for key in keys[: row + 1]])):
+                paid[head][n] += value / tokens
+    score = [sum(head[n] for head in paid) / HEADS for n in range(tokens)]
+    metric = given.key.mean(1)
+    decision = run(step, feature, [{"attention": given._replace(mask=causal)}], rest={"metric": metric})
+    want = visiondrop(feature[0].tolist(), metric[0].tolist(), score, dominant, contextual)
+    got, values = real(decision)
+    assert got == sorted(want)
+    assert len(got) == dominant + contextual
+    agree(values, [want[i] for i in got])
+
+
+def test_visiondrop_has_the_published_schedule() -> None:
+    model = layout(vision=24, language=32, visual=(576,))
+    steps = resolve(load_policy("visiondrop"), model).steps
+    assert [step.at for step in steps] == ["language.0", "language.8", "language.16", "language.24"]
+    assert [left for _, _, left in leaving(steps, model)] == [[48], [35], [26], [19]]
+
+
 def test_targets_of_a_merge_are_a_count_or_a_share() -> None:
     share = Merge.model_validate({"targets": {"stride": "10%"}})
     assert share.model_dump(mode="json")["targets"] == {"stride": "10%"}

@@ -33,7 +33,9 @@ TOP_KEYS = (
     "name",
     "about",
     "reference",
+    "covers",
     "deviations",
+    "unverified",
     "extends",
     "parameters",
     "steps",
@@ -79,9 +81,6 @@ def parse(document: Document) -> Policy:
         )
     steps = tuple(_step(expanded, ("steps", i), value) for i, value in enumerate(raw))
     _ordered(expanded, steps)
-    deviations = top.get("deviations", [])
-    if not isinstance(deviations, list) or not all(isinstance(d, str) for d in deviations):
-        raise _wrong(document, ("deviations",), deviations, "a list of texts", "write deviations: [text, text]")
     return Policy(
         name=_text(document, ("name",), top.get("name", "unnamed")),
         steps=steps,
@@ -89,9 +88,18 @@ def parse(document: Document) -> Policy:
         document=document,
         about=_text(document, ("about",), top.get("about", "")),
         reference=_mapping(document, ("reference",), top.get("reference", {}), "`reference`"),
-        deviations=tuple(deviations),
+        covers=_text(document, ("covers",), top.get("covers", "")),
+        deviations=_texts(document, top, "deviations"),
+        unverified=_texts(document, top, "unverified"),
         parameters=top.get("parameters", {}),
     )
+
+
+def _texts(document: Document, top: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    texts = top.get(key, [])
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise _wrong(document, (key,), texts, "a list of texts", f"write {key}: [text, text]")
+    return tuple(texts)
 
 
 def _version(document: Document, top: Mapping[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tvc.errors import SiteError
 from tvc.kernels.op import Primitive, Tap
 from tvc.policy.budgets import check_nothing_emptied, with_averages, with_spreads
 from tvc.policy.document import Path, from_data
@@ -26,6 +25,7 @@ from tvc.policy.schema import (
     steps_data,
 )
 from tvc.policy.weights import settled
+from tvc.policy.whole import check_frames, refusal, with_columns
 from tvc.program import Layout
 
 
@@ -73,15 +73,11 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
     steps = with_averages(policy, with_spreads(steps, layout), layout)
     check_nothing_emptied(policy, steps, layout)
     data: dict[str, Any] = {"version": policy.version, "name": policy.name}
-    data |= {key: value for key in ("about", "reference") if (value := getattr(policy, key))}
-    data |= {"deviations": list(policy.deviations)} if policy.deviations else {}
+    data |= {key: value for key in ("about", "reference", "covers") if (value := getattr(policy, key))}
+    data |= {key: list(value) for key in ("deviations", "unverified") if (value := getattr(policy, key))}
     data |= {"steps": steps_data(steps), "positions": policy.positions}
     document = from_data(data, f"resolved {policy.name}")
     return ResolvedPolicy(dataclasses.replace(policy, steps=steps, parameters={}, document=document), policy)
-
-
-def _refusal(policy: Policy, path: Path, summary: str, *, got: object, want: object, fix: str, slug: str) -> SiteError:
-    return SiteError(summary, where=policy.document.where(path), got=got, want=want, fix=fix, slug=slug)
 
 
 def _blocks(layout: Layout, component: str) -> int:
@@ -95,7 +91,7 @@ def _each_site(policy: Policy, layout: Layout, number: int, step: Step) -> list[
         return [step]
     numbers, written = _range(policy, layout, path, span), policy.document.get(path)
     if any("columns" in type(primitive).model_fields for primitive in step.primitives()) and len(numbers) > 1:
-        raise _refusal(
+        raise refusal(
             policy,
             path,
             "a step works on the rows of an image, and acts at several sites, of which the first leaves gaps in them",
@@ -105,7 +101,7 @@ def _each_site(policy: Policy, layout: Layout, number: int, step: Step) -> list[
             slug="broken-grid",
         )
     if step.exit is not None and step.exit.gate.key == "always" and len(numbers) > 1:
-        raise _refusal(
+        raise refusal(
             policy,
             path,
             "an exit that always happens can only happen once",
@@ -124,7 +120,7 @@ def _range(policy: Policy, layout: Layout, path: Path, span: Span) -> range:
         last = SiteName("vision", layout.used_vision_blocks - 1)
     numbers = range(first.index or 0, (last.index or 0) + 1)
     if not numbers:
-        raise _refusal(
+        raise refusal(
             policy,
             path,
             "the range of layers holds none in this model",
@@ -142,7 +138,7 @@ def _step(policy: Policy, layout: Layout, number: int, step: Step) -> Step:
     known = layout.site(str(site))
     if known is None or not known.legal:
         legal = [s.name for s in layout.sites if s.legal]
-        raise _refusal(
+        raise refusal(
             policy,
             (*path, "at"),
             f"{layout.model_type} can't be cut at {site}",
@@ -177,7 +173,7 @@ def _step(policy: Policy, layout: Layout, number: int, step: Step) -> Step:
         )
     merge = resolved["merge"]
     if merge is not None and merge.proportional and site.component != "vision":
-        raise _refusal(
+        raise refusal(
             policy,
             (*path, "merge", merge.key, "proportional"),
             "attention in proportion to the sizes of tokens is known inside the vision encoder alone",
@@ -188,7 +184,7 @@ def _step(policy: Policy, layout: Layout, number: int, step: Step) -> Step:
         )
     select = resolved["select"]
     if select is not None and select.terms and len(resolved["score"]) != select.terms:
-        raise _refusal(
+        raise refusal(
             policy,
             (*path, "score"),
             f"`{select.key}` takes {select.terms} score terms, each for a purpose of its own",
@@ -218,7 +214,7 @@ def _concrete(policy: Policy, layout: Layout, path: Path, name: SiteName) -> Sit
     index = blocks * name.index // 100 if name.percent else name.index + blocks * (name.index < 0)
     if 0 <= index < blocks:
         return SiteName(name.component, index)
-    raise _refusal(
+    raise refusal(
         policy,
         path,
         "the policy names a layer that the model does not have",
@@ -246,7 +242,7 @@ def _ordered(policy: Policy, steps: tuple[Step, ...]) -> None:
             continue
         same, one, other = step.at == before.at, before.number, step.number
         written = f"{policy.steps[one].at} and {policy.steps[other].at} mean {before.at} and {step.at}"
-        raise _refusal(
+        raise refusal(
             policy,
             ("steps", other, "at"),
             f"steps {one} and {other} act at the same site of this model"
@@ -270,7 +266,7 @@ def _behind_cuts(policy: Policy, steps: tuple[Step, ...]) -> None:
             layer = parse_site(tap.layer or "") if tap.kind in ("attention", "key") else None
             if cut is None or layer is None or layer.component != "language" or rank(layer) >= rank(cut.site):
                 continue
-            raise _refusal(
+            raise refusal(
                 policy,
                 ("steps", step.number),
                 f"{layer} runs in front of {cut.at}, where another step has removed tokens",
@@ -288,12 +284,12 @@ def _behind_cuts(policy: Policy, steps: tuple[Step, ...]) -> None:
 def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> Any:
     """The primitive with its `layer` concrete and its `of` decided."""
     here: Path = (*path, primitive.key)
-    changes = _grid(policy, layout, site, here, primitive) | _since(policy, layout, site, here, primitive)
+    changes = with_columns(policy, layout, site, here, primitive) | _since(policy, layout, site, here, primitive)
     changes |= settled(policy, int(path[1]), site, primitive)
     for tap in primitive.taps().values():
         layer = _layer(policy, layout, site, (*here, "layer"), primitive, tap)
         if layer is not None and layer.component not in primitive.components:
-            raise _refusal(
+            raise refusal(
                 policy,
                 (*here, "layer"),
                 f"`{primitive.key}` is defined for layers of the decoder alone",
@@ -303,7 +299,7 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
                 slug="decoder-only",
             )
         if layer is not None and layer.component == "vision" and layout.untraced:
-            raise _refusal(
+            raise refusal(
                 policy,
                 (*here, "layer"),
                 f"the vision encoder of {layout.model_type} is no graph that a value could be taken from",
@@ -314,7 +310,7 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
             )
         blind = layer is not None and layer.component == "language" and not layout.language[layer.index or 0].heads
         if layer is not None and blind and tap.kind in ("attention", "key"):
-            raise _refusal(
+            raise refusal(
                 policy,
                 (*here, "layer"),
                 f"{layer} has no attention: it mixes tokens by a convolution",
@@ -326,7 +322,7 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
         if layer is not None and "layer" in type(primitive).model_fields:
             changes["layer"] = str(layer)
         if tap.kind == "text" and (layer or site).component != "language":
-            raise _refusal(
+            raise refusal(
                 policy,
                 here,
                 f"there is no text at {layer or site}: text meets the visual tokens in the decoder",
@@ -335,13 +331,16 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
                 fix="write at: language.0",
                 slug="no-text",
             )
+        _check_heads(policy, site, here, primitive, tap, layer)
+        if tap.kind == "frame":
+            check_frames(policy, site, here, primitive)
         if tap.kind == "attention" and layer is not None:
             rows = _rows(policy, layout, (*here, "of"), layer, tap.of)
             if "of" in type(primitive).model_fields:
                 changes["of"] = rows
     made = primitive.model_copy(update=changes)
     if "since" in changes and not made.taps():
-        raise _refusal(
+        raise refusal(
             policy,
             (*here, "since"),
             f"`{primitive.key}` sums over no layer",
@@ -353,34 +352,30 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
     return made
 
 
-def _grid(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> dict[str, Any]:
-    """The row length of a primitive that works on the grid of an image's tokens: the model's, where none is written."""
-    if "columns" not in type(primitive).model_fields:
-        return {}
-    earlier = [step.at for step in policy.steps[: int(path[1])] if step.exit is None]
-    if earlier:
-        raise _refusal(
+def _check_heads(
+    policy: Policy, site: SiteName, path: Path, primitive: Primitive, tap: Tap, layer: SiteName | None
+) -> None:
+    """Refuses queries and keys in a form that the layer does not give."""
+    if not tap.rotary and layer is not None and layer != site:
+        raise refusal(
             policy,
-            path,
-            f"`{primitive.key}` works on the rows of an image, and an earlier step leaves gaps in them",
-            got=f"{primitive.key} behind a step at {earlier[-1]}",
-            want="the first reduction of the policy",
-            fix="move it in front, or choose with select: {top: ...} here",
-            slug="broken-grid",
+            (*path, "layer"),
+            f"`{primitive.key}` takes queries and keys before positions turn them, of the layer that runs next",
+            got=f"layer: {layer} at {site}",
+            want="layer: self",
+            fix="write layer: self",
+            slug="turned-layer",
         )
-    columns = getattr(primitive, "columns", None) or layout.columns(site.component)
-    if columns is None:
-        raise _refusal(
+    if tap.kind == "key" and "joined" in tap.of and layer is not None and layer.component == "vision":
+        raise refusal(
             policy,
-            (*path, "columns"),
-            f"the visual tokens of {layout.model_type} are no square grids of one size, so their rows are not known",
-            got=f"{', '.join(str(n) for n in layout.visual_tokens)} visual tokens from {layout.tiles} tiles"
-            + ("" if layout.in_order else ", packed or stitched together"),
-            want="a model whose encoder turns every image into square tiles of one size, or the length of a row",
-            fix="write columns: N where every image has rows of N tokens, or take a selector without a grid",
-            slug="no-grid",
+            (*path, "heads"),
+            "keys of all heads side by side are had of decoder layers alone",
+            got=f"heads: joined of {layer}",
+            want="heads: mean, or a layer of the decoder",
+            fix="write heads: mean",
+            slug="decoder-only",
         )
-    return {"columns": columns}
 
 
 def _since(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> dict[str, Any]:
@@ -391,7 +386,7 @@ def _since(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive
     named = site if written is None else parse_site(written)
     since = None if named is None or named.index is None else _concrete(policy, layout, (*path, "since"), named)
     if since is None or since.component != "language" or not since.index or rank(since) > rank(site):
-        raise _refusal(
+        raise refusal(
             policy,
             (*path, "since") if written else path,
             f"`{primitive.key}` sums over decoder layers that run before its step",
@@ -413,7 +408,7 @@ def _layer(
     if written in ("self", "previous"):
         back = written == "previous"
         if site.index is None or site.index < back:
-            raise _refusal(
+            raise refusal(
                 policy,
                 path,
                 f"no layer runs before {site}" if back else f"{site} has no layer of its own",
@@ -423,7 +418,7 @@ def _layer(
                 slug="no-layer",
             )
         if tap.kind == "transition" and not back:
-            raise _refusal(
+            raise refusal(
                 policy,
                 path,
                 "what a layer does to a token is known behind that layer only",
@@ -439,7 +434,7 @@ def _layer(
         return SiteName(site.component, index)
     named = parse_site(written)
     if named is None or (named.index is None and tap.kind != "feature"):
-        raise _refusal(
+        raise refusal(
             policy,
             path,
             f"`{primitive.key}` names no layer",
@@ -450,7 +445,7 @@ def _layer(
         )
     layer = _concrete(policy, layout, path, named)
     if rank(layer) > rank(site) or (tap.kind == "transition" and rank(layer) >= rank(site)):
-        raise _refusal(
+        raise refusal(
             policy,
             path,
             f"{layer} runs after {site}, so nothing of it is known there",
@@ -487,7 +482,7 @@ def _rows(policy: Policy, layout: Layout, path: Path, layer: SiteName, choices: 
     else:
         summary, want = f"{layer} sees no text, so nothing of it can score there", "of: all, visual or cls"
         fix = "write of: all, or take a decoder layer: layer: previous at language.2"
-    raise _refusal(
+    raise refusal(
         policy,
         path,
         summary,

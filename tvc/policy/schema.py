@@ -148,7 +148,9 @@ class Policy:
     version: int = VERSION
     about: str = ""
     reference: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    covers: str = ""  # what of the paper it is, where that is not all
     deviations: tuple[str, ...] = ()
+    unverified: tuple[str, ...] = ()
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def to_yaml(self) -> str:

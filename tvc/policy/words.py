@@ -16,6 +16,7 @@ def in_words(policy: Policy) -> list[str]:
     lines = [policy.about] if policy.about else []
     paper = policy.reference.get("paper")
     lines += [f"Paper: {paper}."] if paper and paper != "none" else []
+    lines += [f"Covers {policy.covers}"] if policy.covers else []
     for number, step in enumerate(policy.steps, start=1):
         lines.append(f"{number}. Before {step.at}, {_SCOPES.get(step.scope, step.scope)}:")
         lines += [f"   {part:<7} {text}" for part, text in _parts(step)]

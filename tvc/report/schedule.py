@@ -141,7 +141,8 @@ def _apply(step: Any, track: _Track, *, fires: bool) -> None:
     entering = track.counts if step.scope == "image" else [sum(track.counts)]
     left = list(entering)
     if step.merge is not None:
-        left = list(step.merge.kept(entering))
+        track.decided_late |= not step.merge.exact
+        left = list(step.merge.fewest(entering) if fires else step.merge.kept(entering))
     if step.select is not None:
         chosen = list(step.select.kept(entering))
         track.emptied |= any(before and not after for before, after in zip(entering, chosen, strict=True))

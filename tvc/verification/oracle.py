@@ -22,7 +22,9 @@ from tvc.trace.layout import blocks, has_attention, residual_argument
 from tvc.trace.observe import Observer, Seen, observed, plain_cache, replaced
 from tvc.verification.branches import changes, watched
 from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
-from tvc.verification.steps import Outcome, Sample, carry_out, text_behind, text_that_rates
+from tvc.verification.steps import Outcome, Sample, carry_out, frames_in, text_behind, text_that_rates
+
+UNTURNED = "at position 0"  # behind a layer's name: what its probe saw when no position turned it
 
 
 @dataclasses.dataclass
@@ -62,17 +64,19 @@ class _Oracle(Observer):
     def __init__(self, model: Any, policy: Any, case: Case, slack: float):
         self.model, self.policy, self.case, self.slack = model, policy, case, slack
         self.depth = len(blocks(model)[0])
+        self.primitives = [p for step in policy.steps for p in step.primitives()]
         self.steps: dict[str, list[tuple[int, Any]]] = {}
         for number, step in enumerate(policy.steps):
             self.steps.setdefault(step.at, []).append((number, step))
-        primitives = [p for step in policy.steps for p in step.primitives()]
-        taps = [tap for p in primitives for tap in p.taps().values()]
+        taps = [tap for p in self.primitives for tap in p.taps().values()]
         self.tapped = {tap.layer for tap in taps if tap.layer}
         self.sees_encoder = any(name.startswith("vision.") for name in (*self.tapped, *self.steps))
         self.seen: dict[str, list[Seen]] = {}
         self.inputs_of: dict[str, torch.Tensor] = {}  # hidden states that enter a tapped decoder layer
         self.expected = Expected(torch.empty(0))
         self.lengths: dict[str, list[int]] = {}  # visual tokens of each image and of each video
+        self.frames_of: list[int] = []  # frames of each image and video of the batch, as `_owners` numbers them
+        self.frames: list[tuple[torch.Tensor, torch.Tensor]] = []  # per sample (frame, place) of each visual token
         self.samples: list[Sample] = []
         self.tiles: list[Sample] = []
         self.doubt = 1.0  # how many times more than rounding does elsewhere, merges in doubt may move what is behind
@@ -232,6 +236,10 @@ class _Oracle(Observer):
 
     def _renumbered(self, given: Any) -> Any:
         """Position embeddings, of the kind that a block was given, for the running numbers of what is left."""
+        return self._rotary_at(given, (self.alive.long().cumsum(1) - 1).clamp(min=0))
+
+    def _rotary_at(self, given: Any, positions: torch.Tensor) -> Any:
+        """Position embeddings, of the kind that a block was given, for `positions`."""
         if not self.rotary:
             raise TraceError(
                 "the decoder has no rotary module whose positions could be numbered afresh",
@@ -243,14 +251,13 @@ class _Oracle(Observer):
             )
         calls = [call for output, *call in self.rotary if output is given] or [list(self.rotary[-1][1:])]
         module, args, kwargs = calls[-1]
-        positions = (self.alive.long().cumsum(1) - 1).clamp(min=0)
         if "position_ids" in kwargs:
             kwargs = {**kwargs, "position_ids": positions}
         else:
             args = (args[0], positions, *args[2:])
-        self.probing = True
+        probing, self.probing = self.probing, True
         made = module(*args, **kwargs)
-        self.probing = False
+        self.probing = probing
         return made
 
     # Steps ------------------------------------------------------------------------------------------------------------
@@ -292,6 +299,7 @@ class _Oracle(Observer):
             known: dict[int, int] = {}  # numbers in the order in which the sample shows its images
             numbers = [known.setdefault(image, len(known)) for image in owner[row, slots].tolist()]
             segment = torch.tensor(numbers, dtype=torch.int64, device=ids.device)
+            self.frames.append(frames_in(owner[row, slots], self.frames_of))
             self.samples.append(Sample.fresh(row, (mask[row] & ~visual[row]).nonzero().flatten(), slots, segment))
         self._drop_of_encoder()
 
@@ -304,6 +312,9 @@ class _Oracle(Observer):
             lengths = next((each for each in self.lengths.values() if sum(each) == len(places)), None)
             if lengths is None:
                 lengths = [int((places[:, 0] == row).sum()) for row in range(len(ids))]
+            videos = lengths is self.lengths.get("get_video_features")
+            grids = self.case.inputs.get("video_grid_thw") if videos else None
+            self.frames_of += [1] * len(lengths) if grids is None else grids[:, 0].tolist()
             for part in places.split(lengths):
                 owner[part[:, 0], part[:, 1]] = found
                 found += 1
@@ -393,6 +404,14 @@ class _Oracle(Observer):
             given["attention_mask"] = self._narrowed(arguments["attention_mask"])
         self.probing = True
         block.forward(**given)
+        if not inside and any(not tap.rotary for p in self.primitives for tap in p.taps().values()):
+            name = next(reversed(self.seen))
+            turned = self.seen[name].copy()
+            zeros = torch.zeros_like(self.mask, dtype=torch.int64)
+            zeros = zeros.expand(self.case.axes, *zeros.shape) if self.case.axes else zeros
+            block.forward(**{**given, "position_embeddings": self._rotary_at(given.get("position_embeddings"), zeros)})
+            self.seen[f"{name} {UNTURNED}"] = [self.seen[name].pop()]
+            self.seen[name] = turned
         self.probing = False
 
     # Taps -------------------------------------------------------------------------------------------------------------
@@ -407,6 +426,8 @@ class _Oracle(Observer):
             number = int(layer.removeprefix("language."))
             there = self.expected.held[number][sample.row, : self.case.prompt].nonzero().flatten()
             return changes(self.transitions[number], sample, there)[None]
+        if tap.kind == "frame":
+            return tuple(values[sample.number][None] for values in self.frames[sample.row])
         if not inside and layer.startswith("vision."):
             return self._encoder_tap(tap, primitive, sample)
         if tap.kind in ("feature", "text") and layer in self.inputs_of:
@@ -417,9 +438,11 @@ class _Oracle(Observer):
             columns = text_behind(sample) if tap.of == ("behind",) else sample.text
             rows = hidden[sample.row, columns][None]
             return rows, torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device)
-        seen = self.seen[layer][-1]
+        seen = self.seen[layer if tap.rotary else f"{layer} {UNTURNED}"][-1]
         if tap.kind == "key":
-            return seen.key[sample.row].float().mean(0)[sample.slots][None]
+            keys = seen.key[sample.row].float()
+            joined = keys.transpose(0, 1).flatten(1) if tap.of == ("joined",) else keys.mean(0)
+            return joined[sample.slots][None]
         row = slice(sample.row, sample.row + 1)
         mask = seen.mask
         if mask is not None and mask.shape[0] > 1:

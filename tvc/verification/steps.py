@@ -201,7 +201,7 @@ class _ByHand:
         given = taps.get("attention")
         if isinstance(given, torch.Tensor):  # an attention of the vision encoder arrives as the score itself
             return given
-        value: torch.Tensor = primitive.apply(**taps)
+        value: torch.Tensor = primitive.apply(scope=self.scope, **taps) if primitive.scoped else primitive.apply(**taps)
         return value
 
     def shaken(self, score: torch.Tensor | None, slack: float) -> tuple[_ByHand, torch.Tensor | None]:
@@ -273,7 +273,7 @@ def _planned(step: Any, sample: Sample) -> tuple[int, bool]:
         always = step.exit.gate.key == "always"
         return (0 if always else sum(counts)), always
     if step.merge is not None:
-        return sum(step.merge.kept(counts)), True
+        return sum(step.merge.kept(counts)), step.merge.exact
     chosen = step.select.kept(counts)
     left = step.rest.kept(counts, chosen) if step.rest is not None else chosen
     return sum(left), step.select.exact and (step.rest is None or step.rest.exact)
@@ -298,3 +298,19 @@ def text_that_rates(sample: Sample, hidden: torch.Tensor) -> torch.Tensor:
     shares = (hidden[sample.slots].double() @ hidden[asked].double().T).softmax(1).mean(0)
     above = asked[shares > shares.mean()]
     return above if len(above) else asked
+
+
+def frames_in(owner: torch.Tensor, frames: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """([V] frame, [V] place there) of a sample's visual tokens, from the image or video [V] that each is of.
+
+    `frames` says how many equal ones each of these has; they are counted through the sample.
+    """
+    number, place = torch.zeros_like(owner), torch.zeros_like(owner)
+    before = 0
+    for one in dict.fromkeys(owner.tolist()):
+        tokens = (owner == one).nonzero().flatten()
+        length = len(tokens) // frames[one]
+        running = torch.arange(len(tokens), device=owner.device)
+        number[tokens], place[tokens] = before + running // length, running % length
+        before += frames[one]
+    return number, place

@@ -1,0 +1,137 @@
+"""window_merge: windows of an image's grid whose tokens are alike become one token each.
+
+Shapes:  feature [B, V, D] float, size [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64
+         -> index [B, K] int64 ascending, pads (-1) first; feature [B, K, D] and size [B, K] like the inputs, pads 0;
+            K = the most that any sample of the batch is left with (an unbacked size)
+Grid:    places 0..columns-1 of a segment are its first row, and so on. Windows of side x side tokens lie side by side
+         from its first corner on; what is left over at the ends of rows and columns is in none.
+Rule:    a window merges where the mean cosine of its pairs of tokens is `above` or more: into the mean weighted by
+         size, in the place of its middle token (the later one of two). Sizes add up. Sums are float32.
+Zeros:   what has no direction has cosine 0 with all others.
+Memory:  O(B V D).
+
+Reference: MustDrop, arXiv 2411.10803 (local merging in the encoder). Deviations: every image merges what it has; the
+published code merges as many windows in all images of a batch as the one with the fewest, and puts them in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from tvc.errors import PolicyError
+from tvc.kernels.greedy import directions
+from tvc.kernels.op import Merging, Scope, op, primitive
+from tvc.kernels.segments import pack, per_token, ranks, starts
+from tvc.kernels.select_threshold import largest
+
+
+def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
+    torch.manual_seed(0)
+    segment = torch.tensor([[-1, -1, *[0] * 6, *[1] * 8], [0] * 16, [-1, 0, *[1] * 14]])
+    counts = torch.tensor([[6, 8], [16, 0], [1, 14]])
+    feature = torch.randn(3, 16, 5)
+    plain = (feature, torch.randint(1, 4, (3, 16)).float(), segment, counts)
+    for above in (-0.1, 0.0, 0.3):
+        yield f"side2-above{above:g}", (*plain, 4, 2, above)
+        yield f"odd-columns-above{above:g}", (*plain, 3, 2, above)
+    yield "side3", (*plain, 4, 3, -1.0)
+    yield "none-alike", (*plain, 4, 2, 1.5)
+    yield "all-alike", (torch.ones(3, 16, 5), *plain[1:], 4, 2, 0.9)
+    yield "no-direction", (torch.zeros(3, 16, 5), *plain[1:], 4, 2, 0.0)
+    mixed = torch.tensor([[1, 0, 1, 0, -1, 1, 0, 0, 1]])
+    yield "interleaved", (torch.randn(1, 9, 5), torch.ones(1, 9), mixed, torch.tensor([[4, 4]]), 2, 2, -1.0)
+    one = torch.zeros(1, 1, dtype=torch.int64)
+    yield "one-token", (torch.randn(1, 1, 5), torch.ones(1, 1), one, one + 1, 1, 2, -1.0)
+    nothing = (feature[:, :0], plain[1][:, :0], segment[:, :0], torch.zeros_like(counts))
+    yield "no-visual-token", (*nothing, 4, 2, 0.3)
+    many = (torch.randn(1, 581, 5), torch.ones(1, 581), torch.zeros(1, 581, dtype=torch.int64), torch.tensor([[581]]))
+    yield "V581", (*many, 24, 3, 0.0)
+
+
+@op(_cases)
+def window_merge(
+    feature: torch.Tensor,
+    size: torch.Tensor,
+    segment: torch.Tensor,
+    counts: torch.Tensor,
+    columns: int,
+    side: int,
+    above: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(index, feature, size) of the windows that merged and of the tokens that did not."""
+    number, width = side * side, feature.shape[2]
+    valid, place = segment >= 0, ranks(segment, counts)
+    row, column = place // columns, place % columns
+    rows = per_token(counts, segment) // columns // side * side
+    inside = valid & (row < rows) & (column < columns // side * side)
+    # A window is known by the spot of its first token; row 0 of a table takes what is in none.
+    corner = starts(segment, counts) + (row - row % side) * columns + column - column % side
+    window = torch.where(inside, corner + 1, 0)
+
+    def gathered(values: torch.Tensor) -> torch.Tensor:
+        """[B, V, ...]: sums of `values [B, V, ...]` over the window of each token."""
+        index = window[:, :, None].expand(values.shape)
+        room = values.new_zeros(values.shape[0], values.shape[1] + 1, values.shape[2])
+        return room.scatter_add(1, index, values).gather(1, index)
+
+    ones = torch.ones(width, 1, device=feature.device)
+    unit = directions(feature)
+    total = gathered(unit)
+    pairs = (total * total) @ ones - gathered((unit * unit) @ ones)
+    alike = (pairs / max(1, number * (number - 1))).squeeze(2)
+    joins = inside & (alike >= above)
+
+    wide, weight = feature.float(), size.float()[:, :, None]
+    sizes = gathered(weight)
+    mean = gathered(torch.where(valid[:, :, None], wide * weight, 0.0)) / sizes.clamp(min=1e-12)
+    middle = (row % side) * side + column % side == number // 2
+    index = pack(valid & (~joins | middle), largest(valid & (~joins | middle)))
+    merged = torch.where(joins[:, :, None], mean, wide).to(feature.dtype)
+    sizes = torch.where(joins[:, :, None], sizes, weight).to(size.dtype)
+    return index, _rows(merged, index), _rows(sizes, index).squeeze(2)
+
+
+def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[B, K, D]: the rows of `values [B, C, D]` at `index [B, K]`; zeros for pads (-1), also where C = 0."""
+    values = torch.nn.functional.pad(values, (0, 0, 1, 0))
+    return values.gather(1, (index + 1)[:, :, None].expand(-1, -1, values.shape[2]))
+
+
+@primitive
+class Windows(Merging):
+    """Square windows of the picture whose tokens are alike become one token each."""
+
+    key: ClassVar[str] = "windows"
+    exact: ClassVar[bool] = False
+    side: int = Field(3, gt=1, le=32, description="tokens of a window's side")
+    above: float = Field(ge=-1, le=1, description="mean cosine of the pairs of a window from which on it merges")
+    columns: int | None = Field(None, gt=0, description="tokens in a row of the grid; default: those of the model")
+
+    def apply(
+        self, feature: torch.Tensor, size: torch.Tensor, scope: Scope
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.columns is None:
+            raise PolicyError(
+                "the length of a row is not known yet",
+                where="merge.windows.columns",
+                got="no columns",
+                want="tokens in a row of the grid",
+                fix="resolve the policy for a model first: tvc.policy.resolve(policy, layout)",
+                slug="unresolved-grid",
+            )
+        rule = (self.columns, self.side, self.above)
+        merged: tuple[Any, Any, Any] = window_merge.overload(feature, size, scope.segment, scope.counts, *rule)
+        return merged
+
+    def kept(self, counts: list[int]) -> list[int]:
+        """The upper bound, all of them: how many windows merge is known only at run time."""
+        return list(counts)
+
+    def fewest(self, counts: list[int]) -> list[int]:
+        columns = self.columns or 1
+        windows = [count // columns // self.side * (columns // self.side) for count in counts]
+        return [count - number * (self.side**2 - 1) for count, number in zip(counts, windows, strict=True)]

@@ -1,0 +1,89 @@
+"""peak_score: the most attention that any one of some tokens pays each visual token, from the q and k of a layer.
+
+Shapes:  query [B, H, Q, d], key [B, G, N, d] (G divides H), mask [B|1, 1|H, Q, N] bool or None (everything),
+         rows [B, R] int64 rows of the query that score, columns [B, V, g] int64 keys of each visual token
+         -> [B, V] float32
+Rule:    softmax over all N keys in float32, mean over heads, mean over the g keys, the largest over the rows.
+Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
+Memory:  O(B H R N): never Q x N unless every row scores.
+
+Reference: MustDrop, arXiv 2411.10803 (the individual threshold).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+
+from tvc.kernels.op import Attention, Score, Tap, op, primitive
+from tvc.kernels.score_attention import Rows
+
+
+def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
+    torch.manual_seed(0)
+    for batch, heads, groups, length, width in ((1, 4, 4, 7, 8), (2, 6, 2, 9, 4), (3, 4, 1, 5, 16)):
+        query, key = torch.randn(batch, heads, length, width), torch.randn(batch, groups, length, width)
+        causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
+        rows = torch.tensor([[-1, length - 1]]).repeat(batch, 1)
+        rows[0] = torch.tensor([1, length - 2])
+        single = torch.arange(1, 4)[None, :, None].repeat(batch, 1, 1)
+        paired = torch.tensor([[[-1, -1], [0, 1], [2, 3], [4, -1]]]).repeat(batch, 1, 1)
+        name, scale = f"B{batch}-H{heads}-G{groups}", width**-0.5
+        yield f"{name}-causal", (query, key, causal, rows, single, scale)
+        yield f"{name}-all", (query, key, None, torch.arange(length).repeat(batch, 1), paired, scale)
+        yield f"{name}-per-head", (query, key, torch.rand(batch, heads, length, length) > 0.4, rows, single, scale)
+        yield f"{name}-no-rows", (query, key, causal, torch.full((batch, 2), -1), single, scale)
+        yield f"{name}-no-visual-token", (query, key, causal, rows, single[:, :0], scale)
+
+
+@op(_cases)
+def peak_score(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """[B, V] float32: the largest of what each of `rows` pays to `columns`."""
+    batch, heads, _, width = query.shape
+    groups, keys, number = key.shape[1], key.shape[2], rows.shape[1]
+    row = rows.clamp(min=0)[:, None, :, None]
+    picked = query.gather(2, row.expand(batch, heads, number, width)).float()
+    picked = picked.reshape(batch, groups, heads // groups * number, width)
+    logits = (picked @ key.float().transpose(2, 3) * scale).reshape(batch, heads, number, keys)
+    if mask is not None:
+        allowed = mask.expand(batch, mask.shape[1], mask.shape[2], keys)
+        allowed = allowed.gather(2, row.expand(batch, mask.shape[1], number, keys))
+        # The lowest finite number, not -inf: a row that may attend to nothing stays free of NaN.
+        logits = logits.masked_fill(~allowed, torch.finfo(torch.float32).min)
+    paid = torch.where((rows >= 0)[:, :, None], logits.softmax(-1).mean(1), 0.0)  # [B, R, N]
+    visual, group = columns.shape[1], columns.shape[2]
+    index = columns.clamp(min=0).reshape(batch, 1, visual * group).expand(-1, number, -1)
+    taken = paid.gather(2, index).reshape(batch, number, visual, group)
+    present = (columns >= 0).float()
+    # Sums over g are matrix products: with V = 0 ONNX Runtime leaves a reduced axis in place.
+    ones = torch.ones(group, 1, device=columns.device)
+    share = (taken * present[:, None]) @ ones / (present @ ones).clamp(min=1)[:, None]  # [B, R, V, 1]
+    # One more row keeps the maximum defined for R = 0.
+    return torch.nn.functional.pad(share.squeeze(3), (0, 0, 0, 1)).amax(1)
+
+
+@primitive
+class PeakScore(Score):
+    """The most attention that any single one of the asking tokens pays a visual token, heads averaged."""
+
+    key: ClassVar[str] = "peak"
+    shorthand: ClassVar[str | None] = "of"
+    components: ClassVar[tuple[str, ...]] = ("language",)
+    of: Rows = Field("text", description="who pays the attention")
+    layer: str = Field("previous", description="previous, self or language.K")
+
+    def taps(self) -> dict[str, Tap]:
+        return {"attention": Tap("attention", self.layer, (self.of,))}
+
+    def apply(self, attention: Attention) -> torch.Tensor:
+        return peak_score.overload(*attention[:6])

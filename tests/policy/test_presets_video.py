@@ -1,0 +1,184 @@
+"""Presets for videos: their steps on random frames against the papers' formulas, in plain Python numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from policy_cases import layout
+
+from tvc.passes.reduction import decide
+from tvc.passes.taps import frames_of
+from tvc.policy import Step, load_policy, resolve
+
+Row = list[float]
+
+
+def step_of(name: str, *settings: str) -> Step:
+    (step,) = resolve(load_policy(name, set=list(settings)), layout()).steps
+    return step
+
+
+def kept(step: Step, feature: torch.Tensor, size: int) -> list[int]:
+    """What the step leaves of one video [1, T P, D] with frames of `size` tokens."""
+    tokens = feature.shape[1]
+    segment, counts = torch.zeros(1, tokens, dtype=torch.int64), torch.tensor([[tokens]])
+    place = torch.arange(tokens)[None]
+    frames = (place // size, place % size)
+    scores = [{"feature": feature, "frames": frames}]
+    decision = decide(step, feature, torch.ones(1, tokens), segment, counts, scores, {"select": {"frames": frames}})
+    chosen = decision.chosen[0].tolist()
+    assert chosen == sorted(chosen)
+    return [index for index in chosen if index >= 0]
+
+
+def cosine(a: Row, b: Row) -> float:
+    length = math.sqrt(sum(x * x for x in a) * sum(x * x for x in b))
+    return sum(x * y for x, y in zip(a, b, strict=True)) / length
+
+
+def best(values: dict[int, float], number: int) -> set[int]:
+    """The `number` highest, the lower index first among equals."""
+    return set(sorted(values, key=lambda i: (-values[i], i))[:number])
+
+
+def film(frames: int, size: int, width: int = 8, seed: int = 0) -> torch.Tensor:
+    """Frames that drift, as those of a video do."""
+    torch.manual_seed(seed)
+    return torch.randn(1, frames, size, width).mul(0.4).cumsum(1).flatten(1, 2) + torch.randn(1, 1, width)
+
+
+# EVS ------------------------------------------------------------------------------------------------------------------
+
+
+def evs(x: list[Row], frames: int, size: int, dropped: float) -> list[int]:
+    change = {i: 255.0 if i < size else 1 - cosine(x[i], x[i - size]) for i in range(frames * size)}
+    return sorted(best(change, max(size, int(frames * size * (1 - dropped)))))
+
+
+@pytest.mark.parametrize(("frames", "size"), [(8, 6), (5, 7), (2, 9), (1, 5)])
+@pytest.mark.parametrize("dropped", [0.75, 0.5, 0.0])
+def test_evs(frames: int, size: int, dropped: float) -> None:
+    x = film(frames, size)
+    step = step_of("evs", f"keep={round((1 - dropped) * 100)}%")
+    assert kept(step, x, size) == evs(x[0].tolist(), frames, size, dropped)
+
+
+def test_evs_keeps_a_frame_at_least_and_of_a_still_film_the_first() -> None:
+    assert kept(step_of("evs"), torch.ones(1, 24, 4), 12) == list(range(12))
+    assert kept(step_of("evs", "keep=50%"), torch.ones(1, 40, 4), 10) == list(range(20))
+
+
+# DyCoke ---------------------------------------------------------------------------------------------------------------
+
+
+def dycoke(x: list[Row], frames: int, size: int, merged: float) -> list[int]:
+    """Pairs of frames, then the third of each window of four against its first."""
+    number = int((1 - merged) * size)
+    left = {t: set(range(t * size, (t + 1) * size)) for t in range(frames - frames % 2)}
+
+    def thin(t: int, against: int) -> None:
+        apart = {t * size + p: -cosine(x[t * size + p], x[against * size + p]) for p in range(size)}
+        left[t] = best(apart, number)
+
+    for t in range(0, frames - 1, 2):
+        thin(t + 1, t)
+    for t in range(0, frames - 4, 4):
+        if t + 2 in left:
+            thin(t + 2, t)
+    return sorted(i for tokens in left.values() for i in tokens)
+
+
+@pytest.mark.parametrize("frames", [2, 3, 5, 6, 7, 8, 9, 12, 13, 32])
+def test_dycoke(frames: int) -> None:
+    x = film(frames, 9, seed=frames)
+    assert kept(step_of("dycoke"), x, 9) == dycoke(x[0].tolist(), frames, 9, 0.7)
+
+
+def test_dycoke_leaves_3098_of_32_frames_of_196() -> None:
+    assert len(kept(step_of("dycoke"), film(32, 196, width=3), 196)) == 3098
+
+
+def test_dycoke_without_its_open_ends_thins_every_window() -> None:
+    x = film(8, 10)
+    left = kept(step_of("dycoke", "bug_compatible=false"), x, 10)
+    assert [sum(i // 10 == t for i in left) for t in range(8)] == [10, 3, 3, 3] * 2
+    odd = kept(step_of("dycoke", "bug_compatible=false"), film(7, 10), 10)
+    assert [sum(i // 10 == t for i in odd) for t in range(7)] == [10, 3, 3, 3, 10, 3, 3]
+    assert kept(step_of("dycoke"), film(1, 10), 10) == list(range(10))
+
+
+# STC ------------------------------------------------------------------------------------------------------------------
+
+
+def stc(x: list[Row], frames: int, size: int, number: int) -> list[int]:
+    left: set[int] = set()
+    memory: list[Row] = []
+    for t in range(frames):
+        rows = x[t * size : (t + 1) * size]
+        columns = [list(column) for column in zip(*rows, strict=True)]
+        mean = [sum(column) / size for column in columns]
+        varies = [sum((v - m) ** 2 for v in column) / size for column, m in zip(columns, mean, strict=True)]
+        half = sorted(range(len(columns)), key=lambda c: varies[c])[: len(columns) // 2]
+        memory.append(mean)
+        units = [unit([row[c] for c in half]) for row in rows]
+        middle = [sum(column) / size for column in zip(*units, strict=True)]
+        past = unit([sum(one[c] for one in memory) / len(memory) for c in half])
+        alike = {t * size + p: -gauss(one, middle) - gauss(one, past) for p, one in enumerate(units)}
+        left |= best(alike, min(number, size))
+    return sorted(left)
+
+
+def unit(row: Row) -> Row:
+    length = math.sqrt(sum(v * v for v in row))
+    return [v / length for v in row]
+
+
+def gauss(a: Row, b: Row) -> float:
+    square = sum((v - w) ** 2 for v, w in zip(a, b, strict=True))
+    return sum(math.exp(-square / (2 * width)) for width in (1 / 8, 1 / 4, 1 / 2, 1, 2))
+
+
+@pytest.mark.parametrize(("frames", "size", "number"), [(6, 11, 4), (3, 5, 1), (1, 7, 3), (4, 6, 60)])
+def test_stc(frames: int, size: int, number: int) -> None:
+    x = film(frames, size)
+    assert kept(step_of("stc", f"keep={number}"), x, size) == stc(x[0].tolist(), frames, size, number)
+
+
+def test_stc_keeps_sixty_of_each_frame() -> None:
+    left = kept(step_of("stc"), film(5, 196), 196)
+    assert [sum(i // 196 == t for i in left) for t in range(5)] == [60] * 5
+
+
+# Frames ---------------------------------------------------------------------------------------------------------------
+
+
+def grid(frames: int, rows: int, columns: int, start: int) -> torch.Tensor:
+    """[3, T h w] time, row and column of a video whose first token stands at `start`; times may coincide."""
+    times, heights, widths = torch.meshgrid(*(torch.arange(n) for n in (frames, rows, columns)), indexing="ij")
+    return torch.stack([times // 2, heights, widths]).flatten(1) + start
+
+
+def test_frames_are_told_by_rows_and_columns() -> None:
+    """Two videos and an image, with text and padding around them; time alone would join frames."""
+    shapes = [(3, 2, 2), (1, 3, 2), (2, 1, 3)]
+    parts, index, slot = [torch.full((3, 2), -1)], [], 2
+    for shape in shapes:
+        made = grid(*shape, start=slot + 5)
+        parts += [made, torch.full((3, 1), slot)]
+        index += range(slot, slot + made.shape[1])
+        slot += made.shape[1] + 1
+    counts = torch.tensor([[t * h * w for t, h, w in shapes]])
+    segment = torch.cat([torch.tensor([-1]), torch.repeat_interleave(torch.arange(3), counts[0])])[None]
+    frame, place = frames_of(torch.cat(parts, 1)[:, None], torch.tensor([[-1, *index]]), segment, counts)
+    wanted = [n for t, h, w in shapes for n in [h * w] * t]
+    assert frame.tolist() == [[-1, *(f for f, n in enumerate(wanted) for _ in range(n))]]
+    assert place.tolist() == [[-1, *(p for n in wanted for p in range(n))]]
+
+
+@pytest.mark.parametrize("positions", [torch.zeros(1, 0, dtype=torch.int64), torch.zeros(3, 1, 0, dtype=torch.int64)])
+def test_a_chunk_without_tokens_has_no_frames(positions: torch.Tensor) -> None:
+    nothing: Any = torch.zeros(1, 0, dtype=torch.int64)
+    assert [one.shape for one in frames_of(positions, nothing, nothing, nothing)] == [(1, 0), (1, 0)]

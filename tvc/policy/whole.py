@@ -1,0 +1,62 @@
+"""What needs the visual tokens as they entered: rows of an image's grid, frames of a video; how a step is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvc.errors import SiteError
+from tvc.kernels.op import Primitive
+from tvc.policy.document import Path
+from tvc.policy.schema import Policy, SiteName
+from tvc.program import Layout
+
+
+def refusal(policy: Policy, path: Path, summary: str, *, got: object, want: object, fix: str, slug: str) -> SiteError:
+    return SiteError(summary, where=policy.document.where(path), got=got, want=want, fix=fix, slug=slug)
+
+
+def check_frames(policy: Policy, site: SiteName, path: Path, primitive: Primitive) -> None:
+    """Refuses a primitive that looks at the frames of videos where these are not known, or no longer whole."""
+    earlier = [step.at for step in policy.steps[: int(path[1])] if step.exit is None]
+    if site.component == "language" and not earlier:
+        return
+    raise refusal(
+        policy,
+        path,
+        f"`{primitive.key}` works on whole frames"
+        + (", and an earlier step leaves gaps in them" if earlier else ", which only the decoder's positions tell"),
+        got=f"{primitive.key} behind a step at {earlier[-1]}" if earlier else f"{primitive.key} at {site}",
+        want="the first reduction of the policy, at a language site",
+        fix="move it in front" if earlier else "write at: language.0",
+        slug="no-frames",
+    )
+
+
+def with_columns(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> dict[str, Any]:
+    """The row length of a primitive that works on the grid of an image's tokens: the model's, where none is written."""
+    if "columns" not in type(primitive).model_fields:
+        return {}
+    earlier = [step.at for step in policy.steps[: int(path[1])] if step.exit is None]
+    if earlier:
+        raise refusal(
+            policy,
+            path,
+            f"`{primitive.key}` works on the rows of an image, and an earlier step leaves gaps in them",
+            got=f"{primitive.key} behind a step at {earlier[-1]}",
+            want="the first reduction of the policy",
+            fix="move it in front, or choose with select: {top: ...} here",
+            slug="broken-grid",
+        )
+    columns = getattr(primitive, "columns", None) or layout.columns(site.component)
+    if columns is None:
+        raise refusal(
+            policy,
+            (*path, "columns"),
+            f"the visual tokens of {layout.model_type} are no square grids of one size, so their rows are not known",
+            got=f"{', '.join(str(n) for n in layout.visual_tokens)} visual tokens from {layout.tiles} tiles"
+            + ("" if layout.in_order else ", packed or stitched together"),
+            want="a model whose encoder turns every image into square tiles of one size, or the length of a row",
+            fix="write columns: N where every image has rows of N tokens, or take a selector without a grid",
+            slug="no-grid",
+        )
+    return {"columns": columns}
