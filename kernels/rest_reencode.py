@@ -53,12 +53,8 @@ class Reencode(Grouped, Rest):
         return self.module()
 
     def shapes(self, width: int | str) -> dict[str, Shape]:
-        head = width // self.heads if isinstance(width, int) else 0
-        found: dict[str, Shape] = {"norm.weight": (width,)}
-        for name, number in (("query", self.heads), ("key", self.groups), ("value", self.groups)):
-            found |= {f"{name}.weight": (number * head or name, width)}
-            found |= {f"{name}.bias": (number * head or name,)} if self.bias else {}
-        return {**found, "output.weight": (width, self.heads * head or "query")}
+        found = self.sizes(width, "query", "key", "value")
+        return {"norm.weight": (width,), **found, "output.weight": (width, found["query.weight"][0])}
 
     def apply(
         self,

@@ -18,6 +18,7 @@ from typing import ClassVar, Self
 import torch
 from pydantic import Field, model_validator
 
+from tvc.errors import WeightsError
 from tvc.kernels.op import Score, Tap, op, primitive
 from tvc.kernels.weights import Shape, Trained
 
@@ -73,6 +74,24 @@ class Grouped(Trained):
     groups: int = Field(ge=1, description="heads of the keys and values; they divide those of the queries")
     bias: bool = Field(True, description="whether queries, keys and values have biases")
 
+    def sizes(self, width: int | str, *names: str) -> dict[str, Shape]:
+        """The shapes of the projections `names`, of which `query` has all the heads."""
+        if isinstance(width, int) and width % self.heads:
+            raise WeightsError(
+                f"the heads of `{self.key}` do not divide the width of the tokens",
+                where=str(self.weights),
+                got=f"{self.heads} heads, {width} wide",
+                want="heads that divide the width",
+                fix="write the heads that the weights were trained with",
+                slug="heads-mismatch",
+            )
+        found: dict[str, Shape] = {}
+        for name in names:
+            number = self.heads if name == "query" else self.groups
+            size = number * (width // self.heads) if isinstance(width, int) else name
+            found |= {f"{name}.weight": (size, width)} | ({f"{name}.bias": (size,)} if self.bias else {})
+        return found
+
     @model_validator(mode="after")
     def _even(self) -> Self:
         if self.heads % self.groups:
@@ -95,13 +114,8 @@ class QueryAttention(Grouped, Score):
         }
 
     def shapes(self, width: int | str) -> dict[str, Shape]:
-        head = width // self.heads if isinstance(width, int) else 0
-        sizes = {"query": self.heads * head, "key": self.groups * head}
-        found: dict[str, Shape] = {"norm_text.weight": (width,), "norm_visual.weight": (width,)}
-        for name, size in sizes.items():
-            found |= {f"{name}.weight": (size or name, width)}
-            found |= {f"{name}.bias": (size or name,)} if self.bias else {}
-        return found
+        norms: dict[str, Shape] = {"norm_text.weight": (width,), "norm_visual.weight": (width,)}
+        return {**norms, **self.sizes(width, "query", "key")}
 
     def apply(
         self,

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import support
 from tvc.kernels.op import PRIMITIVES, Kind
+from tvc.kernels.weights import Trained
 from tvc.policy.schema import COMPONENTS, NORMALIZE, POSITIONS, SCOPES
 
 Settings = dict[str, Any]
@@ -229,8 +230,9 @@ def _made(kind: Kind, named: Settings) -> Any:
 
 
 def _named(kind: Kind, blocks: Mapping[str, int]) -> st.SearchStrategy[Settings]:
-    """`{key: settings}` of any registered primitive of a kind."""
-    made = [settings(cls, blocks).map(lambda drawn, key=key: {key: drawn}) for key, cls in PRIMITIVES[kind].items()]
+    """`{key: settings}` of any registered primitive of a kind, but for those that need weights made for a model."""
+    plain = {key: cls for key, cls in PRIMITIVES[kind].items() if not issubclass(cls, Trained)}
+    made = [settings(cls, blocks).map(lambda drawn, key=key: {key: drawn}) for key, cls in plain.items()]
     return st.one_of(made)
 
 
@@ -267,8 +269,6 @@ def _of_schema(schema: Mapping[str, Any], named: Mapping[str, Any], blocks: Mapp
             return _integers(schema)
         case "number":
             return _floats(schema)
-        case "string" if schema.get("format") == "safetensors":
-            return st.just("weights.safetensors")
         case "string":
             return st.sampled_from(_SHARES) if "pattern" in schema else _layers(blocks)
         case "boolean":

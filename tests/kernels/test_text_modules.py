@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from pydantic import ValidationError
 
+from tvc.errors import WeightsError
 from tvc.kernels import PRIMITIVES
 from tvc.kernels.op import Scope
 
@@ -95,6 +96,13 @@ def test_the_kept_tokens_attend_to_those_of_their_image(given: dict[str, torch.T
         wanted = rows + mixed[0].transpose(0, 1).flatten(1) @ weights["output.weight"].T
         where = [chosen[0].tolist().index(place) for place in places]
         torch.testing.assert_close(feature[0, where], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused() -> None:
+    for kind, key in (("score", "query_attention"), ("rest", "reencode")):
+        settings = {"weights": "w.safetensors", "heads": 3, "groups": 1}
+        with pytest.raises(WeightsError, match="heads-mismatch"):
+            PRIMITIVES[kind][key].model_validate(settings).shapes(WIDTH)  # type: ignore[index]
 
 
 def test_settings_that_exclude_each_other_are_refused() -> None:
