@@ -35,6 +35,22 @@ steps:
   - at: language.5
     exit: {when: always}
 """
+# What steps ask of the layer that runs next: attention, keys, and queries that no position has turned.
+NEXT_LAYER = """
+version: 1
+name: next-layer
+positions: renumber
+steps:
+  - at: language.1
+    select: {stride: {keep: 70%}}
+  - at: language.3
+    score: mean_query
+    select: {density: {keep: 70%, cutoff: 0.3}}
+    rest: {merge: {by: key_cosine, layer: self, heads: joined, within: 0.5}}
+  - at: language.5
+    score: {peak: {of: last, layer: self}}
+    select: {top: 50%}
+"""
 PASSING = (
     ("llava", "fastv", ()),
     ("llava", MIXED, ()),
@@ -222,3 +238,13 @@ def test_tolerance_grows_with_the_numbers_but_not_below_one():
     assert strict.allowed(torch.tensor([0.1])) == strict.allowed(torch.tensor([1.0])) == 2e-5
     assert strict.allowed(torch.tensor([-10.0])) == pytest.approx(2e-4)
     assert strict.allowed_score(torch.tensor([0.01])) == pytest.approx(2e-7)
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("positions", ["keep", "renumber"])
+def test_the_next_layer_is_asked_on_the_positions_that_it_will_see(positions):
+    model = support.build_model("llava")
+    policy = tvc.load_policy(NEXT_LAYER, set={"positions": positions})
+    compiled = tvc.compile(model, policy, inputs=support.inputs("llava", 2), verify=False)
+    for batch in (1, 3):
+        assert compare(compiled, model, support.inputs("llava", batch), steps=3).passed

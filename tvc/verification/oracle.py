@@ -88,6 +88,7 @@ class _Oracle(Observer):
         self.raters: list[torch.Tensor] = []  # per sample the columns of the text that rates
         self.probing = False
         self.closed: tuple[torch.Tensor, torch.Tensor] | None = None  # what `leaving` has to put back
+        self.turned_by: Any = None  # the position embeddings that the block was given
         self.rotary: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any]]] = []  # what came out, and the call
 
     # The call ---------------------------------------------------------------------------------------------------------
@@ -165,15 +166,15 @@ class _Oracle(Observer):
                 self.raters = [text_that_rates(sample, hidden[sample.row]) for sample in self.samples]
         if f"language.{index}" in self.tapped:
             self.inputs_of[f"language.{index}"] = hidden
-        rotary = arguments.get("position_embeddings")
-        self._renumber(index - 1, rotary, arguments)  # a step that asks this block finds what is left numbered already
+        self.turned_by = arguments.get("position_embeddings")
+        self._renumber(index - 1, arguments)  # a step that asks this block finds what is left numbered already
         hidden = self._steps_at(f"language.{index}", hidden, block, arguments)
         arguments[name] = hidden
         if has_attention(block):
             arguments["attention_mask"] = self._narrowed(arguments["attention_mask"])
         else:
             self._close_up(name, arguments)
-        self._renumber(index, rotary, arguments)
+        self._renumber(index, arguments)
         self.seen.pop(f"language.{index}", None)
         self.expected.held.append(self.alive.clone())
         self.expected.doubts.append(self.doubt)
@@ -228,18 +229,18 @@ class _Oracle(Observer):
         sites = [at for at in self.steps if at.startswith("language.")]
         return any(int(site.removeprefix("language.")) <= index for site in sites)
 
-    def _renumber(self, index: int, rotary: Any, arguments: dict[str, Any]) -> None:
+    def _renumber(self, index: int, arguments: dict[str, Any]) -> None:
         """Puts running numbers in the place of a block's positions, if there is a cut at `index` or before it."""
         if self.policy.positions == "renumber" and self._cut_before(index):
-            arguments["position_embeddings"] = self._renumbered(rotary)
+            arguments["position_embeddings"] = self._renumbered()
             arguments["position_ids"] = (self.alive.long().cumsum(1) - 1).clamp(min=0)
 
-    def _renumbered(self, given: Any) -> Any:
-        """Position embeddings, of the kind that a block was given, for the running numbers of what is left."""
-        return self._rotary_at(given, (self.alive.long().cumsum(1) - 1).clamp(min=0))
+    def _renumbered(self) -> Any:
+        """Position embeddings, of the kind that the block was given, for the running numbers of what is left."""
+        return self._rotary_at((self.alive.long().cumsum(1) - 1).clamp(min=0))
 
-    def _rotary_at(self, given: Any, positions: torch.Tensor) -> Any:
-        """Position embeddings, of the kind that a block was given, for `positions`."""
+    def _rotary_at(self, positions: torch.Tensor) -> Any:
+        """Position embeddings, of the kind that the block was given, for `positions`."""
         if not self.rotary:
             raise TraceError(
                 "the decoder has no rotary module whose positions could be numbered afresh",
@@ -249,7 +250,7 @@ class _Oracle(Observer):
                 fix="write positions: keep, or compile with verify=False",
                 slug="no-rotary",
             )
-        calls = [call for output, *call in self.rotary if output is given] or [list(self.rotary[-1][1:])]
+        calls = [call for output, *call in self.rotary if output is self.turned_by] or [list(self.rotary[-1][1:])]
         module, args, kwargs = calls[-1]
         if "position_ids" in kwargs:
             kwargs = {**kwargs, "position_ids": positions}
@@ -409,7 +410,7 @@ class _Oracle(Observer):
             turned = self.seen[name].copy()
             zeros = torch.zeros_like(self.mask, dtype=torch.int64)
             zeros = zeros.expand(self.case.axes, *zeros.shape) if self.case.axes else zeros
-            block.forward(**{**given, "position_embeddings": self._rotary_at(given.get("position_embeddings"), zeros)})
+            block.forward(**{**given, "position_embeddings": self._rotary_at(zeros)})
             self.seen[f"{name} {UNTURNED}"] = [self.seen[name].pop()]
             self.seen[name] = turned
         self.probing = False
