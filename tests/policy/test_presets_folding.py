@@ -281,18 +281,20 @@ def test_the_definition_of_a_global_score_agrees_with_the_op(above: float, packe
     """What verification works out from an encoder's own attention, tile by tile or packed."""
     torch.manual_seed(7)
     query, key = torch.randn(2, HEADS, 9, WIDTH), torch.randn(2, HEADS, 9, WIDTH)
-    taps = EncoderTaps(torch.arange(18), 18)
+    taps = EncoderTaps(torch.arange(18), 18, [9, 9])
     seen = [Seen(query, key, key, None, 0.3)]
-    mask, columns = None, torch.arange(9)[None, :, None].repeat(2, 1, 1)
+    mask, image, columns = None, None, torch.arange(9)[None, :, None].repeat(2, 1, 1)
+    apart = GlobalScore(above=above).apply(Attention(query, key, None, columns[:, :, 0], columns, 0.3))
     if packed:
         seen = [Seen(query[i : i + 1], key[i : i + 1], key, None, 0.3) for i in range(2)]
         query, key = (tensor.transpose(0, 1).flatten(1, 2)[None] for tensor in (query, key))
         mask = torch.block_diag(torch.ones(9, 9), torch.ones(9, 9)).bool()[None, None]
-        columns = torch.arange(18)[None, :, None]
+        columns, image = torch.arange(18)[None, :, None], torch.arange(18)[None] // 9
     rows = torch.arange(query.shape[2]).repeat(query.shape[0], 1)
-    given = Attention(query, key, mask, rows, columns, 0.3)
+    given = Attention(query, key, mask, rows, columns, 0.3, image)
     score = GlobalScore(above=above).apply(given)
     torch.testing.assert_close(taps.of_global(seen, above), score.flatten(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(score.flatten(), apart.flatten(), rtol=1e-5, atol=1e-7)
     joined = AttentionScore(of="all", heads="joined").apply(given)
     torch.testing.assert_close(taps.attention(seen, "all", "joined"), joined.flatten(), rtol=1e-5, atol=1e-7)
 
