@@ -44,7 +44,8 @@ class NormScore(Score):
     key: ClassVar[str] = "norm"
     shorthand: ClassVar[str | None] = "of"
     of: Literal["feature", "key"] = "feature"
-    order: float = Field(2.0, gt=0, allow_inf_nan=False)
+    # Beyond these the powers of usual features leave float32.
+    order: float = Field(2.0, ge=0.125, le=8, allow_inf_nan=False)
     prefer: Literal["large", "small"] = "large"
     layer: str | None = Field(None, description="the site or layer the vectors are taken at; default: the step's own")
 
