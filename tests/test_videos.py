@@ -173,7 +173,7 @@ SLOW = pytest.mark.conformance
     ("preset", "settings", "left"),
     [
         # Of eight frames of 6 tokens and five of 8; of two frames of 4 tokens and three of 8.
-        ("dycoke", {}, [[23, 14], [5, 10]]),
+        pytest.param("dycoke", {}, [[23, 14], [5, 10]], marks=SLOW),
         pytest.param("evs", {}, [[12, 10], [4, 8]], marks=SLOW),
         pytest.param("stc", {"keep": 3}, [[24, 15], [6, 9]], marks=SLOW),
     ],

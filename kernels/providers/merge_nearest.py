@@ -32,8 +32,6 @@ def supports(
 ) -> Support:
     if any(value.dtype not in FLOATS for value in (feature, metric, size)):
         return no(f"feature, metric and size are {feature.dtype}, {metric.dtype} and {size.dtype}")
-    if within < 2.0:
-        return no(f"tokens farther than {within} from their target are dropped")
     return YES
 
 
@@ -68,7 +66,9 @@ def launch(
     member = rest & ~target
     column = torch.arange(visual, device=segment.device)
     index = packed(target.to(torch.int8), width)
-    number, _ = nearest(metric, segment, torch.where(member, column, -1), index)
+    number, cosine = nearest(metric, segment, torch.where(member, column, -1), index)
+    if within < 2.0:
+        member = member & (cosine >= 1.0 - within)
     result = packed(stays.to(torch.int8), total)
     place = stays.cumsum(1) + (total - 1 - stays.sum(1, keepdim=True))
     to = torch.where(member & (number < width), per_token(place, per_token(index, number)), -1)

@@ -8,7 +8,7 @@ import pytest
 import support
 from tvc.policy import presets
 
-CROSS_SECTION = (("llava", "visionzip", ("torch", "ort")), ("smolvlm", "pyramiddrop", ("torchscript",)))
+CROSS_SECTION = (("llava", "visionzip", ("ort",)), ("smolvlm", "pyramiddrop", ("torchscript",)))
 
 
 def _check(family: str, preset: str, targets: tuple[str, ...]) -> None:

@@ -156,6 +156,7 @@ def test_another_task_in_the_same_directory_is_refused(model, task, result, tmp_
         evaluate(model, ["fastv"], FileTask(task.path, 3), folder, QUICK)
 
 
+@pytest.mark.conformance
 def test_targets_are_compared_reply_by_reply(model, task, tmp_path):
     both = Options(**{**vars(QUICK), "targets": ("torch", "torchscript"), "seeds": 1})
     made = evaluate(model, [], task, tmp_path, both)
@@ -168,6 +169,7 @@ def test_targets_are_compared_reply_by_reply(model, task, tmp_path):
     ]
 
 
+@pytest.mark.conformance
 def test_a_policy_that_the_model_cannot_run_is_listed(model, task, tmp_path):
     deep = tvc.load_policy("fastv").with_settings(["before_layer=40"])
     made = evaluate(model, [deep], task, tmp_path, QUICK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -338,5 +339,27 @@ class MoreGraph(OneGraph):
         for label, parts in made.items():
             for name, part in zip(("index", "feature", "size"), parts, strict=True):
                 out[f"{label}.{name}"] = part
+        self.modules(at, chosen, out)
         type(self).labels = tuple(out)
         return tuple(out.values())
+
+    def modules(self, at: Inputs, chosen: torch.Tensor, out: dict[str, torch.Tensor]) -> None:
+        """Ops that take weights, which are constants here."""
+
+        def weight(*shape: int) -> torch.Tensor:
+            return torch.linspace(-1, 1, math.prod(shape), device=at.feature.device).reshape(shape)
+
+        asked, seen, half = at.text_index >= 0, at.segment >= 0, WIDTH // 2
+        states = out["text_states"] = OP.text_states(at.text, asked)
+        out["exit_logits"] = OP.exit_logits(states, weight(5, 2 * WIDTH), weight(2, 5))
+        layers = (weight(6, WIDTH), weight(6, WIDTH), weight(6), weight(1, 6), weight(1))
+        out["score.mlp"] = OP.mlp_score(at.feature, states[:, 1], *layers)
+        asking = at.text.unflatten(2, (2, half)).transpose(1, 2)
+        score = out["cross_score"] = OP.cross_score(asking, at.feature[:, None, :, :half], asked, seen)
+        out["share_states"] = OP.share_states(score, at.segment, at.counts)
+        out["numbered_keep"] = OP.numbered_keep(score, at.segment, at.counts, (at.counts + 1) // 2)
+        place = torch.nn.functional.pad(at.feature, (0, 0, 1, 0))
+        kept = place.gather(1, (chosen + 1)[:, :, None].expand(-1, -1, WIDTH)).unflatten(2, (2, half)).transpose(1, 2)
+        own = torch.nn.functional.pad(at.segment, (1, 0), value=-1).gather(1, chosen + 1)
+        out["segment_attention"] = OP.segment_attention(kept, kept, kept, own)
+        out["segment_pool"] = OP.segment_pool(at.feature[:, None, :, :4], at.feature, at.segment, at.counts, chosen)

@@ -197,8 +197,6 @@ def refused(name: str) -> Iterator[Case]:
     if name == "compact":
         yield "many", (torch.arange(4500)[None], torch.arange(4500, 9000)[None])
     if name == "merge_nearest":
-        near = (torch.randn(2, 6, 4), torch.randn(2, 6, 4), torch.ones(2, 6), *scope, rows, torch.zeros(2, 6))
-        yield "within", (*near, "kept", 0, 0, "mean", 0, 0.5)
         yield "float64", (double, double, double[..., 0], *scope, rows, double[..., 0], "kept", 0, 0, "mean")
     if name == "bipartite_merge":
         yield "float64", (double, double, double[..., 0], *scope, 500, 0, 2, "mean", False)
