@@ -13,6 +13,7 @@ from support import build, inputs
 from tvc import compiler
 from tvc.kernels import OPS
 from tvc.kernels.providers import PROVIDED
+from tvc.passes.fuse_attention import _score_of_rows
 from tvc.policy import load_policy
 
 
@@ -70,6 +71,19 @@ def test_what_does_not_fit_stays_and_says_why(fused: list[Any]) -> None:
         "its window of 24 tokens counts dropped tokens too",
         "tokens of a span attend in both directions",
     }
+
+
+@pytest.mark.parametrize("heads", ["mean", "joined"])
+def test_a_score_of_rows_needs_their_mask_alone(heads: str) -> None:
+    """Rows in any order, padded ones among them, over a cache that is longer than the chunk."""
+    torch.manual_seed(0)
+    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8)
+    places = torch.tensor([[-1, 0, 1, 2, -1, 5, 6, 7, 9], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    rows, columns = torch.tensor([[4, -1, 2], [-1, -1, 0]]), torch.arange(8)[None, :, None].expand(2, -1, 1)
+    mask = torch.ops.tvc.attention_mask(places[:, -5:], places, 0)
+    want = OPS["attention_score"].reference(query, key, mask, rows, columns, 0.3, heads)
+    got = _score_of_rows(query, key, places[:, -5:], places, rows, columns, 0.3, heads)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
 def test_rows_of_a_chunk_on_top_of_a_past_see_the_past() -> None:

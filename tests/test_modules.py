@@ -159,7 +159,10 @@ def test_a_scorer_acts_in_every_component(tmp_path: pathlib.Path) -> None:
         safetensors.torch.save_file(tensors, file)
         steps.append({"at": site, "score": {"mlp": str(file)}, "select": {"top": "50%"}})
     for target in ("torch", "ort"):
-        tvc.compile(model, {"version": 1, "steps": steps}, target, processor=processor)
+        compiled = tvc.compile(model, {"version": 1, "steps": steps}, target, processor=processor, verify=False)
+        inputs = support.inputs("llava", 2)
+        assert set(compiled(**inputs).kept) == set(sites)
+        assert tvc.verify(compiled, model, inputs).passed
 
 
 def test_an_artifact_whose_policy_names_a_file_elsewhere_is_refused(setting: Setting, tmp_path: pathlib.Path) -> None:
