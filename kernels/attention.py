@@ -17,6 +17,8 @@ import torch.nn.functional as F
 
 from tvc.kernels.op import op
 
+LOWEST = torch.finfo(torch.float32).min
+
 
 def _shapes() -> Iterator[tuple[str, tuple[object, ...]]]:
     torch.manual_seed(0)
@@ -37,6 +39,29 @@ def repeat_groups(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     if groups == heads:
         return tensor
     return tensor.unsqueeze(2).expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)
+
+
+def rows_allowed(mask: torch.Tensor, rows: torch.Tensor, keys: int) -> torch.Tensor:
+    """[B, 1|H, R, N] bool: what `rows [B, R]` of the query may attend to among `keys` keys; pads (-1) read row 0."""
+    allowed = mask.expand(rows.shape[0], mask.shape[1], mask.shape[2], keys)
+    row = rows.clamp(min=0)[:, None, :, None]
+    return allowed.gather(2, row.expand(rows.shape[0], mask.shape[1], rows.shape[1], keys))
+
+
+def row_logits(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, rows: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """[B, H, R, N] float32: logits of `rows [B, R]` of the query; where the mask forbids, the lowest finite number.
+
+    Not -inf: a row that may attend to nothing stays free of NaN. Pads (-1) read row 0.
+    """
+    batch, heads, _, width = query.shape
+    groups, keys, number = key.shape[1], key.shape[2], rows.shape[1]
+    row = rows.clamp(min=0)[:, None, :, None]
+    picked = query.gather(2, row.expand(batch, heads, number, width)).float()
+    picked = picked.reshape(batch, groups, heads // groups * number, width)
+    logits = (picked @ key.float().transpose(2, 3) * scale).reshape(batch, heads, number, keys)
+    return logits if mask is None else logits.masked_fill(~rows_allowed(mask, rows, keys), LOWEST)
 
 
 def _attention(

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tvc.errors import PolicyError
 from tvc.kernels.budget import Budget
 from tvc.kernels.op import Merging, Scope, Tap, op, primitive
-from tvc.kernels.segments import mark, pack, per_token, ranks
+from tvc.kernels.segments import mark, pack, per_token, ranks, rows_at
 
 
 def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -63,12 +63,6 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     tied = (torch.randn(1, 6, 6), alike, torch.ones(1, 6), torch.zeros(1, 6, dtype=torch.int64), torch.tensor([[6]]))
     yield "tied", (*tied, 0, 1, 5, "mean", False)
     yield "tied-whole", (*tied, 0, 1, 5, "mean", True)
-
-
-def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[B, K, D]: the rows of `values [B, C, D]` at `index [B, K]`; zeros for pads (-1), also where C = 0."""
-    values = torch.nn.functional.pad(values, (0, 0, 1, 0))
-    return values.gather(1, (index + 1)[:, :, None].expand(-1, -1, values.shape[2]))
 
 
 def halves(segment: torch.Tensor, counts: torch.Tensor, whole: bool) -> tuple[torch.Tensor, ...]:
@@ -106,7 +100,7 @@ def bipartite_merge(
     if whole:
         near = metric[:, 0::2] @ metric[:, 1::2].transpose(1, 2)  # [B, A, C]
     else:
-        near = _rows(metric, even) @ _rows(metric, odd).transpose(1, 2)
+        near = rows_at(metric, even) @ rows_at(metric, odd).transpose(1, 2)
         same = per_token(segment, even)[:, :, None] == per_token(segment, odd)[:, None, :]
         near = torch.where(same & (odd >= 0)[:, None, :], near, float("-inf"))
     # Below every cosine, above every forbidden partner. The row added on top keeps V = 0 right in ONNX Runtime, which
@@ -126,8 +120,8 @@ def bipartite_merge(
     weighed = wide * weight if reduce == "size_weighted" else wide
     to = (partner[:, :, None] == torch.arange(visual // 2, device=partner.device)) & member[:, :, None]
     into = to.float().transpose(1, 2)  # [B, C, A]
-    added, gained = into @ _rows(weighed, even), into @ _rows(weight, even)
-    own, own_size = _rows(wide, odd), _rows(weight, odd)
+    added, gained = into @ rows_at(weighed, even), into @ rows_at(weight, even)
+    own, own_size = rows_at(wide, odd), rows_at(weight, odd)
     joined = into @ member.float()[:, :, None]  # [B, C, 1] number of members
     if reduce == "mean":
         merged = (own + added) / (1.0 + joined)
@@ -141,7 +135,7 @@ def bipartite_merge(
     source = torch.where(second, visual + number, torch.arange(visual, device=segment.device))
     source = torch.where(index < 0, -1, per_token(source, index))
     sizes = torch.cat([size, (own_size + gained).squeeze(2).to(size.dtype)], 1)
-    return index, _rows(torch.cat([feature, merged], 1), source), _rows(sizes[:, :, None], source).squeeze(2)
+    return index, rows_at(torch.cat([feature, merged], 1), source), rows_at(sizes[:, :, None], source).squeeze(2)
 
 
 class Spread(BaseModel):
@@ -237,7 +231,7 @@ class Bipartite(Merging):
             segment = _follow(segment, chosen)
             counts = self._left(counts, permille, remove)
             # A token that others merged into keeps its own key.
-            metric = None if metric is None else _rows(metric, chosen)
+            metric = None if metric is None else rows_at(metric, chosen)
         if index is None:
             raise ValueError("a merge has at least one round")
         return index, feature, size

@@ -25,7 +25,7 @@ from pydantic import Field
 from tvc.errors import PolicyError
 from tvc.kernels.greedy import directions
 from tvc.kernels.op import Merging, Scope, op, primitive
-from tvc.kernels.segments import pack, per_token, ranks, starts
+from tvc.kernels.segments import pack, per_token, ranks, rows_at, starts
 from tvc.kernels.select_threshold import largest
 
 
@@ -92,13 +92,7 @@ def window_merge(
     index = pack(valid & (~joins | middle), largest(valid & (~joins | middle)))
     merged = torch.where(joins[:, :, None], mean, wide).to(feature.dtype)
     sizes = torch.where(joins[:, :, None], sizes, weight).to(size.dtype)
-    return index, _rows(merged, index), _rows(sizes, index).squeeze(2)
-
-
-def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[B, K, D]: the rows of `values [B, C, D]` at `index [B, K]`; zeros for pads (-1), also where C = 0."""
-    values = torch.nn.functional.pad(values, (0, 0, 1, 0))
-    return values.gather(1, (index + 1)[:, :, None].expand(-1, -1, values.shape[2]))
+    return index, rows_at(merged, index), rows_at(sizes, index).squeeze(2)
 
 
 @primitive

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from tvc.errors import PolicyError
 from tvc.kernels.op import Rest, Scope, Tap, op, primitive
-from tvc.kernels.segments import mark, pack, per_token, ranks
+from tvc.kernels.segments import mark, pack, per_token, ranks, rows_at
 
 
 def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -74,7 +74,7 @@ def absorb_neighbours(
         numbers = numbers.scatter_add(1, left + 1, torch.ones_like(left))[:, 1:]
         last = rest & (ranks(left, numbers) == per_token(numbers, left) - 1)
         result = pack((valid & ~rest) | last, chosen.shape[1] + slots)
-        is_extra = _rows(last[:, :, None].float(), result) > 0  # [B, K2, 1]
+        is_extra = rows_at(last[:, :, None].float(), result) > 0  # [B, K2, 1]
     else:
         result = chosen.clone(memory_format=torch.contiguous_format)
         is_extra = torch.zeros_like(result, dtype=torch.bool)[:, :, None]
@@ -84,8 +84,8 @@ def absorb_neighbours(
     # Not by `where`, which ONNX Runtime lacks for bool.
     taken = (is_extra & same & rest[:, None, :]) | (~is_extra & near)
     added = (taken.float() * score[:, None, :]) @ wide
-    merged = torch.where(is_extra, 0.0, _rows(wide, result)) + added
-    sizes = torch.where(is_extra, taken.float() @ own, _rows(own, result))
+    merged = torch.where(is_extra, 0.0, rows_at(wide, result)) + added
+    sizes = torch.where(is_extra, taken.float() @ own, rows_at(own, result))
     return result, merged.to(feature.dtype), sizes.to(size.dtype).squeeze(2)
 
 
@@ -96,15 +96,9 @@ def _nearest(metric: torch.Tensor, index: torch.Tensor, same: torch.Tensor, neig
     metric = metric / ((metric * metric) @ ones).sqrt().clamp(min=1e-12)
     column = torch.arange(metric.shape[1], device=metric.device).expand(same.shape)
     other = same & (column != index[:, :, None])
-    near = torch.where(other, _rows(metric, index) @ metric.transpose(1, 2), -2.0)
+    near = torch.where(other, rows_at(metric, index) @ metric.transpose(1, 2), -2.0)
     order = torch.sort(near, dim=2, descending=True, stable=True).indices
     return other & (torch.zeros_like(order).scatter(2, order, column) < neighbours)
-
-
-def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[B, K, D]: the rows of `values [B, V, D]` at `index [B, K]`; zeros for pads (-1), also where V = 0."""
-    values = torch.nn.functional.pad(values, (0, 0, 1, 0))
-    return values.gather(1, (index + 1)[:, :, None].expand(-1, -1, values.shape[2]))
 
 
 @primitive

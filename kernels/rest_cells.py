@@ -26,7 +26,7 @@ from pydantic import Field
 
 from tvc.errors import PolicyError
 from tvc.kernels.op import Rest, Scope, op, primitive
-from tvc.kernels.segments import mark, pack, per_token, ranks
+from tvc.kernels.segments import mark, pack, per_token, ranks, rows_at
 
 
 def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -90,17 +90,11 @@ def merge_cells(
     mean = (weights @ wide) / torch.where(total > 0, total, holds).clamp(min=1e-30)
 
     result = pack(kept | target, chosen.shape[1] + slots)
-    into = torch.where(_rows(target[:, :, None].float(), result).squeeze(2) > 0, per_token(cell, result), -1)
+    into = torch.where(rows_at(target[:, :, None].float(), result).squeeze(2) > 0, per_token(cell, result), -1)
     folds = (into >= 0)[:, :, None]
-    merged = torch.where(folds, _rows(mean, into), _rows(wide, result))
-    sizes = torch.where(folds, _rows(flags @ own, into), _rows(own, result))
+    merged = torch.where(folds, rows_at(mean, into), rows_at(wide, result))
+    sizes = torch.where(folds, rows_at(flags @ own, into), rows_at(own, result))
     return result, merged.to(feature.dtype), sizes.squeeze(2).to(size.dtype)
-
-
-def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[B, K, D]: the rows of `values [B, C, D]` at `index [B, K]`; zeros for pads (-1), also where C = 0."""
-    values = torch.nn.functional.pad(values, (0, 0, 1, 0))
-    return values.gather(1, (index + 1)[:, :, None].expand(-1, -1, values.shape[2]))
 
 
 @primitive

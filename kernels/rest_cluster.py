@@ -30,7 +30,7 @@ from pydantic import Field, field_validator
 from tvc.errors import PolicyError
 from tvc.kernels.budget import Budget
 from tvc.kernels.op import Rest, Scope, op, primitive
-from tvc.kernels.segments import mark, pack, per_token, ranks
+from tvc.kernels.segments import mark, pack, per_token, ranks, rows_at
 
 FAR = torch.finfo(torch.float32).max
 
@@ -129,7 +129,7 @@ def merge_clusters(
     pooled = (left >= 0) & (ranks(left, dropped, score.float()) < per_token(members, left))
     index = pack(pooled, room)
     wide, weight = feature.float(), size.float()[:, :, None]
-    values, weights = _rows(wide, index), _rows(weight, index)
+    values, weights = rows_at(wide, index), rows_at(weight, index)
     group = torch.where(index < 0, -1, per_token(segment, index))
     centre, to = _pooled(values, group, members, per)
 
@@ -144,15 +144,9 @@ def merge_clusters(
     number = torch.where(centres, pooled.cumsum(1) - 1 + (room - pooled.sum(1, keepdim=True)), -1)
     number = torch.where(result < 0, -1, per_token(number, result))
     changed = (number >= 0)[:, :, None]
-    merged = torch.where(changed, _rows(mean, number), _rows(wide, result)).to(feature.dtype)
-    sizes = torch.where(changed, _rows(gained, number), _rows(weight, result)).to(size.dtype)
+    merged = torch.where(changed, rows_at(mean, number), rows_at(wide, result)).to(feature.dtype)
+    sizes = torch.where(changed, rows_at(gained, number), rows_at(weight, result)).to(size.dtype)
     return result, merged, sizes.squeeze(2)
-
-
-def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[B, K, D]: the rows of `values [B, V, D]` at `index [B, K]`; zeros for pads (-1), also where V = 0."""
-    values = torch.nn.functional.pad(values, (0, 0, 1, 0))
-    return values.gather(1, (index + 1)[:, :, None].expand(-1, -1, values.shape[2]))
 
 
 @primitive

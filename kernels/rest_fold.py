@@ -20,7 +20,7 @@ import torch
 
 from tvc.errors import PolicyError
 from tvc.kernels.op import Rest, Scope, op, primitive
-from tvc.kernels.segments import mark, per_token, ranks
+from tvc.kernels.segments import mark, per_token, ranks, rows_at
 
 
 def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -63,11 +63,11 @@ def fold_weakest(
     member = ((segment[:, :, None] == scopes) & rest[:, :, None]).float().transpose(1, 2)  # [B, N, V]
     # The n members have the weights 2, ..., n + 1, the target has 1.
     whole = (1 + numbers * (numbers + 3) // 2).float()[:, :, None]
-    folds = _rows(target[:, :, None].float(), chosen).squeeze(2) > 0
+    folds = rows_at(target[:, :, None].float(), chosen).squeeze(2) > 0
     into = torch.where(folds, per_token(segment, chosen), -1)
-    gained = _rows((member * (place + 2).float()[:, None, :]) @ wide, into)
-    merged = (_rows(wide, chosen) + gained) / _rows(whole, into).clamp(min=1.0)
-    sizes = _rows(own, chosen) + _rows(member @ own, into)
+    gained = rows_at((member * (place + 2).float()[:, None, :]) @ wide, into)
+    merged = (rows_at(wide, chosen) + gained) / rows_at(whole, into).clamp(min=1.0)
+    sizes = rows_at(own, chosen) + rows_at(member @ own, into)
     return merged.to(feature.dtype), sizes.squeeze(2).to(size.dtype)
 
 
@@ -79,12 +79,6 @@ def _places(
     numbers = counts.new_zeros(counts.shape[0], counts.shape[1] + 1)
     numbers = numbers.scatter_add(1, left + 1, torch.ones_like(left))[:, 1:]
     return ranks(left, numbers, score), numbers
-
-
-def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[B, K, D]: the rows of `values [B, C, D]` at `index [B, K]`; zeros for pads (-1), also where C = 0."""
-    values = torch.nn.functional.pad(values, (0, 0, 1, 0))
-    return values.gather(1, (index + 1)[:, :, None].expand(-1, -1, values.shape[2]))
 
 
 @primitive

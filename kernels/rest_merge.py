@@ -30,7 +30,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from tvc.errors import PolicyError
 from tvc.kernels.budget import Budget
 from tvc.kernels.op import Rest, Scope, Tap, op, primitive
-from tvc.kernels.segments import budgets, mark, pack, per_token, ranks
+from tvc.kernels.segments import budgets, mark, pack, per_token, ranks, rows_at
 
 
 def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -88,7 +88,7 @@ def _nearest(
     metric = metric.float()
     ones = torch.ones(metric.shape[2], 1, device=metric.device)
     metric = metric / ((metric * metric) @ ones).sqrt().clamp(min=1e-12)
-    target = _rows(metric, index)
+    target = rows_at(metric, index)
     same = (segment[:, :, None] == per_token(segment, index)[:, None, :]) & (index >= 0)[:, None, :]
     near = torch.where(same, metric @ target.transpose(1, 2), float("-inf"))
     # Below every cosine, above every forbidden target. The row added on top keeps V = 0 right in ONNX Runtime, which
@@ -139,8 +139,8 @@ def merge_nearest(
     # The number of each target among the targets, C for other tokens: where to look up what it gained.
     number = torch.where(target, target.cumsum(1) - 1 + (width - target.sum(1, keepdim=True)), width)
     number = per_token(number, result)
-    own, own_size = _rows(wide, result), _rows(weight, result)
-    added, joined, gained = _rows(added, number), _rows(joined, number), _rows(gained, number)
+    own, own_size = rows_at(wide, result), rows_at(weight, result)
+    added, joined, gained = rows_at(added, number), rows_at(joined, number), rows_at(gained, number)
     if reduce == "mean":
         merged = (own + added) / (1.0 + joined)
     elif reduce == "target_mean":
@@ -152,13 +152,6 @@ def merge_nearest(
     merged = torch.where(valid, torch.where(changed, merged, own), 0.0).to(feature.dtype)
     sizes = torch.where(valid, own_size + torch.where(changed, gained, 0.0), 0.0).to(size.dtype)
     return result, merged, sizes.squeeze(2)
-
-
-def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[B, K, D]: the rows of `values [B, C, D]` at `index [B, K]`; zeros for pads (-1), also where C = 0."""
-    values = torch.nn.functional.pad(values, (0, 0, 1, 0))
-    index = index + 1
-    return values.gather(1, index[:, :, None].expand(-1, -1, values.shape[2]))
 
 
 def _share(budget: Budget) -> Budget:

@@ -30,7 +30,7 @@ from tvc.kernels.greedy import directions
 from tvc.kernels.local_outliers import histogram, local_outliers
 from tvc.kernels.op import Rest, Scope, Tap, op, primitive
 from tvc.kernels.score_cosine import cosine_score
-from tvc.kernels.segments import mark, pack, per_token, ranks
+from tvc.kernels.segments import mark, pack, per_token, ranks, rows_at
 from tvc.kernels.select_recover import OUTLYING
 from tvc.kernels.select_threshold import largest
 
@@ -86,25 +86,19 @@ def recycle_rest(
 
     stays = kept | centre | last
     result = pack(stays, largest(stays))
-    is_centre, is_last = (_rows(flag[:, :, None].float(), result) > 0 for flag in (centre, last))  # [B, K2, 1]
+    is_centre, is_last = (rows_at(flag[:, :, None].float(), result) > 0 for flag in (centre, last))  # [B, K2, 1]
     same = (segment[:, None, :] == per_token(segment, result)[:, :, None]) & (result >= 0)[:, :, None]
     column = torch.arange(segment.shape[1], device=segment.device).expand(same.shape)
     other = same & (left >= 0)[:, None, :] & (column != result[:, :, None])
     unit = directions(metric)
-    like = _rows(unit, result) @ unit.transpose(1, 2) + weight * text[:, None, :]
+    like = rows_at(unit, result) @ unit.transpose(1, 2) + weight * text[:, None, :]
     order = torch.sort(torch.where(other, like, torch.finfo(torch.float32).min), dim=2, descending=True, stable=True)
     near = other & (torch.zeros_like(order.indices).scatter(2, order.indices, column) < neighbours)
     # Not by `where`, which ONNX Runtime lacks for bool.
     taken = ((is_centre & near) | (is_last & same & (plain >= 0)[:, None, :])).float()
-    merged = torch.where(is_last, 0.0, _rows(wide, result)) + (taken * score[:, None, :]) @ wide
-    sizes = torch.where(is_last, taken @ own, _rows(own, result))
+    merged = torch.where(is_last, 0.0, rows_at(wide, result)) + (taken * score[:, None, :]) @ wide
+    sizes = torch.where(is_last, taken @ own, rows_at(own, result))
     return result, merged.to(feature.dtype), sizes.squeeze(2).to(size.dtype)
-
-
-def _rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[B, K, D]: the rows of `values [B, C, D]` at `index [B, K]`; zeros for pads (-1), also where C = 0."""
-    values = torch.nn.functional.pad(values, (0, 0, 1, 0))
-    return values.gather(1, (index + 1)[:, :, None].expand(-1, -1, values.shape[2]))
 
 
 @primitive

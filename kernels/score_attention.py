@@ -17,6 +17,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from tvc.kernels.attention import LOWEST, row_logits, rows_allowed
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
 
 
@@ -52,25 +53,7 @@ def attention_score(
     heads: str,
 ) -> torch.Tensor:
     """[B, V] float32: the attention that `rows` pay to `columns`; `heads` is mean, sum, max or joined."""
-    batch, head_count, _, width = query.shape
-    groups, keys, row_count = key.shape[1], key.shape[2], rows.shape[1]
-    row = rows.clamp(min=0)[:, None, :, None]
-    picked = query.gather(2, row.expand(batch, head_count, row_count, width)).float()
-    if heads == "joined":
-        picked = picked.transpose(1, 2).reshape(batch, row_count, head_count * width)
-        wide = key.float()[:, :, None].expand(batch, groups, head_count // groups, keys, width)
-        wide = wide.reshape(batch, head_count, keys, width).transpose(1, 2).reshape(batch, keys, head_count * width)
-        logits = (picked @ wide.transpose(1, 2) * (scale * head_count**-0.5))[:, None]
-    else:
-        picked = picked.reshape(batch, groups, head_count // groups * row_count, width)
-        logits = (picked @ key.float().transpose(2, 3) * scale).reshape(batch, head_count, row_count, keys)
-    if mask is not None:
-        allowed = mask.expand(batch, mask.shape[1], mask.shape[2], keys)
-        allowed = allowed.gather(2, row.expand(batch, mask.shape[1], row_count, keys))
-        if heads == "joined" and mask.shape[1] > 1:
-            allowed = allowed.all(1, keepdim=True)
-        # The lowest finite number, not -inf: a row that may attend to nothing stays free of NaN.
-        logits = logits.masked_fill(~allowed, torch.finfo(torch.float32).min)
+    logits = _joined(query, key, mask, rows, scale) if heads == "joined" else row_logits(query, key, mask, rows, scale)
     scoring = (rows >= 0).float()
     share = scoring / scoring.sum(1, keepdim=True).clamp(min=1)
     received = (logits.softmax(-1) * share[:, None, :, None]).sum(2)
@@ -83,6 +66,24 @@ def attention_score(
     # Sums over g are matrix products: with V = 0 ONNX Runtime leaves a reduced axis in place.
     ones = torch.ones(columns.shape[2], 1, device=columns.device)
     return ((taken * present) @ ones / (present @ ones).clamp(min=1)).squeeze(2)
+
+
+def _joined(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, rows: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """[B, 1, R, N]: as `row_logits`, with all heads as one of the full width; every head's mask has to allow."""
+    batch, heads, _, width = query.shape
+    groups, keys, number = key.shape[1], key.shape[2], rows.shape[1]
+    row = rows.clamp(min=0)[:, None, :, None]
+    picked = query.gather(2, row.expand(batch, heads, number, width)).float()
+    picked = picked.transpose(1, 2).reshape(batch, number, heads * width)
+    wide = key.float()[:, :, None].expand(batch, groups, heads // groups, keys, width)
+    wide = wide.reshape(batch, heads, keys, width).transpose(1, 2).reshape(batch, keys, heads * width)
+    logits = (picked @ wide.transpose(1, 2) * (scale * heads**-0.5))[:, None]
+    if mask is None:
+        return logits
+    allowed = rows_allowed(mask, rows, keys)
+    return logits.masked_fill(~(allowed.all(1, keepdim=True) if mask.shape[1] > 1 else allowed), LOWEST)
 
 
 def rows_ratio(attention: Attention) -> torch.Tensor:

@@ -20,6 +20,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
+from tvc.kernels.attention import row_logits
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
 
 
@@ -56,16 +57,8 @@ def global_score(
     image: torch.Tensor | None,
 ) -> torch.Tensor:
     """[B, V] float32: the mean attention that the global ones among `rows` pay to `columns`."""
-    batch, head_count, length, width = query.shape
-    groups, keys, row_count = key.shape[1], key.shape[2], rows.shape[1]
-    row = rows.clamp(min=0)[:, None, :, None]
-    picked = query.gather(2, row.expand(batch, head_count, row_count, width)).float()
-    picked = picked.reshape(batch, groups, head_count // groups * row_count, width)
-    logits = (picked @ key.float().transpose(2, 3) * scale).reshape(batch, head_count, row_count, keys)
-    if mask is not None:
-        allowed = mask.expand(batch, mask.shape[1], mask.shape[2], keys)
-        allowed = allowed.gather(2, row.expand(batch, mask.shape[1], row_count, keys))
-        logits = logits.masked_fill(~allowed, torch.finfo(torch.float32).min)
+    length, keys = query.shape[2], key.shape[2]
+    logits = row_logits(query, key, mask, rows, scale)
     paid = logits.softmax(-1)
 
     scoring = (rows >= 0).float()

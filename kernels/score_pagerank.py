@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from tvc.kernels.attention import row_logits
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
 
 
@@ -55,18 +56,9 @@ def pagerank_score(
     rounds: int,
 ) -> torch.Tensor:
     """[B, V] float32: where `rounds` steps along the attention lead."""
-    batch, head_count, _, width = query.shape
-    groups, keys, row_count = key.shape[1], key.shape[2], rows.shape[1]
-    past = keys - query.shape[2]
-    row = rows.clamp(min=0)[:, None, :, None]
-    picked = query.gather(2, row.expand(batch, head_count, row_count, width)).float()
-    picked = picked.reshape(batch, groups, head_count // groups * row_count, width)
-    logits = (picked @ key.float().transpose(2, 3) * (scale / temperature)).reshape(batch, head_count, row_count, keys)
-    if mask is not None:
-        allowed = mask.expand(batch, mask.shape[1], mask.shape[2], keys)
-        allowed = allowed.gather(2, row.expand(batch, mask.shape[1], row_count, keys))
-        # The lowest finite number, not -inf: a row that may attend to nothing stays free of NaN.
-        logits = logits.masked_fill(~allowed, torch.finfo(torch.float32).min)
+    batch, head_count, row_count = query.shape[0], query.shape[1], rows.shape[1]
+    past = key.shape[2] - query.shape[2]
+    logits = row_logits(query, key, mask, rows, scale / temperature)
     real = (rows >= 0).float()
     place = rows.clamp(min=0) + past
     to = place[:, None, None, :].expand(batch, head_count, row_count, row_count)
@@ -76,7 +68,9 @@ def pagerank_score(
         chance = chance @ moves
     rank = chance.square().mean(1).squeeze(1).sqrt() * real  # [B, R]
     # Column 0 takes the pads and is cut off.
-    spread = torch.zeros(batch, keys + 1, device=query.device).scatter(1, torch.where(rows < 0, 0, place + 1), rank)
+    spread = torch.zeros(batch, key.shape[2] + 1, device=query.device).scatter(
+        1, torch.where(rows < 0, 0, place + 1), rank
+    )
     taken = spread[:, 1:].gather(1, columns.clamp(min=0).flatten(1)).reshape(columns.shape)
     present = (columns >= 0).float()
     # Sums over g are matrix products: with V = 0 ONNX Runtime leaves a reduced axis in place.

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from tvc.kernels.attention import row_logits
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
 from tvc.kernels.score_attention import Rows
 
@@ -49,17 +50,8 @@ def peak_score(
     scale: float,
 ) -> torch.Tensor:
     """[B, V] float32: the largest of what each of `rows` pays to `columns`."""
-    batch, heads, _, width = query.shape
-    groups, keys, number = key.shape[1], key.shape[2], rows.shape[1]
-    row = rows.clamp(min=0)[:, None, :, None]
-    picked = query.gather(2, row.expand(batch, heads, number, width)).float()
-    picked = picked.reshape(batch, groups, heads // groups * number, width)
-    logits = (picked @ key.float().transpose(2, 3) * scale).reshape(batch, heads, number, keys)
-    if mask is not None:
-        allowed = mask.expand(batch, mask.shape[1], mask.shape[2], keys)
-        allowed = allowed.gather(2, row.expand(batch, mask.shape[1], number, keys))
-        # The lowest finite number, not -inf: a row that may attend to nothing stays free of NaN.
-        logits = logits.masked_fill(~allowed, torch.finfo(torch.float32).min)
+    batch, number = rows.shape
+    logits = row_logits(query, key, mask, rows, scale)
     paid = torch.where((rows >= 0)[:, :, None], logits.softmax(-1).mean(1), 0.0)  # [B, R, N]
     visual, group = columns.shape[1], columns.shape[2]
     index = columns.clamp(min=0).reshape(batch, 1, visual * group).expand(-1, number, -1)

@@ -46,6 +46,12 @@ def per_token(values: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
     return torch.cat([values, values.new_zeros(values.shape[0], 1)], dim=1).gather(1, segment.clamp(min=0))
 
 
+def rows_at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[B, K, D]: the rows of `values [B, C, D]` at `index [B, K]`; zeros for pads (-1), also where C = 0."""
+    values = torch.nn.functional.pad(values, (0, 0, 1, 0))
+    return values.gather(1, (index + 1)[:, :, None].expand(-1, -1, values.shape[2]))
+
+
 def pack(keep: torch.Tensor, slots: int) -> torch.Tensor:
     """[B, slots] int64: where `keep [B, V]` is true, ascending, pads (-1) first; no sample may keep more than fit."""
     total = keep.sum(1, keepdim=True)
