@@ -10,19 +10,24 @@ import sys
 import pytest
 import torch
 
+import tvc
 from tvc.policy import load_policy
 from tvc.report.phases import in_sequence, phases
 from tvc.report.timing import Variant, measure
 
 
-@pytest.fixture(scope="module")
-def cases():
-    path = pathlib.Path(__file__).parents[2] / "benchmarks" / "cases.py"
-    spec = importlib.util.spec_from_file_location("benchmark_cases", path)
+def _benchmark(name):
+    path = pathlib.Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def cases():
+    return _benchmark("cases")
 
 
 def test_phases_are_the_model_on_the_prompt_and_on_one_token_more(cases):
@@ -61,3 +66,13 @@ def test_variants_in_sequence_are_all_called():
     both = in_sequence([Variant(called.append, lambda: 1), Variant(called.append, lambda: 2)])
     measure({"both": both}, repeats=2, warmup=0)
     assert called == [1, 2, 1, 2]
+
+
+def test_selection_as_published_is_what_is_compiled(cases):
+    """The baseline of the GPU's benchmark, on the model's own layers, answers like the policy it is compared with."""
+    case = dataclasses.replace(cases.CASES["small"], batch=2)
+    model, inputs = cases.build_model(case), cases.build_inputs(case)
+    compiled = tvc.compile(model, case.policy, inputs=inputs, verify=False)
+    published = _benchmark("published").Published(model, case, inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(published.prefill(), compiled(**inputs).logits, rtol=1e-4, atol=1e-5)
