@@ -48,7 +48,8 @@ CANDIDATES: dict[str, tuple[str, str, dict[str, tuple[int, ...]]]] = {
         {"block_m": (32, 64, 128), "block_n": (32, 64, 128), "warps": (4, 8)},
     ),
     "attention_score.pool": ("attention_score", "text", {"block_v": (64, 128, 256), "warps": (2, 4, 8)}),
-    "compact": ("compact", "all", {"block": (32, 64, 128), "warps": (2, 4, 8)}),
+    "shorten.places": ("shorten", "25%", {"block": (32, 64, 128), "warps": (2, 4, 8)}),
+    "shorten.along": ("shorten", "25%", {"block_s": (4, 8, 16), "block_d": (256, 512, 1024), "warps": (2, 4, 8)}),
     "assign": (
         "merge_nearest",
         "kept",
@@ -120,12 +121,19 @@ def cases(tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
         places = torch.arange(length, device=DEVICE)[None]
         return Case("attend", "one query", tokens, (query, key, value, places[:, -1:], places, None, 128**-0.5))
 
+    def shorten() -> Case:
+        slots = torch.arange(tokens + text, device=DEVICE)[None]
+        residual, every = torch.randn(1, tokens + text, width, **half), place[None, ::4].contiguous()
+        unread = 2 * width * (tokens - every.shape[1])
+        chunk = (slots, slots, slots[:, :text], slots[:, text:].contiguous(), segment, counts, place[None])
+        return Case("shorten", "25%", tokens, (every, residual, None, *chunk), unread)
+
     yield "attend", one_query
     yield "attention_score", lambda: attention(1)
     yield "attention_score", lambda: attention(text)
     yield "attention_score", lambda: attention(tokens + text)
     yield "top_keep", lambda: Case("top_keep", "25%", tokens, (score, segment, counts, 250, 0, tokens // 4))
-    yield "compact", lambda: Case("compact", "all", tokens, (place[None, :text], place[None, text:]))
+    yield "shorten", shorten
     yield "merge_nearest", lambda: merge("stride", "stride", 10, 10, "target_mean")
     yield "merge_nearest", lambda: merge("kept", "kept", 0, 0, "mean")
     yield "bipartite_merge", bipartite

@@ -52,6 +52,28 @@ def rows_at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return values.gather(1, (index + 1)[:, :, None].expand(-1, -1, values.shape[2]))
 
 
+def or_pad(values: torch.Tensor, index: torch.Tensor, pad: float) -> torch.Tensor:
+    """[B, K]: `values [B, V]` at `index [B, K]`; `pad` for pads (-1), also where V = 0 and K is not."""
+    padded = torch.nn.functional.pad(values, (0, 1), value=pad)
+    return padded.gather(1, torch.where(index < 0, values.shape[1], index))
+
+
+def follow(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[B, K] int64: `values [B, V]` at `index [B, K]`; pads stay -1."""
+    return or_pad(values, index, -1)
+
+
+def take_rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """[B, K, D]: the rows of `values [B, V, D]` at `index [B, K]`; pads give row 0, which is there."""
+    return values.gather(1, index.clamp(min=0).unsqueeze(2).expand(-1, -1, values.shape[2]))
+
+
+def count_segments(segment: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """[B, N] int64: how many tokens stand in each segment; `counts [B, N]` tells N."""
+    number = torch.arange(counts.shape[1], device=segment.device)
+    return (segment.unsqueeze(2) == number).sum(1)
+
+
 def pack(keep: torch.Tensor, slots: int) -> torch.Tensor:
     """[B, slots] int64: where `keep [B, V]` is true, ascending, pads (-1) first; no sample may keep more than fit."""
     total = keep.sum(1, keepdim=True)

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from tvc.passes.reduction import count_segments, decide, follow, take_rows
+from tvc.kernels.segments import take_rows
+from tvc.passes.reduction import decide
 
 
 @dataclasses.dataclass
@@ -43,7 +44,7 @@ class Cut:
     after: ChunkState
 
 
-RESULTS = (
+SHORTENED = (
     "residual",
     "position_ids",
     "query_positions",
@@ -51,11 +52,9 @@ RESULTS = (
     "visual_index",
     "segment",
     "counts",
-    "size",
     "origin",
-    "kept",
-    "chosen",
-)
+)  # what `shorten` gives, in its order
+RESULTS = (*SHORTENED, "size", "kept", "chosen")
 
 
 def start_sizes(visual_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,31 +82,13 @@ def cut_function(step: Any, renumber: bool, name: str) -> Callable[..., tuple[to
     ) -> tuple[torch.Tensor, ...]:
         feature = take_rows(residual, visual_index)
         decision = decide(step, feature, size, segment, counts, scores, taps)
-        chosen = decision.chosen
-        slots = follow(visual_index, chosen)
-        kept, source, text_after, visual_after = torch.ops.tvc.compact(text_index, slots)
-        query_after = follow(query_positions, kept)
-        if decision.feature is None:
-            rows, values = kept, residual
-        else:
-            # One gather from the old residual and the merged values side by side: no write into either.
-            text = text_index.shape[1]
-            rows = torch.where(source < text, kept, residual.shape[1] + source - text)
-            values = torch.cat([residual, decision.feature.to(residual.dtype)], 1)
-        segment_after = follow(segment, chosen)
-        return (
-            take_rows(values, rows),
-            _renumbered(key_positions, query_after) if renumber else _gather_last(position_ids, kept),
-            query_after,
-            text_after,
-            visual_after,
-            segment_after,
-            count_segments(segment_after, counts),
-            decision.size,
-            follow(origin, chosen),
-            kept,
-            chosen,
-        )
+        places = (position_ids, query_positions, text_index, visual_index, segment, counts, origin)
+        *parts, kept = torch.ops.tvc.shorten(decision.chosen, residual, decision.feature, *places)
+        after = dict(zip(SHORTENED, parts, strict=True))
+        if renumber:
+            after["position_ids"] = _renumbered(key_positions, after["query_positions"])
+        after |= {"size": decision.size, "kept": kept, "chosen": decision.chosen}
+        return tuple(after[name] for name in RESULTS)
 
     cut.__name__ = cut.__qualname__ = name
     return cut
@@ -122,13 +103,6 @@ def gather_tokens(values: torch.Tensor, kept: torch.Tensor, axes: tuple[int, ...
         sizes = [kept.shape[1] if d == axis else size for d, size in enumerate(values.shape)]
         values = values.gather(axis, index.expand(sizes))
     return values
-
-
-def _gather_last(position_ids: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    index = kept.clamp(min=0)
-    if position_ids.dim() == 3:
-        index = index.unsqueeze(0).expand(position_ids.shape[0], -1, -1)
-    return position_ids.gather(position_ids.dim() - 1, index)
 
 
 def _renumbered(key_positions: torch.Tensor, query_positions: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,8 @@ import torch
 from tvc.errors import SiteError
 from tvc.graphs import identifier, open_draft
 from tvc.kernels.op import Tap
-from tvc.passes.reduction import decide, take_rows
+from tvc.kernels.segments import take_rows
+from tvc.passes.reduction import decide
 from tvc.passes.taps import crosses, tap_name
 from tvc.program import Change, Component, Program
 

@@ -13,7 +13,8 @@ from tvc.errors import SiteError
 from tvc.graphs import Block, annotate, backward_closure, clone, find_blocks
 from tvc.kernels.attention import packed_mask
 from tvc.kernels.op import Attention, Tap
-from tvc.passes.reduction import decide, follow, take_rows
+from tvc.kernels.segments import follow, take_rows
+from tvc.passes.reduction import decide
 from tvc.passes.taps import all_rows, constants
 from tvc.passes.token_map import TokenMap
 from tvc.program import Change, Component, Layout

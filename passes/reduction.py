@@ -13,6 +13,7 @@ import torch
 from tvc.kernels.combine_scores import combine
 from tvc.kernels.exit_select import exit_chosen
 from tvc.kernels.op import Attention, Scope
+from tvc.kernels.segments import or_pad
 
 # More scopes than any chunk holds: ceil(n / MANY) is 0 where there is none and 1 otherwise, without a branch.
 MANY = 1 << 30
@@ -100,26 +101,4 @@ def _bundles(taps: dict[str, Any]) -> dict[str, Any]:
 
 def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """values [B, V] at index [B, K]; pads give 0."""
-    return _or_pad(values, index, 0.0)
-
-
-def follow(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """values [B, V] int64 at index [B, K]; pads stay -1."""
-    return _or_pad(values, index, -1)
-
-
-def _or_pad(values: torch.Tensor, index: torch.Tensor, pad: float) -> torch.Tensor:
-    """A column of pads is appended to read from: V may be 0 where K is not (an exit fired before a counted budget)."""
-    padded = torch.nn.functional.pad(values, (0, 1), value=pad)
-    return padded.gather(1, torch.where(index < 0, values.shape[1], index))
-
-
-def take_rows(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """values [B, V, D] at index [B, K] -> [B, K, D]; pads give row 0."""
-    return values.gather(1, index.clamp(min=0).unsqueeze(2).expand(-1, -1, values.shape[2]))
-
-
-def count_segments(segment: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """[B, N] how many of the tokens stand in each segment."""
-    images = torch.arange(counts.shape[1], device=segment.device)
-    return (segment.unsqueeze(2) == images).sum(1)
+    return or_pad(values, index, 0.0)

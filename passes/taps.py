@@ -12,9 +12,8 @@ from tvc.chunks import TAP
 from tvc.errors import SiteError
 from tvc.graphs import Block, annotate, backward_closure, clone, identifier
 from tvc.kernels.op import Tap
-from tvc.kernels.segments import ranks
+from tvc.kernels.segments import follow, ranks, take_rows
 from tvc.passes.cuts import ChunkState, Cut
-from tvc.passes.reduction import follow, take_rows
 
 
 def crosses(tap: Tap) -> bool:

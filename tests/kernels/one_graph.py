@@ -227,11 +227,13 @@ class OneGraph(torch.nn.Module):
         out["exit.always"] = exit_chosen(Always(), None, scope)
         for label in ("select.top.share", "exit.max"):
             chosen = out[label]
-            slots = torch.cat([at.visual_index, at.visual_index.new_full((chosen.shape[0], 1), -1)], dim=1)
-            place = torch.where(chosen < 0, at.visual_index.shape[1], chosen)
-            parts = OP.compact(at.text_index, slots.gather(1, place))
-            for name, part in zip(("kept", "source", "text", "visual"), parts, strict=True):
-                out[f"compact.{label}.{name}"] = part
+            index = (at.text_index, at.visual_index)
+            residual, slots = at.query.mean(1), at.query_positions
+            chunk = (slots, slots, *index, scope.segment, scope.counts, scope.segment)
+            merged = None if label == "exit.max" else residual[:, :1].expand(-1, chosen.shape[1], -1) + 1.0
+            parts = OP.shorten(chosen, residual, merged, *chunk)
+            for number, part in enumerate(parts):
+                out[f"shorten.{label}.{number}"] = part
 
     def merges(self, at: Inputs, score: torch.Tensor, scope: Scope, out: dict[str, torch.Tensor]) -> None:
         rules: dict[str, Any] = {

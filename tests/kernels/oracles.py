@@ -27,17 +27,39 @@ def attention_mask(query: list[Row], key: list[Row], window: int, spans: list[Ro
     ]
 
 
-def compact(text: list[Row], visual: list[Row]) -> Any:
-    kept, source, text_slots, visual_slots = [], [], [], []
-    for words, images in zip(text, visual, strict=True):
-        slots = words + images
+def shorten(
+    chosen: list[Row], residual: Any, merged: Any, ids: Any, query: list[Row], *chunk: list[Row]
+) -> tuple[Any, ...]:
+    text, visual, segment, counts, origin = chunk
+    axes = ids if ids and isinstance(ids[0][0], list) else [ids]
+    made: list[list[Any]] = [[] for _ in range(8)]
+    turned: list[list[Row]] = [[] for _ in axes]
+    for b, picked in enumerate(chosen):
+        slots = text[b] + [visual[b][token] if token >= 0 else -1 for token in picked]
         order = sorted(range(len(slots)), key=lambda column: (slots[column], column))
-        kept.append([slots[column] for column in order])
-        source.append(order)
+        rows = []
+        for column in order:
+            number = column - len(text[b])
+            new = merged is not None and number >= 0 and slots[column] >= 0
+            rows.append(merged[b][number] if new else residual[b][max(slots[column], 0)])
         moved = [order.index(column) if slots[column] >= 0 else -1 for column in range(len(slots))]
-        text_slots.append(moved[: len(words)])
-        visual_slots.append(moved[len(words) :])
-    return kept, source, text_slots, visual_slots
+        kept = [slots[column] for column in order]
+        for axis, own in zip(axes, turned, strict=True):
+            own.append([axis[b][max(slot, 0)] for slot in kept])
+        scopes = [segment[b][token] if token >= 0 else -1 for token in picked]
+        parts = (
+            rows,
+            [query[b][slot] if slot >= 0 else -1 for slot in kept],
+            moved[: len(text[b])],
+            moved[len(text[b]) :],
+            scopes,
+            [scopes.count(number) for number in range(len(counts[b]))],
+            [origin[b][token] if token >= 0 else -1 for token in picked],
+            kept,
+        )
+        for all_samples, part in zip(made, parts, strict=True):
+            all_samples.append(part)
+    return made[0], turned if axes is ids else turned[0], *made[1:]
 
 
 def _softmax(values: list[float], allowed: list[bool]) -> list[float]:
@@ -358,7 +380,7 @@ ORACLES = {
         attention_mask,
         attention_runs,
         attention_score,
-        compact,
+        shorten,
         cosine_score,
         exit_keep,
         merge_nearest,

@@ -94,16 +94,29 @@ def attend(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield "first-token", (query, key[:, :, :1], value[:, :, :1], places[:, :1], places[:, :1], None, 0.2)
 
 
-def compact(sizes: tuple[int, ...]) -> Iterator[Case]:
+def shorten(sizes: tuple[int, ...]) -> Iterator[Case]:
     for total in sizes:
-        order = torch.stack([torch.randperm(2 * total)[:total].sort().values for _ in range(2)])
-        picked = torch.rand(total) < 0.5
-        text, visual = order[:, picked].clone(), order[:, ~picked].clone()
+        places = torch.stack([torch.randperm(2 * total)[:total].sort().values for _ in range(2)])
+        slots, picked = torch.arange(total).expand(2, total), torch.rand(total) < 0.7
+        text, visual = slots[:, ~picked].clone(), slots[:, picked].clone()
         text[1, : text.shape[1] // 3], visual[0, : visual.shape[1] // 2] = -1, -1
-        yield f"S{total}", (text, visual)
-        yield f"S{total}-strided", (strided(text), strided(visual))
-    yield "unsorted", (torch.tensor([[9, 3, -1]]), torch.tensor([[4, -1, 0]]))
-    yield "nothing", (torch.zeros(2, 0, dtype=torch.int64), torch.zeros(2, 0, dtype=torch.int64))
+        segment, counts = scopes(2, visual.shape[1], 3, seed=total)
+        keep = torch.rand(visual.shape[1]) < 0.4
+        chosen = torch.arange(visual.shape[1])[keep].expand(2, -1).clone()
+        chosen = torch.where(visual.gather(1, chosen) < 0, -1, chosen)
+        residual, merged = torch.randn(2, total, 70), torch.randn(2, chosen.shape[1], 70)
+        chunk = (places, text, visual, segment, counts, visual * 3)
+        yield f"S{total}", (chosen, residual, None, places * 2, *chunk)
+        yield f"S{total}-merged", (chosen, residual, merged, places * 2, *chunk)
+        turned = strided(torch.stack([places, places + 1, places * 2]))
+        others = tuple(strided(value) for value in chunk)
+        yield f"S{total}-strided", (strided(chosen), strided(residual), strided(merged), turned, *others)
+    many, none = torch.arange(20)[None], torch.zeros(1, 0, dtype=torch.int64)
+    each = torch.eye(20, dtype=torch.int64).sum(0)[None]
+    wide = (torch.randn(1, 21, 600), None, torch.arange(21)[None], torch.arange(21)[None])
+    yield "a-segment-a-token", (many[:, ::3].clone(), *wide, many[:, :1] + 20, many, many, each, many)
+    yield "no-visual-token", (none, *wide, torch.arange(21)[None], none, none, none, none)
+    yield "pads-without-tokens", (torch.full((1, 3), -1), *wide, torch.arange(21)[None], none, none, none, none)
 
 
 def merge_nearest(sizes: tuple[int, ...]) -> Iterator[Case]:
@@ -194,8 +207,9 @@ def refused(name: str) -> Iterator[Case]:
         yield "float64", (query.double(), key.double(), None, rows, column, 1.0, "mean")
         yield "wide", (torch.randn(1, 1, 3, 300), torch.randn(1, 1, 3, 300), None, rows, column, 1.0, "mean")
         yield "many-keys", (query, key, None, rows, torch.zeros(1, 2, 65, dtype=torch.int64), 1.0, "mean")
-    if name == "compact":
-        yield "many", (torch.arange(4500)[None], torch.arange(4500, 9000)[None])
+    if name == "shorten":
+        empty = torch.zeros(1, 0, dtype=torch.int64)
+        yield "float64", (empty, double, None, *[torch.arange(3)[None]] * 3, empty, empty, empty, empty)
     if name == "merge_nearest":
         yield "float64", (double, double, double[..., 0], *scope, rows, double[..., 0], "kept", 0, 0, "mean")
     if name == "bipartite_merge":
@@ -219,12 +233,12 @@ EXTRA: dict[str, Callable[..., Iterator[Case]]] = {
         attend,
         attention_score,
         bipartite_merge,
-        compact,
         coverage_keep,
         log_det_keep,
         max_min_keep,
         max_sum_keep,
         merge_nearest,
+        shorten,
         top_keep,
     )
 }
