@@ -1,7 +1,7 @@
-"""attention_runs, attend: causal attention of a cache, masked by positions alone, without the mask in memory.
+"""attention_runs, attend, attend_score: causal attention masked by positions alone, without the mask in memory.
 
-`attend` is `attention` over `attention_mask(query_positions, key_positions, 0)`. A pass puts it where both stand on a
-device that has kernels for it; everywhere else the two ops stay what they are.
+`attend` is `attention`, and `attend_score` is `attention_score`, over `attention_mask(query_positions, key_positions,
+0)`. A pass puts them where both stand on a device that has kernels; everywhere else those ops stay what they are.
 
 Shapes:  query [B, H, Q, d], key [B, G, N, d], value [B, G, N, e], G divides H; query_positions [B, Q] int64,
          key_positions [B, N] int64, -1 pads -> [B, H, Q, e]
@@ -20,6 +20,7 @@ import torch
 from tvc.kernels.attention import repeat_groups
 from tvc.kernels.attention_mask import attention_mask
 from tvc.kernels.op import op
+from tvc.kernels.score_attention import attention_score
 
 
 def _run_cases() -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -81,3 +82,39 @@ def attend(
     key, value = repeat_groups(key, query.shape[1]), repeat_groups(value, query.shape[1])
     made = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
     return made.contiguous()
+
+
+def _score_cases() -> Iterator[tuple[str, tuple[object, ...]]]:
+    torch.manual_seed(0)
+    places = torch.tensor([[-1, 0, 1, 2, -1, 5, 6, 7, 9], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
+    rows, columns = torch.tensor([[4, -1, 2], [-1, -1, 0]]), torch.arange(8)[None, :, None].repeat(2, 1, 1)
+    columns[1, :3] = -1
+    for groups in (1, 2, 4):
+        query, key = torch.randn(2, 4, 5, 8), torch.randn(2, groups, 9, 8)
+        for heads in ("mean", "sum", "max", "joined"):
+            yield f"G{groups}-{heads}", (query, key, places[:, -5:].clone(), places, rows, columns, 0.3, heads)
+
+
+@op(_score_cases)
+def attend_score(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    scale: float,
+    heads: str,
+) -> torch.Tensor:
+    """[B, V] float32: the attention that `rows [B, R]` pay to `columns [B, V, g]` among keys not behind them.
+
+    Args:
+        query: [B, H, Q, d]; key: [B, G, N, d]; query_positions, key_positions: [B, Q] and [B, N] int64, -1 pads.
+        rows, columns, scale, heads: as for `attention_score`.
+    """
+    # Of the mask only the rows that score are made.
+    picked = rows.clamp(min=0)
+    chosen = query.gather(2, picked[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
+    mask = attention_mask.reference(query_positions.gather(1, picked), key_positions, 0)
+    number = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[0], -1)
+    return attention_score.reference(chosen, key, mask, torch.where(rows < 0, -1, number), columns, scale, heads)

@@ -3,7 +3,7 @@
 A mask of queries x keys costs more memory than the keys, and keeps PyTorch from its fastest kernels. Two rules:
 
 - `attention` over a mask of positions becomes `attend`;
-- `attention_score` of a few rows asks for the mask of those rows alone.
+- `attention_score` of some rows becomes `attend_score`, which asks for no more than those rows may see.
 
 Where a rule does not fit, the evidence says why, and the nodes stay as they are.
 """
@@ -16,7 +16,6 @@ import torch
 import torch.fx as fx
 
 from tvc.graphs import annotate, open_draft
-from tvc.kernels.attention_mask import attention_mask
 from tvc.passes.base import Pass
 from tvc.program import Change, Component, Program
 
@@ -43,7 +42,7 @@ class FuseAttention(Pass):
                 why = _unfit(node.args[2]) or _whole(node)
                 if not why:
                     _narrow(node)
-                changes.append(_evidence(decoder, node, "asks for the mask of its rows", why))
+                changes.append(_evidence(decoder, node, "scores by positions", why))
         return changes
 
 
@@ -80,23 +79,6 @@ def _attend(graph: fx.Graph, node: fx.Node, runs: dict[fx.Node, fx.Node]) -> Non
 
 
 def _narrow(node: fx.Node) -> None:
-    query, key, mask, rows, columns, scale, heads = node.args
-    node.target, node.args = _score_of_rows, (query, key, *mask.args[:2], rows, columns, scale, heads)
-
-
-def _score_of_rows(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    query_positions: torch.Tensor,
-    key_positions: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    scale: float,
-    heads: str,
-) -> torch.Tensor:
-    """`attention_score` over the mask of positions, of which only the rows that score are made."""
-    picked = rows.clamp(min=0)
-    chosen = query.gather(2, picked[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-    mask = attention_mask.lowering(query_positions.gather(1, picked), key_positions, 0)
-    number = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[0], -1)
-    return OP.attention_score(chosen, key, mask, torch.where(rows < 0, -1, number), columns, scale, heads)
+    query, key, mask, rows, columns, scale, heads = cast("tuple[fx.Node, ...]", node.args)
+    queries, keys = cast("tuple[fx.Node, ...]", mask.args[:2])
+    node.target, node.args = OP.attend_score.default, (query, key, queries, keys, rows, columns, scale, heads)

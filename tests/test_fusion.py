@@ -13,7 +13,6 @@ from support import build, inputs
 from tvc import compiler
 from tvc.kernels import OPS
 from tvc.kernels.providers import PROVIDED
-from tvc.passes.fuse_attention import _score_of_rows
 from tvc.policy import load_policy
 
 
@@ -36,7 +35,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_a_fused_decoder_equals_the_untouched_model(fused: list[Any]) -> None:
     model, _ = build("llava")
     compiled = tvc.compile(model, load_policy("fastv"), inputs=inputs("llava", 2), verify=False)
-    assert Counter(change.what for change in fused) == {"attends by positions": 6, "asks for the mask of its rows": 1}
+    assert Counter(change.what for change in fused) == {"attends by positions": 6, "scores by positions": 1}
     assert tvc.verify(compiled, model, inputs("llava", 3)).passed
     _check_runs(compiled)
 
@@ -73,19 +72,6 @@ def test_what_does_not_fit_stays_and_says_why(fused: list[Any]) -> None:
     }
 
 
-@pytest.mark.parametrize("heads", ["mean", "joined"])
-def test_a_score_of_rows_needs_their_mask_alone(heads: str) -> None:
-    """Rows in any order, padded ones among them, over a cache that is longer than the chunk."""
-    torch.manual_seed(0)
-    query, key = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 9, 8)
-    places = torch.tensor([[-1, 0, 1, 2, -1, 5, 6, 7, 9], [0, 1, 2, 3, 4, 5, 6, 7, 8]])
-    rows, columns = torch.tensor([[4, -1, 2], [-1, -1, 0]]), torch.arange(8)[None, :, None].expand(2, -1, 1)
-    mask = torch.ops.tvc.attention_mask(places[:, -5:], places, 0)
-    want = OPS["attention_score"].reference(query, key, mask, rows, columns, 0.3, heads)
-    got = _score_of_rows(query, key, places[:, -5:], places, rows, columns, 0.3, heads)
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
-
-
 def test_rows_of_a_chunk_on_top_of_a_past_see_the_past() -> None:
     """A later turn: fewer queries than keys, both padded."""
     torch.manual_seed(0)
@@ -95,3 +81,58 @@ def test_rows_of_a_chunk_on_top_of_a_past_see_the_past() -> None:
     got = torch.ops.tvc.attend(query, key, value, places[:, -3:], places, None, 0.3)
     want = OPS["attention"].reference(query, key, value, mask, 0.3, 0.0)
     torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+class _Ops(torch.utils._python_dispatch.TorchDispatchMode):
+    """The names of all that runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names[str(op)] += 1
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("family", "preset", "overrides"),
+    [
+        ("llava", "fastv", []),
+        ("qwen2_5_vl", "pyramiddrop", []),
+        ("llava", "fastv", ["positions=renumber"]),
+        ("gemma3", "fastv", []),
+        ("llava", "sparsevlm", ["first=1", "second=2", "third=4"]),
+    ],
+)
+def test_a_decode_step_runs_no_node_of_a_cut(
+    fused: list[Any], monkeypatch: pytest.MonkeyPatch, family: str, preset: str, overrides: list[str]
+) -> None:
+    model, _ = build(family)
+    compiled = tvc.compile(model, load_policy(preset, overrides), inputs=inputs(family, 2), verify=False)
+    given = inputs(family, 3)
+    steps = [_greedy(compiled, given)]
+    monkeypatch.setattr(compiler, "without_cuts", lambda draft: draft)
+    compiled.engine.run = compiler.GraphRunner(compiled.engine.run.program)
+    steps.append(_greedy(compiled, given))
+    for (with_cuts, more), (without, less) in zip(steps[1], steps[0], strict=True):
+        torch.testing.assert_close(without, with_cuts, rtol=0, atol=0)
+        assert less.total() <= more.total()
+    prefill, *decode = [ops for _, ops in steps[0]]
+    assert prefill["tvc.shorten.default"] >= 1
+    assert all(not ops["tvc.shorten.default"] and not ops["tvc.top_keep.default"] for ops in decode)
+    assert decode[0].total() < steps[1][1][1].total() - 20
+
+
+def _greedy(compiled: Any, given: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, Counter[str]]]:
+    """Logits of a prefill and of the steps behind it, a text-only turn of three tokens among them, and their ops."""
+    steps, ids, mask, cache = [], given["input_ids"], given["attention_mask"], None
+    for width in (0, 1, 3, 1):
+        extra = {} if width else {name: value for name, value in given.items() if name not in ("input_ids",)}
+        with _Ops() as ops:
+            answer = compiled(**{"input_ids": ids, "attention_mask": mask, "past_key_values": cache, **extra})
+        steps.append((answer.logits, ops.names))
+        ids = answer.logits[:, -1:].argmax(-1).expand(-1, {0: 1, 1: 3, 3: 1}[width])
+        mask = torch.cat([mask, torch.ones_like(ids)], 1)
+        cache = answer.past_key_values
+    return steps

@@ -19,8 +19,9 @@ from tvc.passes.insert_reductions import InsertReductions
 from tvc.passes.lower_ops import LowerOps
 from tvc.passes.rebind_cuts import RebindCuts
 from tvc.passes.retrace import Retrace
+from tvc.passes.text_only import without_cuts
 from tvc.policy import ResolvedPolicy
-from tvc.program import Program
+from tvc.program import Component, Program
 from tvc.runtime.engine import Interface
 from tvc.trace.decoder import capture_decoder, capture_embeddings
 from tvc.trace.survey import Survey
@@ -127,14 +128,20 @@ class GraphRunner:
 
     def __call__(self, component: str, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         part = self.program.components[component]
-        if component not in self._modules:
-            # Not `exported.module()`: it proves every size anew with sympy at each call, milliseconds a decode step.
-            module: Any = open_draft(part)
-            if self.options is not None:
-                module = torch.compile(module, **self.options)
-            elif self.program.components["decoder"].meta["shape"].device.type == "cuda":
-                module = called(module)
-            self._modules[component] = module
+        text_only = component == "decoder" and inputs["visual_index"].shape[1] == 0
+        name = f"{component}, text only" if text_only else component
+        if name not in self._modules:
+            self._modules[name] = self._opened(part, text_only)
         with torch.no_grad():
-            values = self._modules[component](*(inputs[name] for name in part.inputs))
+            values = self._modules[name](*(inputs[name] for name in part.inputs))
         return dict(zip(part.outputs, values, strict=True))
+
+    def _opened(self, part: Component, text_only: bool) -> Any:
+        # Not `exported.module()`: it proves every size anew with sympy at each call, milliseconds a decode step.
+        module: Any = open_draft(part)
+        if text_only:
+            module = without_cuts(module)
+        if self.options is not None:
+            return torch.compile(module, **self.options)
+        on_cuda = self.program.components["decoder"].meta["shape"].device.type == "cuda"
+        return called(module) if on_cuda else module

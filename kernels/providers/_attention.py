@@ -16,18 +16,19 @@ from tvc.kernels.providers._table import setting
 from tvc.kernels.providers._triton import cdiv, fitting, jit, power, tl, widened
 
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+OPEN, MASK, PLACES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what says which keys a row attends to
 MOST_PARTS = 64
 PROGRAMS = 512  # enough to fill the largest GPUs several times over
 
 
 @jit
 def logits(
-    p_query, p_key, p_mask,
+    p_query, p_key, p_mask, p_place,
     o_row, o_head, m_row, o_n, i_unit, N, d, scale, s_qh, s_qq, s_kg, s_kn, s_mh, s_mq, s_mn,
     HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     JOINED: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_M, BLOCK_N] float32 logits; LOWEST where the mask forbids, -inf behind the last key."""
+    """[BLOCK_M, BLOCK_N] float32 logits; LOWEST where the mask or the positions forbid, -inf behind the last key."""
     o_d = tl.arange(0, BLOCK_D)
     m_d, m_n = o_d < d, o_n < N
     b_logit = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -42,17 +43,23 @@ def logits(
         if WIDE:
             b_q, b_k = b_q.to(tl.float32), b_k.to(tl.float32)
         b_logit += tl.dot(b_q, b_k, input_precision="ieee")
-        if MASKED:
+        if MASKED == MASK:
             p_m = p_mask + o_h[:, None] * s_mh + o_row[:, None] * s_mq + o_n[None, :] * s_mn
             b_allowed = b_allowed & (tl.load(p_m, mask=m_row[:, None] & m_n[None, :], other=1) != 0)
+    if MASKED == PLACES:
+        # Indices are kept inside instead of masked: a mask in two layouts stops Triton 3.6.
+        b_own = tl.load(p_place + o_row)  # [BLOCK_M]
+        b_its = tl.load(p_mask + tl.minimum(o_n, N - 1) * s_mn)  # [BLOCK_N]
+        b_behind = (b_its >= 0)[None, :] & (b_its[None, :] <= b_own[:, None])
+        b_allowed = b_allowed & (b_behind | (b_own < 0)[:, None])
     b_logit = tl.where(b_allowed, b_logit * scale, LOWEST)
     return tl.where(m_n[None, :], b_logit, float("-inf"))
 
 
 @jit
 def _stats_kernel(
-    p_query, p_key, p_mask, p_rows, p_logit, p_high, p_total,
-    R, N, M, d, keys, scale, s_qb, s_qh, s_qq, s_kb, s_kg, s_kn, s_mb, s_mh, s_mq, s_mn,
+    p_query, p_key, p_mask, p_place, p_rows, p_logit, p_high, p_total,
+    R, N, M, d, keys, scale, s_qb, s_qh, s_qq, s_kb, s_kg, s_kn, s_mb, s_mh, s_mq, s_mn, s_pb,
     UNITS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, JOINED: tl.constexpr, MASKED: tl.constexpr, STORED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +77,7 @@ def _stats_kernel(
     for i_n in range(i_part * keys, tl.minimum(i_part * keys + keys, N), BLOCK_N):
         o_n = (i_n + tl.arange(0, BLOCK_N)).to(tl.int64)
         b_logit = logits(
-            p_query + i_b * s_qb, p_key + i_b * s_kb, p_mask + i_b * s_mb,
+            p_query + i_b * s_qb, p_key + i_b * s_kb, p_mask + i_b * s_mb, p_place + i_b * s_pb,
             o_row, o_head, m_m, o_n, i_unit, N, d, scale, s_qh, s_qq, s_kg, s_kn, s_mh, s_mq, s_mn, HEADS, GROUP,
             BLOCK_M, BLOCK_N, BLOCK_D, JOINED, MASKED, WIDE,
         )  # fmt: skip
@@ -102,8 +109,16 @@ class Softmax:
     """What launches over keys share: operands with their strides, and how rows and keys are divided."""
 
     def __init__(
-        self, query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, rows: int, scale: float, heads: str
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        mask: torch.Tensor | None,
+        rows: int,
+        scale: float,
+        heads: str,
+        places: tuple[torch.Tensor, torch.Tensor] | None = None,
     ):
+        """`places`: positions of queries and keys, which then say what `mask` would."""
         query, key = (value if value.stride(3) == 1 else value.contiguous() for value in (query, key))
         self.query, self.key, self.rows = query, key, rows
         self.joined = heads == "joined"
@@ -111,16 +126,14 @@ class Softmax:
         self.units = 1 if self.joined else self.groups
         self.lines = 1 if self.joined else self.heads
         self.scale = scale * self.heads**-0.5 if self.joined else scale
-        self.mask = query if mask is None else mask.view(torch.uint8)
-        # A mask that holds for every sample, head or key is read again and again.
-        steps = [0 if size == 1 else step for size, step in zip(self.mask.shape, self.mask.stride(), strict=True)]
+        self.mask, self.place, steps = self._allowing(mask, places)
         self.strides = (*query.stride()[:3], *key.stride()[:3], *steps)
         self.constants: dict[str, Any] = {
             "HEADS": self.heads,
             "GROUP": self.heads // self.groups,
             "BLOCK_D": max(16, power(query.shape[3])),
             "JOINED": self.joined,
-            "MASKED": mask is not None,
+            "MASKED": PLACES if places is not None else OPEN if mask is None else MASK,
             "WIDE": widened(query.dtype),
         }
         length, together = key.shape[2], self.lines * rows // self.units
@@ -134,6 +147,19 @@ class Softmax:
         self.keys = cdiv(cdiv(length, parts), self.block_n) * self.block_n
         self.parts = cdiv(length, self.keys)
 
+    def _allowing(
+        self, mask: torch.Tensor | None, places: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+        """What kernels read of a mask [B|1, 1|H, Q, N] or of positions, and the steps of its axes."""
+        if places is not None:
+            own, its = (place if place.stride(1) == 1 else place.contiguous() for place in places)
+            return its, own, (its.stride(0), 0, 0, 1, own.stride(0))
+        if mask is None:
+            return self.query, self.query, (0, 0, 0, 0, 0)
+        # A mask that holds for every sample, head or key is read again and again.
+        steps = (0 if size == 1 else step for size, step in zip(mask.shape, mask.stride(), strict=True))
+        return mask.view(torch.uint8), self.query, (*steps, 0)
+
     def stats(self, rows: torch.Tensor, stored: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(logits [B, lines, R, N] where stored, highest, sum [B, lines, R, parts]) of rows [B, R] int64, -1 pads."""
         batch, length = self.query.shape[0], self.key.shape[2]
@@ -142,7 +168,7 @@ class Softmax:
         high, total = torch.empty(2, batch, self.lines, self.rows, self.parts, **like)
         values = torch.empty(batch, self.lines, self.rows, length, **like) if stored else high
         _stats_kernel[(self.parts, cdiv(together, self.block_m), batch * self.units)](
-            self.query, self.key, self.mask, rows, values, high, total, self.rows, length, together,
+            self.query, self.key, self.mask, self.place, rows, values, high, total, self.rows, length, together,
             self.query.shape[3], self.keys, self.scale, *self.strides,
             UNITS=self.units, BLOCK_M=self.block_m, BLOCK_N=self.block_n, STORED=stored, num_warps=self.warps,
             num_stages=2, **self.constants,

@@ -78,8 +78,8 @@ def _gather_kernel(
 
 @jit
 def _columns_kernel(
-    p_query, p_key, p_mask, p_rows, p_high, p_total, p_received,
-    R, N, d, parts, scale, s_qb, s_qh, s_qq, s_kb, s_kg, s_kn, s_mb, s_mh, s_mq, s_mn,
+    p_query, p_key, p_mask, p_place, p_rows, p_high, p_total, p_received,
+    R, N, d, parts, scale, s_qb, s_qh, s_qq, s_kb, s_kg, s_kn, s_mb, s_mh, s_mq, s_mn, s_pb,
     UNITS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, TOGETHER: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, JOINED: tl.constexpr, MASKED: tl.constexpr,
     WIDE: tl.constexpr,
@@ -97,7 +97,7 @@ def _columns_kernel(
         m_row = b_row >= 0
         o_head = (i_unit * TOGETHER + o_m // R) * (0 if JOINED else 1)
         b_logit = logits(
-            p_query + i_b * s_qb, p_key + i_b * s_kb, p_mask + i_b * s_mb,
+            p_query + i_b * s_qb, p_key + i_b * s_kb, p_mask + i_b * s_mb, p_place + i_b * s_pb,
             tl.maximum(b_row, 0), o_head, m_row, o_n, i_unit * TOGETHER // GROUP, N, d, scale, s_qh, s_qq, s_kg, s_kn,
             s_mh, s_mq, s_mn, HEADS, GROUP, BLOCK_M, BLOCK_N, BLOCK_D, JOINED, MASKED, WIDE,
         )  # fmt: skip
@@ -167,11 +167,25 @@ def launch(
     heads: str,
 ) -> torch.Tensor:
     """[B, V] float32: the attention that `rows` pay to `columns`; `heads` is mean, sum, max or joined."""
+    return scored(query, key, mask, None, rows, columns, scale, heads)
+
+
+def scored(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    places: tuple[torch.Tensor, torch.Tensor] | None,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    scale: float,
+    heads: str,
+) -> torch.Tensor:
+    """[B, V] float32, by a mask or by positions of queries and keys."""
     batch, visual, members = columns.shape
     if columns.numel() == 0 or rows.numel() == 0:
         return torch.zeros(batch, visual, device=query.device)
     rows, columns = rows.contiguous(), columns.contiguous()
-    softmax = Softmax(query, key, mask, rows.shape[1], scale, heads)
+    softmax = Softmax(query, key, mask, rows.shape[1], scale, heads, places)
     few = variant(query, key, rows, heads) == "rows"
     stored, high, total = softmax.stats(rows, few)
     score = torch.empty(batch, visual, dtype=torch.float32, device=query.device)
@@ -207,7 +221,7 @@ def _received(
     width, dtype = softmax.constants["BLOCK_D"], softmax.query.dtype
     block_n = fitting(chosen["block_n"], width, dtype)
     _columns_kernel[(cdiv(length, block_n), batch * units)](
-        softmax.query, softmax.key, softmax.mask, rows, high, total, received, softmax.rows, length,
+        softmax.query, softmax.key, softmax.mask, softmax.place, rows, high, total, received, softmax.rows, length,
         softmax.query.shape[3], softmax.parts, softmax.scale, *softmax.strides,
         UNITS=units, TOGETHER=softmax.lines // units, BLOCK_M=fitting(chosen["block_m"], width, dtype), BLOCK_N=block_n,
         BLOCK_S=power(softmax.parts), num_warps=chosen["warps"], num_stages=2, **softmax.constants,

@@ -107,6 +107,10 @@ def attention_score(
     return result
 
 
+def attend_score(query: Any, key: Any, queries: list[Row], keys: list[Row], *rest: Any) -> list[Row]:
+    return attention_score(query, key, attention_mask(queries, keys, 0), *rest)
+
+
 def _joined(sample: Any, key: Any, mask: Any, b: int, used: Row, scale: float) -> Row:
     """What `used` rows pay on average when all heads are one."""
     heads, number = len(sample), len(key[0])
@@ -379,6 +383,7 @@ ORACLES = {
         attention,
         attention_mask,
         attention_runs,
+        attend_score,
         attention_score,
         shorten,
         cosine_score,

@@ -94,6 +94,30 @@ def attend(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield "first-token", (query, key[:, :, :1], value[:, :, :1], places[:, :1], places[:, :1], None, 0.2)
 
 
+def attention_runs(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for length in sizes:
+        places = torch.arange(length).repeat(3, 1)
+        places[1, : length // 3], places[2] = -1, -1
+        yield f"N{length}", (places,)
+        yield f"N{length}-strided", (strided(places),)
+    yield "no-keys", (torch.zeros(2, 0, dtype=torch.int64),)
+
+
+def attend_score(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for name, (query, key, _, rows, columns, scale, heads) in attention_score(sizes):
+        length, past = key.shape[2], key.shape[2] - query.shape[2]
+        if past < 0:
+            continue
+        places = torch.arange(length).repeat(len(query), 1) * 2
+        places[0, : length // 4] = -1
+        yield name, (query, key, places[:, past:].clone(), places, rows, columns, scale, heads)
+        if length == sizes[0]:
+            yield (
+                f"{name}-places-strided",
+                (query, key, *map(strided, (places[:, past:], places)), rows, columns, scale, heads),
+            )
+
+
 def shorten(sizes: tuple[int, ...]) -> Iterator[Case]:
     for total in sizes:
         places = torch.stack([torch.randperm(2 * total)[:total].sort().values for _ in range(2)])
@@ -201,6 +225,8 @@ def refused(name: str) -> Iterator[Case]:
         yield "float64", (query[:, :, :1].double(), key.double(), key.double(), places[:, :1], places, None, 1.0)
         wide = (torch.randn(1, 1, 1, 300), torch.randn(1, 1, 3, 300), torch.randn(1, 1, 3, 8))
         yield "wide", (*wide, places[:, :1], places, None, 1.0)
+    if name == "attend_score":
+        yield "float64", (query.double(), key.double(), places, places, rows, column, 1.0, "mean")
     if name == "top_keep":
         yield "float64", (torch.randn(1, 3, dtype=torch.float64), *scope, 500, 0, 1)
     if name == "attention_score":
@@ -231,6 +257,8 @@ EXTRA: dict[str, Callable[..., Iterator[Case]]] = {
     made.__name__: made
     for made in (
         attend,
+        attend_score,
+        attention_runs,
         attention_score,
         bipartite_merge,
         coverage_keep,

@@ -116,7 +116,7 @@ def test_provider_equals_reference_at_larger_sizes(name: str, arguments: tuple[A
         assert _run(name, arguments)[1]
 
 
-@pytest.mark.parametrize("name", sorted(PROVIDED))
+@pytest.mark.parametrize("name", sorted(PROVIDED - {"attention_runs"}))  # which takes everything
 def test_what_a_provider_refuses_the_reference_computes(name: str) -> None:
     cases = list(refused(name))
     assert cases
@@ -143,3 +143,9 @@ def test_attention_score_takes_the_way_that_fits_its_rows() -> None:
         (64, "joined"): "rows",
         (65, "joined"): "columns",
     }
+
+
+def test_more_slots_than_are_counted_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provider("shorten"), "MOST", 8)
+    for _, arguments in (*OPS["shorten"].cases(), *EXTRA["shorten"]((63,))):
+        _compare("shorten", arguments)

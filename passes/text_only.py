@@ -1,0 +1,48 @@
+"""The graph of a chunk without visual tokens: cuts have nothing to do there, and leave it.
+
+A decode step runs the whole decoder for one token a sample. Scores, selections and gathers of cuts would be launches
+that change nothing, as many as a cut of a prefill takes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.fx as fx
+from torch.fx.passes.dialect.common.cse_pass import CSEPass
+
+SHORTEN = torch.ops.tvc.shorten.default
+_SAME = (1, 3, 4, 5, 6, 7, 8, 9)  # the argument of `shorten` that each result but the last is, where nothing goes
+
+
+def without_cuts(draft: fx.GraphModule) -> fx.GraphModule:
+    """What `draft` computes of chunks without a visual token.
+
+    Args:
+        draft: a decoder. Its weights are shared, and it stays as it is; where cuts are no longer whole, it is returned.
+    """
+    cuts = [node for node in draft.graph.nodes if node.target is SHORTEN]
+    if not cuts:
+        return draft
+    graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    graph.output(graph.graph_copy(draft.graph, copies))
+    for cut in (copies[node] for node in cuts):
+        positions = cut.args[4]
+        for result in list(cut.users):
+            number = result.args[1]
+            if number < len(_SAME):
+                result.replace_all_uses_with(cut.args[_SAME[number]])
+            elif result.users:
+                with graph.inserting_before(result):
+                    every = graph.call_function(_every_slot, (positions,))
+                result.replace_all_uses_with(every)
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    # Positions behind a cut are now those in front of it, and so is all that is made of them.
+    made: fx.GraphModule = CSEPass()(fx.GraphModule(draft, graph)).graph_module
+    made.delete_all_unused_submodules()
+    made.recompile()
+    return made
+
+
+def _every_slot(positions: torch.Tensor) -> torch.Tensor:
+    """[B, S] int64: the slots of a chunk [B, S], in order."""
+    return torch.arange(positions.shape[1], device=positions.device).expand(positions.shape)
