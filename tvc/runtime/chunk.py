@@ -21,6 +21,7 @@ class Chunk:
     seen: int  # sequence places before this chunk
     order: torch.Tensor | None = None  # [B, S] sequence place of each slot; set by `left_packed`
     extras: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # further inputs [B, S, ...] by name
+    full: bool = False  # no slot is padding; set by `left_packed`
 
 
 def ragged(mask: torch.Tensor) -> torch.Tensor:
@@ -41,7 +42,7 @@ def left_packed(chunk: Chunk) -> Chunk:
     batch, slots = chunk.valid.shape
     places = torch.arange(slots, device=chunk.valid.device).expand(batch, -1) + chunk.seen
     if bool(chunk.valid.all()):
-        return dataclasses.replace(chunk, order=places)
+        return dataclasses.replace(chunk, order=places, full=True)
     width = int(chunk.valid.sum(1).max())
     index = torch.argsort(chunk.valid.to(torch.int8), dim=1, stable=True)[:, slots - width :]
     valid = chunk.valid.gather(1, index)
@@ -66,16 +67,24 @@ def _gathered(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 def chunk_inputs(chunk: Chunk) -> dict[str, torch.Tensor]:
     """The decoder graph's chunk inputs of a left-packed chunk."""
-    visual_index = ragged(chunk.visual)
-    segment = take(chunk.segment, visual_index)
-    images = torch.arange(chunk.images, device=segment.device)
+    if chunk.images:
+        visual_index = ragged(chunk.visual)
+        segment = take(chunk.segment, visual_index)
+        images = torch.arange(chunk.images, device=segment.device)
+        counts = (segment.unsqueeze(2) == images).sum(1)
+    else:  # as in a decode step, where every look at the device is felt
+        visual_index = segment = counts = chunk.segment.new_empty(len(chunk.segment), 0)
+    if chunk.full and not chunk.images:
+        text_index = torch.arange(chunk.valid.shape[1], device=chunk.valid.device).repeat(len(chunk.valid), 1)
+    else:
+        text_index = ragged(chunk.valid & ~chunk.visual)
     return {
         "inputs_embeds": chunk.embeds,
         "position_ids": chunk.positions,
         "query_positions": chunk.order if chunk.order is not None else chunk.positions,
-        "text_index": ragged(chunk.valid & ~chunk.visual),
+        "text_index": text_index,
         "visual_index": visual_index,
         "visual_segment": segment,
-        "visual_counts": (segment.unsqueeze(2) == images).sum(1),
+        "visual_counts": counts,
         **chunk.extras,
     }

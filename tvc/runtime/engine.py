@@ -168,11 +168,12 @@ class Engine:
             raise
         has_pixels = any(inputs.get(name) is not None for name in PIXEL_NAMES)
         visual = torch.zeros_like(ids, dtype=torch.bool)
+        segment, images = torch.full_like(ids, -1), 0
         if has_pixels:
             for token in self.interface.visual_token_ids:
                 visual |= ids == token
             visual &= mask
-        segment, images = _segments(ids, visual, self.interface.visual_token_ids, self.host.feature_lengths)
+            segment, images = _segments(ids, visual, self.interface.visual_token_ids, self.host.feature_lengths)
         positions = _positions(call.position_ids, seen, self.interface.shape.axes, ids)
         embeds = call.inputs_embeds.to(self.interface.shape.dtype)
         return Chunk(
@@ -237,7 +238,7 @@ class Engine:
                 if source == "vision":
                     kept[site] = numbers
             chunk, taps = _without(chunk, taps, chunk.visual & ~present)
-        if "projector" in self.interface.inputs and bool(chunk.visual.any()):
+        if "projector" in self.interface.inputs and chunk.images:
             slots = ragged(chunk.visual)
             rows = slots.clamp(min=0).unsqueeze(2).expand(-1, -1, chunk.embeds.shape[2])
             segment = take(chunk.segment, slots)
