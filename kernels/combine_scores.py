@@ -54,7 +54,8 @@ def combine(parts: Sequence[tuple[torch.Tensor, float, str]], segment: torch.Ten
     """
     total = None
     for score, weight, mode in parts:
-        scaled = normalize_score.overload(score, segment, mode) * weight
+        scaled = normalize_score.overload(score, segment, mode)
+        scaled = scaled if weight == 1.0 else scaled * weight
         total = scaled if total is None else total + scaled
     if total is None:
         raise ValueError("combine needs at least one score")

@@ -290,11 +290,12 @@ def finish(
     if target != "torch":
         progress(f"write {target}")
         runner, folder = artifact.open_temporarily(lowered, target, shape.device)
+    plan = make_plan(resolved, one_image(surveyed.layout))
     compiled = CompiledModel(
         Engine(surveyed.host, compiler.interface_of(lowered, resolved, surveyed), runner),
         target=target,
         policy=resolved,
-        plan=make_plan(resolved, one_image(surveyed.layout)),
+        plan=dataclasses.replace(plan, operators=compiler.operator_counts(lowered)),
         config=source.model.config,  # type: ignore[union-attr]
         generation_config=getattr(source.model, "generation_config", None),
         processor=source.processor,

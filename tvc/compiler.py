@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from tvc.export.base import target as find_target
-from tvc.graphs import open_draft
+from tvc.graphs import open_draft, operators
 from tvc.kernels.op import OPS
 from tvc.kernels.providers import PROVIDED, dispatched
 from tvc.passes.base import Pass
@@ -22,6 +22,7 @@ from tvc.passes.retrace import Retrace
 from tvc.passes.text_only import without_cuts
 from tvc.policy import ResolvedPolicy
 from tvc.program import Component, Program
+from tvc.report.plan import Operators
 from tvc.runtime.engine import Interface
 from tvc.trace.decoder import capture_decoder, capture_embeddings
 from tvc.trace.survey import Survey
@@ -101,6 +102,14 @@ def interface_of(program: Program, policy: ResolvedPolicy, survey: Survey) -> In
         by_image="vision" in parts and parts["vision"].meta["by_image"],
         windows=tuple(sorted({layer.window for layer in program.layout.language})),
     )
+
+
+def operator_counts(program: Program) -> tuple[Operators, ...]:
+    """How many operators each graph of a lowered program holds; those of a decode step where they are others."""
+    counts = [Operators(name, *operators(part.exported.graph)) for name, part in program.components.items()]
+    draft = open_draft(program.components["decoder"])
+    step = without_cuts(draft)
+    return (*counts, Operators("decode step", *operators(step.graph))) if step is not draft else tuple(counts)
 
 
 def called(module: fx.GraphModule) -> fx.GraphModule:

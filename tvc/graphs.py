@@ -175,6 +175,18 @@ def clone(nodes: Iterable[fx.Node], substitutes: dict[fx.Node, fx.Node], note: s
     return copies
 
 
+def operators(graph: fx.Graph) -> tuple[int, int]:
+    """How many nodes compute a tensor, views left out, and how many of them a pass added."""
+    working = [
+        node
+        for node in graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload | torch._ops.HigherOrderOperator)
+        and not getattr(node.target, "is_view", False)
+        and not isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
+    ]
+    return len(working), sum("tvc" in (node.meta.get("custom") or {}) for node in working)
+
+
 def annotate(node: fx.Node, note: str) -> None:
     """Remembers which pass added the node, through the traces to come."""
     node.meta["custom"] = {**(node.meta.get("custom") or {}), "tvc": note}

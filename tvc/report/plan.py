@@ -66,12 +66,22 @@ class PlanStage:
 
 
 @dataclasses.dataclass(frozen=True)
+class Operators:
+    """Operators of one graph that compute: what a runtime that fuses nothing launches. Views are left out."""
+
+    graph: str
+    total: int
+    added: int  # of them, what the policy's steps added
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Tokens per layer and their cost, dense and compiled.
 
     `vision_tokens` counts the tokens of all tiles in each block of the vision encoder. `exact` is False where the split
     of a budget between several images depends on their content. `fired` is the plan in which every run-time decision
-    removes all it can; None where nothing is decided at run time.
+    removes all it can; None where nothing is decided at run time. `operators` is known once the graphs are there, of
+    a freshly compiled model; plans that differ in nothing else are equal.
     """
 
     model_type: str
@@ -88,6 +98,7 @@ class Plan:
     exact: bool = True
     fired: Plan | None = None
     settings: tuple[tuple[str, str | int], ...] = ()  # what was solved for: budgets to give to `--set`
+    operators: tuple[Operators, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def average_visual_tokens(self) -> float:
@@ -141,6 +152,9 @@ class Plan:
                 f"{low.average_visual_tokens:.1f} visual tokens on average, "
                 f"prefill {low.ratio['prefill']:.3f} and KV cache {low.ratio['kv_bytes']:.3f} of dense"
             )
+        if self.operators:
+            counts = (f"{each.graph} {each.total} ({each.added} added)" for each in self.operators)
+            lines.append(f"operators: {', '.join(counts)}")
         return "\n".join(line.rstrip() for line in lines)
 
     def _cost_rows(self) -> list[tuple[str, ...]]:
