@@ -57,7 +57,7 @@ CANDIDATES: dict[str, tuple[str, str, dict[str, tuple[int, ...]]]] = {
     ),
     "merge_rows": ("merge_nearest", "kept", {"block_v": (32, 64, 128), "block_d": (64, 128, 256), "warps": (2, 4, 8)}),
     "greedy": ("max_min_keep", "64", {"warps": (2, 4, 8, 16)}),
-    "coverage_keep": ("coverage_keep", "64", {"warps": (4, 8, 16)}),
+    "coverage_keep": ("coverage_keep", "64", {"rows": (16, 32, 64, 128), "warps": (2, 4, 8)}),
 }
 
 

@@ -250,7 +250,11 @@ def refused(name: str) -> Iterator[Case]:
         yield "many", (torch.randn(1, 8193, 2), torch.rand(1, 8193), *many, 0, 1, 1)
     if name == "coverage_keep":
         text = (torch.randn(1, 2, 2), torch.ones(1, 2, dtype=torch.bool))
-        yield "many", (torch.randn(1, 1537, 2), *text, *one_scope(1, 1537), 0.3, 0.4, 0.5, 0, 1, 1)
+        # On as many sizes alone as a refusal needs: a matrix of coverings would fill the memory.
+        segment, given = torch.zeros(1, 1, dtype=torch.int64).expand(1, 16385), (0.3, 0.4, 0.5, 0, 1, 1)
+        counts = torch.zeros(1, 200, dtype=torch.int64)
+        yield "many-segments", (torch.randn(1, 1537, 2), *text, segment[:, :1537], counts, *given)
+        yield "many", (torch.randn(1, 1, 2).expand(1, 16385, 2), *text, segment, counts, *given)
 
 
 EXTRA: dict[str, Callable[..., Iterator[Case]]] = {
