@@ -35,6 +35,7 @@ class Case:
     batch: int = 1
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    rest: Any = "drop"
 
     @property
     def policy(self) -> dict[str, Any]:
@@ -43,7 +44,7 @@ class Case:
             "at": f"language.{self.before_layer}",
             "score": {"attention": {"of": "last", "layer": "previous"}},
             "select": {"top": {"keep": self.kept}},
-            "rest": "drop",
+            "rest": self.rest,
         }
         return {"version": 1, "name": self.name, "steps": [step]}
 
@@ -65,6 +66,14 @@ CASES = {
     "decoder-12x768-gqa": Case("decoder-12x768-gqa", 12, 768, 12, 4, 576, 64, 64, 2, 3072),
     "small": Case("small", 4, 64, 4, 2, 64, 8, 16, 1, 128),
     "llava-1.5-7b": Case("llava-1.5-7b", visual=576, kept=64, **_LLAMA_7B, **_GPU),
+    "llava-1.5-7b-merge": Case(
+        "llava-1.5-7b-merge",
+        visual=576,
+        kept=64,
+        rest={"merge": {"targets": "kept", "reduce": "size_weighted"}},
+        **_LLAMA_7B,
+        **_GPU,
+    ),
     "llava-next-7b": Case("llava-next-7b", visual=2916, kept=324, **_LLAMA_7B, **_GPU),
     "qwen2.5-vl-7b-4096": Case("qwen2.5-vl-7b-4096", visual=4096, kept=484, **_QWEN_7B, **_GPU),
     "qwen2.5-vl-7b-16384": Case("qwen2.5-vl-7b-16384", visual=16384, kept=1849, **_QWEN_7B, **_GPU),

@@ -57,13 +57,35 @@ class Recorder:
         return self.run(component, inputs)
 
 
-def dense(model: Any, inputs: Tensors, target: str, folder: Path, threads: int, chunk: Tensors) -> Graph:
-    """The decoder of `model` without any reduction, written into `folder` where the target needs files.
+@dataclasses.dataclass
+class Native:
+    """The decoder of a model without any reduction, as a graph of one target."""
+
+    run: Runner
+    open: Callable[[], Runner] | None
+    names: tuple[str, ...]
+    caches: tuple[tuple[int, ...], ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    def graph(self, chunk: Tensors) -> Graph:
+        """On what a prefill gives the decoder, cache apart, as `chunk` makes it."""
+        batch = chunk["inputs_embeds"].shape[0]
+        given = {name: chunk[name] if name in chunk else _empty(name, self.caches, batch) for name in self.names}
+        prefill = {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else value.dtype)
+            for name, value in given.items()
+        }
+        decode = _step(self.names, prefill, self.run("decoder", prefill))
+        return Graph(self.run, {"prefill": prefill, "decode": decode}, self.open)
+
+
+def native(model: Any, inputs: Tensors, target: str, folder: Path, threads: int) -> Native:
+    """The decoder of `model` alone, written into `folder` where the target needs files.
 
     Args:
         inputs: processor outputs to trace with.
         threads: threads of one operator in ONNX Runtime; 0 leaves the choice to it.
-        chunk: what the prefill gives the decoder, cache apart, as `chunk` makes it.
     """
     source = load(model)
     surveyed = survey(source.meta, None, inputs)
@@ -76,16 +98,15 @@ def dense(model: Any, inputs: Tensors, target: str, folder: Path, threads: int, 
         folder.mkdir()
         find_target(target).write(lowered, folder, Options())
         again = opener(folder, {"components": manifest.interface(lowered), "target": target}, threads)
-    run: Runner = compiler.GraphRunner(lowered) if again is None else again()
-    names = lowered.components["decoder"].inputs
     weight = next(model.parameters())
-    batch = chunk["inputs_embeds"].shape[0]
-    prefill = {name: chunk[name] if name in chunk else _empty(name, surveyed.caches, batch) for name in names}
-    prefill = {
-        name: value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
-        for name, value in prefill.items()
-    }
-    return Graph(run, {"prefill": prefill, "decode": _step(names, prefill, run("decoder", prefill))}, again)
+    return Native(
+        compiler.GraphRunner(lowered) if again is None else again(),
+        again,
+        lowered.components["decoder"].inputs,
+        surveyed.caches,
+        weight.device,
+        weight.dtype,
+    )
 
 
 def opener(folder: Path, content: Mapping[str, Any], threads: int) -> Callable[[], Runner]:
@@ -118,7 +139,7 @@ def _silent(_line: str) -> None:
     return None
 
 
-def _empty(name: str, caches: tuple[tuple[int, int, int], ...], batch: int) -> torch.Tensor:
+def _empty(name: str, caches: tuple[tuple[int, ...], ...], batch: int) -> torch.Tensor:
     """An input that the prompt leaves empty: nothing is cached yet."""
     if name.startswith(PAST_POSITIONS):
         return torch.zeros(batch, 0, dtype=torch.int64)

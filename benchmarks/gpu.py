@@ -114,24 +114,25 @@ def verified(case: Any) -> dict[str, Any]:
     return {"layers": SHALLOW, "comparisons": len(report.comparisons), "passed": not failed, "failed": failed}
 
 
-def measured(case: Any, repeats: int, inductor: bool = False) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of one case, and what was found beside times; `inductor`: also through `torch.compile`."""
-    with tempfile.TemporaryDirectory() as folder:
-        made, graphs, (model, compiled) = run.variants(case, "torch", 0, pathlib.Path(folder), verify=False)
-    inputs = run.cases.build_inputs(case)
-    made["model"]["published"] = {"prefill": published.Published(model, case, inputs).variant()}
-    found: dict[str, Any] = {"case": case.name, "batch": case.batch, "layers": case.layers}
-    if inductor:
-        started = time.perf_counter()
-        faster = compiled.torch_compile()
+def measured(
+    prepared: Any, batch: int, repeats: int, faster: Any = None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of one case at one batch, and what was found beside times; `faster`: its model through `torch.compile`."""
+    case = dataclasses.replace(prepared.case, batch=batch)
+    made, graphs = prepared.variants(batch)
+    model, compiled, inputs = prepared.model, prepared.compiled, run.cases.build_inputs(case)
+    eager = published.Published(model, case, inputs)
+    made["model"]["published"] = {"prefill": eager.variant()}
+    found: dict[str, Any] = {"case": case.name, "batch": batch, "layers": case.layers}
+    if faster is not None:
         made["model"]["torch_compile"] = run.phases(faster, inputs)
         given = graphs[1].inputs
         made["decoder"]["torch_compile"] = {
             phase: run.decoder.Graph(faster.engine.run, given).variant(phase) for phase in run.PHASES
         }
-        found["torch_compile_s"] = time.perf_counter() - started
-    rows = run.measured(made, graphs, repeats, torch.cuda.synchronize, case=case.name, batch=case.batch)
+    rows = run.measured(made, graphs, repeats, torch.cuda.synchronize, case=case.name, batch=batch)
     memory = {(scope, label): peak(both["prefill"]) for scope, labels in made.items() for label, both in labels.items()}
+    eager.release()
     for row in rows:
         if row["phase"] == "prefill":
             row["peak_mib"] = memory[row["scope"], row["variant"]]
@@ -139,6 +140,7 @@ def measured(case: Any, repeats: int, inductor: bool = False) -> tuple[list[dict
             row["kv_mib"] = cached(model if row["variant"] == "dense" else compiled, inputs)
     decoder = compiled.engine.run.program.components["decoder"]
     found["overhead"] = overhead(decoder, graphs[1].inputs["prefill"])
+    found["operators"] = [dataclasses.asdict(each) for each in compiled.plan.operators]
     return rows, found
 
 
@@ -151,21 +153,25 @@ def main() -> None:
     found: list[dict[str, Any]] = []
     for name in options.case or [name for name, case in run.cases.CASES.items() if case.device == "cuda"]:
         checked = verified(run.cases.CASES[name]) if options.verify else None
+        started = time.perf_counter()
+        case = run.cases.CASES[name]
+        case = dataclasses.replace(case, layers=options.layers or case.layers)
+        with tempfile.TemporaryDirectory() as folder:
+            prepared = run.prepare(case, "torch", 0, pathlib.Path(folder), verify=False)
+        faster = prepared.compiled.torch_compile() if options.inductor else None
         for batch in options.batch or [1, 8]:
-            started = time.perf_counter()
-            case = dataclasses.replace(run.cases.CASES[name], batch=batch)
-            case = dataclasses.replace(case, layers=options.layers or case.layers)
             try:
-                fresh, more = measured(case, options.repeats, options.inductor)
+                fresh, more = measured(prepared, batch, options.repeats, faster)
             except torch.OutOfMemoryError as problem:
                 fresh, more = [], {"case": name, "batch": batch, "out_of_memory": str(problem).splitlines()[0]}
-            gc.collect()
-            torch.cuda.empty_cache()
             rows += fresh
             found.append({**more, "verified": checked, "seconds": time.perf_counter() - started})
             print(text(fresh, COLUMNS), found[-1], sep="\n", flush=True)
             content = {"environment": environment(HERE), "rows": rows, "found": found}
             options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        del prepared, faster
+        gc.collect()
+        torch.cuda.empty_cache()
     print(text(rows, COLUMNS))
     print(options.output)
 

@@ -20,7 +20,11 @@ class Published:
         self.model, self.case, self.inputs = model, case, inputs
         self.weights: torch.Tensor | None = None
         before = model.model.language_model.layers[case.before_layer - 1]
-        before.self_attn.register_forward_hook(self._keep)
+        self._hook = before.self_attn.register_forward_hook(self._keep)
+
+    def release(self) -> None:
+        """Leaves the model as it was."""
+        self._hook.remove()
 
     def _keep(self, _module: Any, _given: Any, result: Any) -> None:
         self.weights = result[1]

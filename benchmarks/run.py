@@ -10,6 +10,7 @@ Each compiled model is verified against the untouched one before it is measured:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -55,7 +56,8 @@ def main() -> None:
     for name in options.case or ["decoder-12x768"]:
         for target in options.target or ["torch", "ort"]:
             with tempfile.TemporaryDirectory(prefix="tvc-bench-") as folder:
-                made, graphs, _ = variants(cases.CASES[name], target, options.threads, pathlib.Path(folder))
+                prepared = prepare(cases.CASES[name], target, options.threads, pathlib.Path(folder))
+                made, graphs = prepared.variants(prepared.case.batch)
                 fresh = measured(made, graphs, options.repeats, case=name, target=target)
             print(text(fresh, COLUMNS), flush=True)
             rows_of_all += fresh
@@ -92,13 +94,42 @@ def measured(
     ]
 
 
-def variants(
-    case: Any, target: str, threads: int, folder: pathlib.Path, verify: bool = True
-) -> tuple[dict[str, dict[str, dict[str, Variant]]], list[Any], tuple[Any, Any]]:
-    """Scope -> label -> phase -> variant, the graphs they run, and (model, compiled model).
+@dataclasses.dataclass
+class Prepared:
+    """A case compiled: for one target, for any batch."""
 
-    Files of the targets go below `folder`.
-    """
+    case: Any
+    model: Any
+    compiled: Any
+    again: Callable[[], Any] | None
+    dense: Any
+    ideal: list[tuple[Any, Any]]  # (part of the case, its decoder)
+
+    def variants(self, batch: int) -> tuple[dict[str, dict[str, dict[str, Variant]]], list[Any]]:
+        """Scope -> label -> phase -> variant, and the graphs they run."""
+        inputs = cases.build_inputs(dataclasses.replace(self.case, batch=batch))
+        calls = decoder.Recorder(self.compiled.engine.run)
+        self.compiled.engine.run = calls
+        whole = {"dense": phases(self.model, inputs, logits_to_keep=1), "compiled": phases(self.compiled, inputs)}
+        step = whole["compiled"]["decode"]
+        step.call(step.setup())
+        self.compiled.engine.run = calls.run
+        given = dict(zip(PHASES, calls.given, strict=True))
+        chunk = {name: value for name, value in given["prefill"].items() if name in CHUNK_INPUTS}
+        graphs = {
+            "dense": [self.dense.graph(chunk)],
+            "compiled": [decoder.Graph(calls.run, given, self.again)],
+            "ideal": [own.graph(decoder.chunk(part.width, part.visual, part.text, batch)) for part, own in self.ideal],
+        }
+        alone = {
+            label: {phase: in_sequence([one.variant(phase) for one in some]) for phase in PHASES}
+            for label, some in graphs.items()
+        }
+        return {"decoder": alone, "model": whole}, [one for some in graphs.values() for one in some]
+
+
+def prepare(case: Any, target: str, threads: int, folder: pathlib.Path, verify: bool = True) -> Prepared:
+    """The case's model, compiled, and the decoders it is compared with. Files of the targets go below `folder`."""
     model, inputs = cases.build_model(case), cases.build_inputs(case)
     compiled: Any = tvc.compile(model, case.policy, target=target, inputs=inputs, verify=verify)
     again = None
@@ -106,32 +137,14 @@ def variants(
         compiled.save_pretrained(folder / "compiled")
         compiled = tvc.load(folder / "compiled", threads=threads)
         again = decoder.opener(folder / "compiled", manifest.read(folder / "compiled"), threads)
-    calls = decoder.Recorder(compiled.engine.run)
-    compiled.engine.run = calls
-    whole = {"dense": phases(model, inputs, logits_to_keep=1), "compiled": phases(compiled, inputs)}
-    step = whole["compiled"]["decode"]
-    step.call(step.setup())
-    compiled.engine.run = calls.run
-    given = dict(zip(PHASES, calls.given, strict=True))
-    chunk = {name: value for name, value in given["prefill"].items() if name in CHUNK_INPUTS}
+    dense = decoder.native(model, inputs, target, folder / "dense", threads)
     parts = [part for part in case.parts if part.layers]
-    graphs = {
-        "dense": [decoder.dense(model, inputs, target, folder / "dense", threads, chunk)],
-        "compiled": [decoder.Graph(calls.run, given, again)],
-        "ideal": [native(part, target, folder / f"ideal{part.layers}", threads, part == parts[-1]) for part in parts],
-    }
-    alone = {
-        label: {phase: in_sequence([one.variant(phase) for one in some]) for phase in PHASES}
-        for label, some in graphs.items()
-    }
-    return {"decoder": alone, "model": whole}, [one for some in graphs.values() for one in some], (model, compiled)
-
-
-def native(part: Any, target: str, folder: pathlib.Path, threads: int, last: bool) -> Any:
-    """Some of the layers at the length they run at."""
-    model = cases.build_model(part) if last else decoder.headless(cases.build_model(part))
-    chunk = decoder.chunk(part.width, part.visual, part.text, part.batch)
-    return decoder.dense(model, cases.build_inputs(part), target, folder, threads, chunk)
+    ideal = []
+    for part in parts:
+        own = cases.build_model(part) if part == parts[-1] else decoder.headless(cases.build_model(part))
+        place = folder / f"ideal{part.layers}"
+        ideal.append((part, decoder.native(own, cases.build_inputs(part), target, place, threads)))
+    return Prepared(case, model, compiled, again, dense, ideal)
 
 
 def _arguments() -> argparse.Namespace:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 import torch.fx as fx
-from torch.fx.passes.dialect.common.cse_pass import CSEPass
+
+from tvc.graphs import join_equal
 
 SHORTEN = torch.ops.tvc.shorten.default
 _SAME = (1, 3, 4, 5, 6, 7, 8, 9)  # the argument of `shorten` that each result but the last is, where nothing goes
@@ -37,10 +38,8 @@ def without_cuts(draft: fx.GraphModule) -> fx.GraphModule:
                 result.replace_all_uses_with(every)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     # Positions behind a cut are now those in front of it, and so is all that is made of them.
-    made: fx.GraphModule = CSEPass()(fx.GraphModule(draft, graph)).graph_module
-    made.delete_all_unused_submodules()
-    made.recompile()
-    return made
+    join_equal(graph)
+    return fx.GraphModule(draft, graph)
 
 
 def _every_slot(positions: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from tvc.export.base import target as find_target
-from tvc.graphs import open_draft, operators
+from tvc.graphs import join_equal, open_draft, operators
 from tvc.kernels.op import OPS
 from tvc.kernels.providers import PROVIDED, dispatched
 from tvc.passes.base import Pass
@@ -29,6 +29,7 @@ from tvc.trace.survey import Survey
 from tvc.trace.vision import capture_vision
 
 Progress = Callable[[str], None]
+CUTS = frozenset({"shorten"})  # whole, so that a chunk without visual tokens can go without them
 
 
 def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, progress: Progress = print) -> Program:
@@ -62,9 +63,11 @@ def lower(program: Program, target: str, progress: Progress = print) -> Program:
 
 
 def kept(target: str, device: torch.device) -> frozenset[str]:
-    """Ops that reach `target` whole: those it runs itself, and in PyTorch on CUDA those that have kernels there."""
+    """Ops that reach `target` whole: those it runs itself; in PyTorch also cuts, and on CUDA all that have kernels."""
     own = find_target(target).keeps
-    return own | PROVIDED if target == "torch" and device.type == "cuda" else own
+    if target != "torch":
+        return own
+    return own | (PROVIDED if device.type == "cuda" else CUTS)
 
 
 def run(program: Program, passes: list[Pass], progress: Progress) -> Program:
@@ -112,11 +115,17 @@ def operator_counts(program: Program) -> tuple[Operators, ...]:
     return (*counts, Operators("decode step", *operators(step.graph))) if step is not draft else tuple(counts)
 
 
-def called(module: fx.GraphModule) -> fx.GraphModule:
-    """The graph, for CUDA, with ops that have kernels called as functions: torch's dispatcher would cost more."""
-    functions = {op.overload: dispatched(op.name, op.reference) for op in OPS.values() if op.name in PROVIDED}
+def called(module: fx.GraphModule, kernels: bool) -> fx.GraphModule:
+    """The graph with ops that are whole called as functions: torch's dispatcher would cost more.
+
+    Args:
+        kernels: for CUDA, where ops run their kernels; else they run their references.
+    """
+    whole = {op.overload: op for op in OPS.values() if op.name in PROVIDED}
     for node in module.graph.nodes:
-        node.target = functions.get(node.target, node.target)
+        op = whole.get(node.target)
+        if op is not None:
+            node.target = dispatched(op.name, op.reference) if kernels else op.reference
     module.recompile()
     return module
 
@@ -150,7 +159,8 @@ class GraphRunner:
         module: Any = open_draft(part)
         if text_only:
             module = without_cuts(module)
+        # What a pass made anew behind a cut may stand there already, or be the same twice.
+        join_equal(module.graph)
         if self.options is not None:
             return torch.compile(module, **self.options)
-        on_cuda = self.program.components["decoder"].meta["shape"].device.type == "cuda"
-        return called(module) if on_cuda else module
+        return called(module, self.program.components["decoder"].meta["shape"].device.type == "cuda")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch.export.graph_signature import InputKind
+from torch.utils._pytree import tree_flatten
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from tvc.program import Component
@@ -173,6 +174,27 @@ def clone(nodes: Iterable[fx.Node], substitutes: dict[fx.Node, fx.Node], note: s
         annotate(copy, note)
         copies[node] = copy
     return copies
+
+
+def join_equal(graph: fx.Graph) -> None:
+    """Nodes that compute the same become one.
+
+    PyTorch's own passes take 1 and 1.0 for the same argument, and with them results of two types. A graph that writes
+    into a tensor is left alone: what is read before and after is not the same.
+    """
+    if any(getattr(getattr(node.target, "_schema", None), "is_mutable", False) for node in graph.nodes):
+        return
+    seen: dict[Any, fx.Node] = {}
+    for node in list(graph.nodes):
+        tags = getattr(node.target, "tags", ())
+        if node.op != "call_function" or torch.Tag.nondeterministic_seeded in tags:
+            continue
+        leaves, structure = tree_flatten((node.args, node.kwargs))
+        told = tuple(leaf if isinstance(leaf, fx.Node) else (type(leaf), repr(leaf)) for leaf in leaves)
+        first = seen.setdefault((node.target, told, str(structure)), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
 
 
 def operators(graph: fx.Graph) -> tuple[int, int]:
