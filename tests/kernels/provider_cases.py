@@ -171,6 +171,24 @@ def coverage_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
         yield name, (feature, text, valid, segment, counts, 0.3, 0.4, 0.5, *budget)
 
 
+def density_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for visual in sizes:
+        score, several, one = torch.randn(2, visual), scopes(2, visual, 3, seed=visual), one_scope(2, visual)
+        yield f"V{visual}", (features(visual), score, *several, 600, 0, 0.9)
+        yield f"V{visual}-tied", (signs(visual), torch.zeros(2, visual), *one, 700, 0, 0.625)
+        yield f"V{visual}-copies", (_directions(visual), score, *one, 0, 40, 0.5)
+    metric, score, (segment, counts) = torch.randn(2, 21, 7), torch.randn(2, 21), scopes(2, 21, 2, seed=0)
+    yield "every-token", (metric, score, *one_scope(2, 21), 1000, 0, 1e-3)
+    yield "one-centre", (metric, score, segment, counts, 1000, 0, 2.5)
+    endless = metric.index_fill(1, torch.tensor([3, 8]), float("inf"))
+    yield "not-finite", (endless, score, *one_scope(2, 21), 1000, 0, 0.5)
+    lowest = torch.where(torch.rand(2, 21) < 0.5, float("nan"), float("-inf"))
+    yield "lowest-scores", (metric, lowest, *one_scope(2, 21), 300, 0, 0.5)
+    yield "no-pool", (metric, score, segment, counts, 1, 0, 0.5)
+    yield "all-pads", (metric, score, *pads_alone(2, 21), 500, 0, 0.5)
+    yield "strided", (*(strided(a) for a in (metric, score, segment, counts)), 700, 0, 0.5)
+
+
 def sized(cases: Iterable[Case]) -> Iterator[Case]:
     """Those of the cases whose names start with a size."""
     return (case for case in cases if re.match(r"[VNS]\d", case[0]))
@@ -202,6 +220,10 @@ def refused(name: str) -> Iterator[Case]:
         yield "float64", (double, double, double[..., 0], *scope, 500, 0, 2, "mean", False)
         long = torch.randn(1, 4097, 2)
         yield "many", (long, long, long[..., 0].abs(), *one_scope(1, 4097), 500, 0, 2049, "mean", False)
+    if name == "density_keep":
+        yield "float64", (double, double[..., 0], *scope, 500, 0, 0.5)
+        yield "many", (torch.randn(1, 16385, 1), torch.rand(1, 16385), *one_scope(1, 16385), 1000, 0, 0.5)
+        yield "many-samples", (torch.zeros(33, 16384, 1), torch.zeros(33, 16384), *one_scope(33, 16384), 1000, 0, 0.5)
     many = one_scope(1, 8193)
     if name == "max_min_keep":
         yield "many", (torch.randn(1, 8193, 2), *many, 0, 1, 1)
@@ -221,6 +243,7 @@ EXTRA: dict[str, Callable[..., Iterator[Case]]] = {
         bipartite_merge,
         compact,
         coverage_keep,
+        density_keep,
         log_det_keep,
         max_min_keep,
         max_sum_keep,
