@@ -58,6 +58,8 @@ CANDIDATES: dict[str, tuple[str, str, dict[str, tuple[int, ...]]]] = {
         {"block_a": (32, 64, 128), "block_c": (32, 64, 128), "block_d": (32, 64, 128), "warps": (4, 8)},
     ),
     "density_keep.centres": ("density_keep", "55%", {"warps": (4, 8, 16)}),
+    "apart": ("medoids_keep", "64", {"block": (32, 64, 128), "block_d": (16, 32, 64), "warps": (4, 8)}),
+    "medoids_keep": ("medoids_keep", "64", {"block_v": (4, 16, 32), "block_k": (64, 128, 256), "warps": (4, 8)}),
     "greedy": ("max_min_keep", "64", {"warps": (2, 4, 8, 16)}),
     "coverage_keep": ("coverage_keep", "64", {"warps": (4, 8, 16)}),
 }
@@ -133,6 +135,7 @@ def cases(tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
     yield "max_min_keep", lambda: Case("max_min_keep", "64", tokens, (feature(), *scope))
     yield "max_sum_keep", lambda: Case("max_sum_keep", "64", tokens, (feature(), score, *scope))
     yield "log_det_keep", lambda: Case("log_det_keep", "64", tokens, (feature(), score.abs(), *scope))
+    yield "medoids_keep", lambda: Case("medoids_keep", "64", tokens, (feature(), *scope, 100))
     yield "coverage_keep", coverage
     yield "density_keep", density
 
