@@ -65,7 +65,7 @@ def _greedy_kernel(
     b_weight = tl.load(p_weight + i_b * V + o_v, mask=m_v, other=0.0)  # [BLOCK_V]
     b_state = tl.zeros([BLOCK_V], tl.float32)
     if RULE == "max_min":
-        b_state += -2.0
+        b_state += float("-inf")
     if RULE == "log_det":
         b_state += b_start
     for i_k in range(budget(p_counts, i_b, i_n, N, permille, count)):

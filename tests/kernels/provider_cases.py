@@ -208,6 +208,45 @@ def coverage_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
         yield name, (feature, text, valid, segment, counts, 0.3, 0.4, 0.5, *budget)
 
 
+def density_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for visual in sizes:
+        score, several, one = torch.randn(2, visual), scopes(2, visual, 3, seed=visual), one_scope(2, visual)
+        yield f"V{visual}", (features(visual), score, *several, 600, 0, 0.9)
+        yield f"V{visual}-tied", (signs(visual), torch.zeros(2, visual), *one, 700, 0, 0.625)
+        yield f"V{visual}-copies", (_directions(visual), score, *one, 0, 40, 0.5)
+    metric, score, (segment, counts) = torch.randn(2, 21, 7), torch.randn(2, 21), scopes(2, 21, 2, seed=0)
+    yield "every-token", (metric, score, *one_scope(2, 21), 1000, 0, 1e-3)
+    yield "one-centre", (metric, score, segment, counts, 1000, 0, 2.5)
+    endless = metric.index_fill(1, torch.tensor([3, 8]), float("inf"))
+    yield "not-finite", (endless, score, *one_scope(2, 21), 1000, 0, 0.5)
+    lowest = torch.where(torch.rand(2, 21) < 0.5, float("nan"), float("-inf"))
+    yield "lowest-scores", (metric, lowest, *one_scope(2, 21), 300, 0, 0.5)
+    yield "no-pool", (metric, score, segment, counts, 1, 0, 0.5)
+    yield "all-pads", (metric, score, *pads_alone(2, 21), 500, 0, 0.5)
+    yield "strided", (*(strided(a) for a in (metric, score, segment, counts)), 700, 0, 0.5)
+
+
+def medoids_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for name, arguments in _greedy(lambda visual: (_directions(visual),), sizes):
+        yield name, (*arguments, 100)
+    for visual in sizes:
+        segment, counts = scopes(2, visual, 3, seed=visual)
+        yield f"V{visual}-far-off", (features(visual) + 30.0, segment, counts, 100, 0, visual // 10, 2)
+    yield "two-tiles", (torch.randn(2, 70, 5), *scopes(2, 70, 2, seed=0), 0, 4, 8, 100)
+    # Each segment is a token between two others, as far from the one as from the other up to rounding.
+    middle, off, segment = torch.randn(2, 21, 7), torch.randn(2, 21, 7), torch.arange(21).repeat(2, 3)
+    between = torch.cat([middle, middle - off, middle + off], 1)
+    yield "between", (between, segment, torch.full((2, 21), 3), 0, 2, 42, 100)
+    # Of each segment two tokens have the same sum up to rounding.
+    cross = torch.cat([middle - off, middle + off, middle - 2.0 * off.roll(1, 2), middle + 2.0 * off.roll(1, 2)], 1)
+    yield "crosses", (cross, torch.arange(21).repeat(2, 4), torch.full((2, 21), 4), 0, 1, 21, 100)
+    yield "copies", (torch.ones(2, 21, 3), *one_scope(2, 21), 0, 4, 4, 100)
+    endless = torch.randn(2, 21, 3).index_fill(1, torch.tensor([2, 9]), float("inf"))
+    yield "not-finite", (endless, *one_scope(2, 21), 0, 4, 4, 100)
+    yield "start", (torch.randn(2, 21, 3), *scopes(2, 21, 2, seed=3), 0, 3, 6, 0)
+    yield "none-stay", (torch.randn(2, 21, 3), *one_scope(2, 21), 1, 0, 0, 100)
+
+
 def sized(cases: Iterable[Case]) -> Iterator[Case]:
     """Those of the cases whose names start with a size."""
     return (case for case in cases if re.match(r"[VNS]\d", case[0]))
@@ -242,10 +281,17 @@ def refused(name: str) -> Iterator[Case]:
         yield "float64", (double, double, double[..., 0], *scope, 500, 0, 2, "mean", False)
         long = torch.randn(1, 4097, 2)
         yield "many", (long, long, long[..., 0].abs(), *one_scope(1, 4097), 500, 0, 2049, "mean", False)
+    if name == "density_keep":
+        yield "float64", (double, double[..., 0], *scope, 500, 0, 0.5)
+        yield "many", (torch.randn(1, 16385, 1), torch.rand(1, 16385), *one_scope(1, 16385), 1000, 0, 0.5)
+        yield "many-samples", (torch.zeros(33, 16384, 1), torch.zeros(33, 16384), *one_scope(33, 16384), 1000, 0, 0.5)
     many = one_scope(1, 8193)
     if name == "max_min_keep":
         yield "many", (torch.randn(1, 8193, 2), *many, 0, 1, 1)
         yield "many-samples", (torch.randn(5, 8000, 1), *one_scope(5, 8000), 0, 1, 1)
+    if name == "medoids_keep":
+        yield "many", (torch.randn(1, 8193, 2), *many, 0, 1, 1, 0)
+        yield "many-samples", (torch.randn(5, 8000, 1), *one_scope(5, 8000), 0, 1, 1, 100)
     if name in ("max_sum_keep", "log_det_keep"):
         yield "many", (torch.randn(1, 8193, 2), torch.rand(1, 8193), *many, 0, 1, 1)
     if name == "coverage_keep":
@@ -266,9 +312,11 @@ EXTRA: dict[str, Callable[..., Iterator[Case]]] = {
         attention_score,
         bipartite_merge,
         coverage_keep,
+        density_keep,
         log_det_keep,
         max_min_keep,
         max_sum_keep,
+        medoids_keep,
         merge_nearest,
         shorten,
         top_keep,

@@ -16,7 +16,7 @@ from tvc.kernels.tolerances import TOLERANCES, tolerance
 
 # Their kernels have a program for each token that stays, or read a matrix a round: slow where one thread does it all.
 SMALL, ODD, LARGE = (1, 63), (577,), (500, 1000, 2500)
-SLOW = frozenset({"bipartite_merge", "coverage_keep", "merge_nearest"})
+SLOW = frozenset({"bipartite_merge", "coverage_keep", "medoids_keep", "merge_nearest"})
 
 
 def _cases(names: Iterable[str], sizes: tuple[int, ...], own: bool = False) -> list[Any]:
