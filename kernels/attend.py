@@ -60,7 +60,7 @@ def _fake(
     torch._check(key.shape[2] == value.shape[2])
     torch._check(key_positions.shape[1] == key.shape[2])
     torch._check(query_positions.shape[1] == query.shape[2])
-    return query.new_empty(query.shape[0], query.shape[1], query.shape[2], value.shape[3])
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).transpose(1, 2)
 
 
 @op(_cases, fake=_fake)
@@ -81,7 +81,8 @@ def attend(
     mask = attention_mask.reference(query_positions, key_positions, 0)
     key, value = repeat_groups(key, query.shape[1]), repeat_groups(value, query.shape[1])
     made = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-    return made.contiguous()
+    # Row by row of the queries, as what follows wants it and flash attention makes it.
+    return made.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _score_cases() -> Iterator[tuple[str, tuple[object, ...]]]:

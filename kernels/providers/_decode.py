@@ -14,7 +14,7 @@ from tvc.kernels.providers._table import setting
 from tvc.kernels.providers._triton import cdiv, jit, power, tl, widened
 
 MOST_PARTS = 64
-TILES = 4  # of a part at least: a second launch costs more than reading so few keys in one go
+LEAST_KEYS = 1024  # of a part: a second launch costs more than reading so few keys in one go
 WAVES = 2  # programs for each multiprocessor: enough to keep all of them reading
 
 
@@ -119,8 +119,7 @@ def attend_once(
     groups, length, depth = key.shape[1], key.shape[2], value.shape[3]
     chosen = setting("attend.part", length)
     block = chosen["block_n"]
-    most = min(MOST_PARTS, cdiv(length, TILES * block))
-    parts = max(1, min(most, cdiv(_wanted(query.device), batch * groups)))
+    parts = max(1, min(MOST_PARTS, cdiv(length, LEAST_KEYS), cdiv(_wanted(query.device), batch * groups)))
     keys = cdiv(cdiv(length, parts), block) * block  # of a part, in whole tiles
     parts = cdiv(length, keys)
     lines, block_e = batch * heads, power(depth)

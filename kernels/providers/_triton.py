@@ -6,10 +6,21 @@ import torch
 import triton
 import triton.language as tl
 
-jit, cdiv, power = triton.jit, triton.cdiv, triton.next_power_of_2
+jit = triton.jit
 
 # With TRITON_INTERPRET=1 set when triton is imported, kernels run on CPU tensors, without a compiler.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+# Triton's own two are functions of its language: called from Python they take longer than the launch they prepare.
+def cdiv(number: int, block: int) -> int:
+    """How many blocks hold `number` things."""
+    return -(-number // block)
+
+
+def power(number: int) -> int:
+    """The lowest power of two that is not below `number`."""
+    return 1 << max(0, number - 1).bit_length()
 
 
 def widened(dtype: torch.dtype) -> bool:

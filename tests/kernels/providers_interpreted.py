@@ -149,3 +149,9 @@ def test_more_slots_than_are_counted_are_sorted(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(provider("shorten"), "MOST", 8)
     for _, arguments in (*OPS["shorten"].cases(), *EXTRA["shorten"]((63,))):
         _compare("shorten", arguments)
+
+
+def test_the_keys_of_a_long_cache_are_read_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tvc.kernels.providers._decode.LEAST_KEYS", 32)
+    for _, arguments in EXTRA["attend"]((63, 200)):
+        _compare("attend", arguments)

@@ -314,7 +314,9 @@ def _segments(
     """[B, S] number (within its sample, in order) of the image or video of each visual slot, -1 elsewhere; and how many
     a sample has at most. Images and videos have placeholders of their own; `lengths` lists the tokens of each by kind.
     """
-    segment = torch.full(visual.shape, -1, dtype=torch.int64, device=visual.device)
+    # On the host: a dozen small steps, most of which would wait for the device.
+    device, visual, ids = visual.device, visual.cpu(), ids.cpu()
+    segment = torch.full(visual.shape, -1, dtype=torch.int64)
     found = 0
     for token in tokens:
         own = visual & (ids == token)
@@ -322,18 +324,18 @@ def _segments(
         # Where the family does not say, every sample's tokens are one image.
         each = next((given for given in lengths.values() if sum(given) == total), own.sum(1).tolist())
         owner = torch.repeat_interleave(torch.arange(len(each)), torch.tensor(each, dtype=torch.int64))
-        segment[own] = owner.to(visual.device) + found
+        segment[own] = owner + found
         found += len(each)
     if not bool(visual.any()):
-        return segment, 0
-    place = torch.arange(visual.numel(), device=visual.device)
-    first = torch.full((found,), visual.numel(), device=visual.device)
+        return segment.to(device), 0
+    place = torch.arange(visual.numel())
+    first = torch.full((found,), visual.numel())
     first = first.scatter_reduce(0, segment[visual], place[visual.reshape(-1)], "amin")
     rank = first.argsort().argsort()
     segment = torch.where(visual, rank[segment.clamp(min=0)], -1)
     before = torch.where(visual, segment, found).amin(1, keepdim=True)
     segment = torch.where(visual, segment - before, -1)
-    return segment, int(segment.max()) + 1
+    return segment.to(device), int(segment.max()) + 1
 
 
 def _positions(given: torch.Tensor | None, seen: int, axes: int, ids: torch.Tensor) -> torch.Tensor:
