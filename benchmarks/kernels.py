@@ -57,6 +57,7 @@ CANDIDATES: dict[str, tuple[str, str, dict[str, tuple[int, ...]]]] = {
         "55%",
         {"block_a": (32, 64, 128), "block_c": (32, 64, 128), "block_d": (32, 64, 128), "warps": (4, 8)},
     ),
+    "merge_clusters": ("merge_clusters", "30%", {"numbers": (1024, 4096, 16384), "warps": (2, 4, 8, 16)}),
     "density_keep.centres": ("density_keep", "55%", {"warps": (4, 8, 16)}),
     "apart": ("medoids_keep", "64", {"block": (32, 64, 128), "block_d": (16, 32, 64), "warps": (4, 8)}),
     "medoids_keep": ("medoids_keep", "64", {"block_v": (4, 16, 32), "block_k": (64, 128, 256), "warps": (4, 8)}),
@@ -114,6 +115,10 @@ def cases(tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
         budget = (0, tokens // 4, tokens - tokens // 4, "size_weighted", True)
         return Case("bipartite_merge", "25%", tokens, (feature(), feature(), size, segment, counts, *budget))
 
+    def clusters() -> Case:
+        pool = (300, 10, tokens * 300 // 1000 + 1, tokens * 300 // 10000 + 1)
+        return Case("merge_clusters", "30%", tokens, (feature(), size, segment, counts, chosen, score, *pool))
+
     def coverage() -> Case:
         words, valid = torch.randn(1, text, width, **half), torch.ones(1, text, dtype=torch.bool, device=DEVICE)
         settings = (0.02, 0.2, 0.5, 0, kept, kept)
@@ -131,6 +136,7 @@ def cases(tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
     yield "compact", lambda: Case("compact", "all", tokens, (place[None, :text], place[None, text:]))
     yield "merge_nearest", lambda: merge("stride", "stride", 10, 10, "target_mean")
     yield "merge_nearest", lambda: merge("kept", "kept", 0, 0, "mean")
+    yield "merge_clusters", clusters
     yield "bipartite_merge", bipartite
     yield "max_min_keep", lambda: Case("max_min_keep", "64", tokens, (feature(), *scope))
     yield "max_sum_keep", lambda: Case("max_sum_keep", "64", tokens, (feature(), score, *scope))

@@ -189,6 +189,26 @@ def density_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield "strided", (*(strided(a) for a in (metric, score, segment, counts)), 700, 0, 0.5)
 
 
+def merge_clusters(sizes: tuple[int, ...]) -> Iterator[Case]:
+    def given(feature: torch.Tensor, scope: tuple[torch.Tensor, torch.Tensor], permille: int, per: int) -> Any:
+        visual, number = feature.shape[1], scope[1].shape[1]
+        chosen = torch.where(scope[0][:, ::9] < 0, -1, torch.arange(0, visual, 9)).sort().values
+        room = visual * permille // 1000 + number
+        plain = (feature, torch.rand(2, visual) + 0.5, *scope, chosen, torch.randn(2, visual))
+        return (*plain, permille, per, room, room // per + number)
+
+    for visual in sizes:
+        several = scopes(2, visual, 2, seed=visual)
+        yield f"V{visual}", given(features(visual), several, 700, 10)
+        yield f"V{visual}-copies", given(_directions(visual), several, 500, 4)
+        yield f"V{visual}-far-off", given(torch.randn(2, visual, 5) + 30.0, one_scope(2, visual), 900, 7)
+    yield "two-tiles", given(torch.randn(2, 90, 5), one_scope(2, 90), 1000, 6)
+    yield "mutual-neighbours", given(torch.randn(2, 40, 5), one_scope(2, 40), 1000, 40)
+    yield "all-pads", given(torch.randn(2, 21, 5), pads_alone(2, 21), 500, 5)
+    moved = given(torch.randn(2, 40, 5), scopes(2, 40, 2, seed=1), 600, 5)
+    yield "strided", tuple(strided(a) if torch.is_tensor(a) else a for a in moved)
+
+
 def medoids_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
     for name, arguments in _greedy(lambda visual: (_directions(visual),), sizes):
         yield name, (*arguments, 100)
@@ -237,6 +257,11 @@ def refused(name: str) -> Iterator[Case]:
         yield "many", (torch.arange(4500)[None], torch.arange(4500, 9000)[None])
     if name == "merge_nearest":
         yield "float64", (double, double, double[..., 0], *scope, rows, double[..., 0], "kept", 0, 0, "mean")
+    if name == "merge_clusters":
+        none, pool = torch.zeros(1, 0, dtype=torch.int64), (300, 10, 1, 1)
+        yield "float64", (double, double[..., 0], *scope, none, double[..., 0], *pool)
+        pool = (1000, 20000, 16386, 1)
+        yield "many", (torch.randn(1, 3, 2), torch.ones(1, 3), *scope, none, torch.randn(1, 3), *pool)
     if name == "bipartite_merge":
         yield "float64", (double, double, double[..., 0], *scope, 500, 0, 2, "mean", False)
         long = torch.randn(1, 4097, 2)
@@ -272,6 +297,7 @@ EXTRA: dict[str, Callable[..., Iterator[Case]]] = {
         max_min_keep,
         max_sum_keep,
         medoids_keep,
+        merge_clusters,
         merge_nearest,
         top_keep,
     )
