@@ -58,6 +58,7 @@ CANDIDATES: dict[str, tuple[str, str, dict[str, tuple[int, ...]]]] = {
         {"block_a": (32, 64, 128), "block_c": (32, 64, 128), "block_d": (32, 64, 128), "warps": (4, 8)},
     ),
     "merge_clusters": ("merge_clusters", "30%", {"numbers": (1024, 4096, 16384), "warps": (2, 4, 8, 16)}),
+    "segment_pool": ("segment_pool", "64", {"block_v": (32, 64, 128), "block_d": (32, 64, 128), "warps": (4, 8)}),
     "density_keep.centres": ("density_keep", "55%", {"warps": (4, 8, 16)}),
     "apart": ("medoids_keep", "64", {"block": (32, 64, 128), "block_d": (16, 32, 64), "warps": (4, 8)}),
     "medoids_keep": ("medoids_keep", "64", {"block_v": (4, 16, 32), "block_k": (64, 128, 256), "warps": (4, 8)}),
@@ -119,6 +120,10 @@ def cases(tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
         pool = (300, 10, tokens * 300 // 1000 + 1, tokens * 300 // 10000 + 1)
         return Case("merge_clusters", "30%", tokens, (feature(), size, segment, counts, chosen, score, *pool))
 
+    def pool() -> Case:
+        logits = torch.randn(1, 1, tokens, kept, device=DEVICE)
+        return Case("segment_pool", "64", tokens, (logits, feature(), segment, counts, chosen))
+
     def coverage() -> Case:
         words, valid = torch.randn(1, text, width, **half), torch.ones(1, text, dtype=torch.bool, device=DEVICE)
         settings = (0.02, 0.2, 0.5, 0, kept, kept)
@@ -138,6 +143,7 @@ def cases(tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
     yield "merge_nearest", lambda: merge("kept", "kept", 0, 0, "mean")
     yield "merge_clusters", clusters
     yield "bipartite_merge", bipartite
+    yield "segment_pool", pool
     yield "max_min_keep", lambda: Case("max_min_keep", "64", tokens, (feature(), *scope))
     yield "max_sum_keep", lambda: Case("max_sum_keep", "64", tokens, (feature(), score, *scope))
     yield "log_det_keep", lambda: Case("log_det_keep", "64", tokens, (feature(), score.abs(), *scope))

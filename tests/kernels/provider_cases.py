@@ -230,6 +230,23 @@ def medoids_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield "none-stay", (torch.randn(2, 21, 3), *one_scope(2, 21), 1, 0, 0, 100)
 
 
+def segment_pool(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for visual in sizes:
+        for name, heads, (segment, counts) in (
+            ("several", 2, scopes(2, visual, 3, seed=visual)),
+            ("one-scope", 1, one_scope(2, visual)),
+        ):
+            chosen = torch.where(segment[:, ::3] < 0, -1, torch.arange(0, visual, 3)).sort().values
+            logits = 4.0 * torch.randn(2, heads, visual, 5)
+            yield f"V{visual}-{name}", (logits, torch.randn(2, visual, 70 * heads), segment, counts, chosen)
+    logits, value, scope = torch.randn(2, 2, 21, 3), torch.randn(2, 21, 8), scopes(2, 21, 2, seed=2)
+    logits[:, :, ::2] = torch.finfo(torch.float32).min
+    chosen = torch.where(scope[0][:, ::4] < 0, -1, torch.arange(0, 21, 4))  # pads between tokens
+    yield "lowest-logits", (logits, value, *scope, chosen)
+    yield "all-pads", (logits, value, *pads_alone(2, 21), torch.full((2, 3), -1))
+    yield "strided", tuple(strided(a) for a in (torch.randn(2, 2, 21, 3), value, *scope, chosen))
+
+
 def sized(cases: Iterable[Case]) -> Iterator[Case]:
     """Those of the cases whose names start with a size."""
     return (case for case in cases if re.match(r"[VNS]\d", case[0]))
@@ -262,6 +279,8 @@ def refused(name: str) -> Iterator[Case]:
         yield "float64", (double, double[..., 0], *scope, none, double[..., 0], *pool)
         pool = (1000, 20000, 16386, 1)
         yield "many", (torch.randn(1, 3, 2), torch.ones(1, 3), *scope, none, torch.randn(1, 3), *pool)
+    if name == "segment_pool":
+        yield "float64", (double[:, None], double, *scope, rows)
     if name == "bipartite_merge":
         yield "float64", (double, double, double[..., 0], *scope, 500, 0, 2, "mean", False)
         long = torch.randn(1, 4097, 2)
@@ -299,6 +318,7 @@ EXTRA: dict[str, Callable[..., Iterator[Case]]] = {
         medoids_keep,
         merge_clusters,
         merge_nearest,
+        segment_pool,
         top_keep,
     )
 }
