@@ -247,49 +247,79 @@ def segment_pool(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield "strided", tuple(strided(a) for a in (torch.randn(2, 2, 21, 3), value, *scope, chosen))
 
 
+def _frames(visual: int, length: int) -> tuple[torch.Tensor, ...]:
+    """(segment, counts, frame, place) of two videos a sample and the pads in front of them; frames have a length."""
+    index = torch.stack([torch.arange(visual), torch.arange(visual) - visual // 4])  # the second starts behind pads
+    segment = torch.where(index < 0, -1, (index >= visual // 2).long())
+    place = torch.where(index < visual // 2, index, index - visual // 2)
+    frame = place // length + torch.where(segment == 1, (visual // 2 + length - 1) // length, 0)
+    counts = torch.stack([(segment == n).sum(1) for n in range(2)], 1)
+    return segment, counts, torch.where(index < 0, -1, frame), torch.where(index < 0, -1, place % length)
+
+
+def change_score(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for visual in sizes:
+        for window in (0, 4):
+            yield f"V{visual}-window{window}", (torch.randn(2, visual, 300), *_frames(visual, 7), window)
+    yield "longer-than-a-tile", (torch.randn(2, 40, 6), *_frames(40, 5), 3)
+    still = torch.randn(2, 1, 6).repeat(1, 40, 1).index_fill(1, torch.tensor([6, 30]), 0.0)
+    yield "still", (still.index_fill(1, torch.tensor([13, 22]), float("inf")), *_frames(40, 5), 0)
+    pads = torch.full((2, 21), -1)
+    yield "all-pads", (torch.randn(2, 21, 6), *pads_alone(2, 21), pads, pads, 4)
+    yield "strided", (*(strided(a) for a in (torch.randn(2, 40, 6), *_frames(40, 5))), 4)
+
+
 def sized(cases: Iterable[Case]) -> Iterator[Case]:
     """Those of the cases whose names start with a size."""
     return (case for case in cases if re.match(r"[VNS]\d", case[0]))
 
 
+def _of_another_dtype(name: str) -> Iterator[Case]:
+    """Arguments in float64."""
+    double, scope = torch.randn(1, 3, 4, dtype=torch.float64), one_scope(1, 3)
+    number, places, rows = double[..., 0], torch.arange(3)[None], torch.tensor([[2]])
+    none = torch.zeros(1, 0, dtype=torch.int64)
+    query, key = torch.randn(1, 2, 3, 8, dtype=torch.float64), torch.randn(1, 1, 3, 8, dtype=torch.float64)
+    made: dict[str, tuple[Any, ...]] = {
+        "attend": (query[:, :, :1], key, key, places[:, :1], places, None, 1.0),
+        "attention_score": (query, key, None, rows, places[:, :, None], 1.0, "mean"),
+        "bipartite_merge": (double, double, number, *scope, 500, 0, 2, "mean", False),
+        "change_score": (double, *scope, places, torch.zeros_like(places), 0),
+        "density_keep": (double, number, *scope, 500, 0, 0.5),
+        "merge_clusters": (double, number, *scope, none, number, 300, 10, 1, 1),
+        "merge_nearest": (double, double, number, *scope, rows, number, "kept", 0, 0, "mean"),
+        "segment_pool": (double[:, None], double, *scope, rows),
+        "top_keep": (number, *scope, 500, 0, 1),
+    }
+    if name in made:
+        yield "float64", made[name]
+
+
 def refused(name: str) -> Iterator[Case]:
     """Arguments that the op takes and its provider does not."""
+    yield from _of_another_dtype(name)
     column = torch.arange(3)[None, :, None]
     query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 3, 8)
-    rows, scope = torch.tensor([[2]]), one_scope(1, 3)
+    rows, scope, many = torch.tensor([[2]]), one_scope(1, 3), one_scope(1, 8193)
     places = torch.arange(3)[None]
-    double = torch.randn(1, 3, 4, dtype=torch.float64)
     if name == "attend":
         yield "many-queries", (query, key, key, places, places, torch.tensor([0, 0, 3], dtype=torch.int32), 1.0)
-        yield "float64", (query[:, :, :1].double(), key.double(), key.double(), places[:, :1], places, None, 1.0)
         wide = (torch.randn(1, 1, 1, 300), torch.randn(1, 1, 3, 300), torch.randn(1, 1, 3, 8))
         yield "wide", (*wide, places[:, :1], places, None, 1.0)
-    if name == "top_keep":
-        yield "float64", (torch.randn(1, 3, dtype=torch.float64), *scope, 500, 0, 1)
     if name == "attention_score":
-        yield "float64", (query.double(), key.double(), None, rows, column, 1.0, "mean")
         yield "wide", (torch.randn(1, 1, 3, 300), torch.randn(1, 1, 3, 300), None, rows, column, 1.0, "mean")
         yield "many-keys", (query, key, None, rows, torch.zeros(1, 2, 65, dtype=torch.int64), 1.0, "mean")
     if name == "compact":
         yield "many", (torch.arange(4500)[None], torch.arange(4500, 9000)[None])
-    if name == "merge_nearest":
-        yield "float64", (double, double, double[..., 0], *scope, rows, double[..., 0], "kept", 0, 0, "mean")
     if name == "merge_clusters":
-        none, pool = torch.zeros(1, 0, dtype=torch.int64), (300, 10, 1, 1)
-        yield "float64", (double, double[..., 0], *scope, none, double[..., 0], *pool)
-        pool = (1000, 20000, 16386, 1)
+        none, pool = torch.zeros(1, 0, dtype=torch.int64), (1000, 20000, 16386, 1)
         yield "many", (torch.randn(1, 3, 2), torch.ones(1, 3), *scope, none, torch.randn(1, 3), *pool)
-    if name == "segment_pool":
-        yield "float64", (double[:, None], double, *scope, rows)
     if name == "bipartite_merge":
-        yield "float64", (double, double, double[..., 0], *scope, 500, 0, 2, "mean", False)
         long = torch.randn(1, 4097, 2)
         yield "many", (long, long, long[..., 0].abs(), *one_scope(1, 4097), 500, 0, 2049, "mean", False)
     if name == "density_keep":
-        yield "float64", (double, double[..., 0], *scope, 500, 0, 0.5)
         yield "many", (torch.randn(1, 16385, 1), torch.rand(1, 16385), *one_scope(1, 16385), 1000, 0, 0.5)
         yield "many-samples", (torch.zeros(33, 16384, 1), torch.zeros(33, 16384), *one_scope(33, 16384), 1000, 0, 0.5)
-    many = one_scope(1, 8193)
     if name == "max_min_keep":
         yield "many", (torch.randn(1, 8193, 2), *many, 0, 1, 1)
         yield "many-samples", (torch.randn(5, 8000, 1), *one_scope(5, 8000), 0, 1, 1)
@@ -309,6 +339,7 @@ EXTRA: dict[str, Callable[..., Iterator[Case]]] = {
         attend,
         attention_score,
         bipartite_merge,
+        change_score,
         compact,
         coverage_keep,
         density_keep,
