@@ -60,6 +60,7 @@ CANDIDATES: dict[str, tuple[str, str, dict[str, tuple[int, ...]]]] = {
     "merge_clusters": ("merge_clusters", "30%", {"numbers": (1024, 4096, 16384), "warps": (2, 4, 8, 16)}),
     "segment_pool": ("segment_pool", "64", {"block_v": (32, 64, 128), "block_d": (32, 64, 128), "warps": (4, 8)}),
     "change_score": ("change_score", "frames", {"block_v": (4, 8, 16), "block_d": (128, 256, 512), "warps": (2, 4, 8)}),
+    "threshold_keep": ("threshold_keep", "half", {"block": (1024, 4096, 8192), "warps": (4, 8, 16)}),
     "density_keep.centres": ("density_keep", "55%", {"warps": (4, 8, 16)}),
     "apart": ("medoids_keep", "64", {"block": (32, 64, 128), "block_d": (16, 32, 64), "warps": (4, 8)}),
     "medoids_keep": ("medoids_keep", "64", {"block_v": (4, 16, 32), "block_k": (64, 128, 256), "warps": (4, 8)}),
@@ -141,6 +142,7 @@ def cases(tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
     frames = (place[None] // 144, place[None] % 144)
     yield "change_score", lambda: Case("change_score", "frames", tokens, (feature(), segment, counts, *frames, 0))
     yield "top_keep", lambda: Case("top_keep", "25%", tokens, (score, segment, counts, 250, 0, tokens // 4))
+    yield "threshold_keep", lambda: Case("threshold_keep", "half", tokens, (score, segment, counts, 0.0, False))
     yield "compact", lambda: Case("compact", "all", tokens, (place[None, :text], place[None, text:]))
     yield "merge_nearest", lambda: merge("stride", "stride", 10, 10, "target_mean")
     yield "merge_nearest", lambda: merge("kept", "kept", 0, 0, "mean")

@@ -269,6 +269,24 @@ def change_score(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield "strided", (*(strided(a) for a in (torch.randn(2, 40, 6), *_frames(40, 5))), 4)
 
 
+def threshold_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for visual in sizes:
+        several, levels = scopes(2, visual, 3, seed=visual), torch.randint(-4, 5, (2, visual)) / 4.0
+        levels[torch.rand(2, visual) < 0.1] = float("nan")
+        yield f"V{visual}-above", (levels, *several, 0.25, False)
+        yield f"V{visual}-share", (levels, *several, 0.5, True)
+        yield f"V{visual}-below-zero", (levels - 3.0, *several, 0.5, True)
+        yield f"V{visual}-one-scope", (torch.randn(2, visual), *one_scope(2, visual), 0.3, True)
+    score, endless = torch.randn(2, 21), torch.full((2, 21), float("-inf"))
+    yield "none-passes", (score, *one_scope(2, 21), 9.0, False)
+    yield "no-number", (score * float("nan"), *one_scope(2, 21), 0.5, True)
+    yield "lowest-scores", (endless, *one_scope(2, 21), 0.5, True)
+    yield "highest-scores", (torch.where(score > 0, -endless, score), *one_scope(2, 21), 0.5, True)
+    yield "all-pads", (score, *pads_alone(2, 21), -9.0, False)
+    yield "no-visual-token", (score[:, :0], *one_scope(2, 0), 0.5, True)
+    yield "strided", (*(strided(a) for a in (score, *scopes(2, 21, 2, seed=5))), 0.5, True)
+
+
 def sized(cases: Iterable[Case]) -> Iterator[Case]:
     """Those of the cases whose names start with a size."""
     return (case for case in cases if re.match(r"[VNS]\d", case[0]))
@@ -289,6 +307,7 @@ def _of_another_dtype(name: str) -> Iterator[Case]:
         "merge_clusters": (double, number, *scope, none, number, 300, 10, 1, 1),
         "merge_nearest": (double, double, number, *scope, rows, number, "kept", 0, 0, "mean"),
         "segment_pool": (double[:, None], double, *scope, rows),
+        "threshold_keep": (number, *scope, 0.5, False),
         "top_keep": (number, *scope, 500, 0, 1),
     }
     if name in made:
@@ -350,6 +369,7 @@ EXTRA: dict[str, Callable[..., Iterator[Case]]] = {
         merge_clusters,
         merge_nearest,
         segment_pool,
+        threshold_keep,
         top_keep,
     )
 }
