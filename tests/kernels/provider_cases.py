@@ -287,6 +287,21 @@ def threshold_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield "strided", (*(strided(a) for a in (score, *scopes(2, 21, 2, seed=5))), 0.5, True)
 
 
+def window_merge(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for visual in sizes:
+        feature, several = features(visual) + 0.5, scopes(2, visual, 2, seed=visual)
+        yield f"V{visual}-side2", (feature, torch.rand(2, visual) + 0.5, *several, 5, 2, 0.2)
+        yield f"V{visual}-side3", (feature, torch.rand(2, visual) + 0.5, *one_scope(2, visual), 7, 3, 0.1)
+    plain = (torch.randn(2, 42, 5), torch.rand(2, 42) + 0.5)
+    yield "side1", (*plain, *one_scope(2, 42), 6, 1, -0.1)
+    yield "side5", (*plain, *one_scope(2, 42), 6, 5, -1.0)
+    yield "longer-rows-than-tokens", (*plain, *one_scope(2, 42), 50, 2, -1.0)
+    yield "all-pads", (*plain, *pads_alone(2, 42), 6, 2, -1.0)
+    endless = plain[0].index_fill(1, torch.tensor([3, 20]), float("nan"))
+    yield "not-finite", (endless, plain[1], *one_scope(2, 42), 6, 2, 0.0)
+    yield "strided", (*(strided(a) for a in (*plain, *scopes(2, 42, 2, seed=6))), 5, 2, 0.0)
+
+
 def sized(cases: Iterable[Case]) -> Iterator[Case]:
     """Those of the cases whose names start with a size."""
     return (case for case in cases if re.match(r"[VNS]\d", case[0]))
@@ -309,6 +324,7 @@ def _of_another_dtype(name: str) -> Iterator[Case]:
         "segment_pool": (double[:, None], double, *scope, rows),
         "threshold_keep": (number, *scope, 0.5, False),
         "top_keep": (number, *scope, 500, 0, 1),
+        "window_merge": (double, number, *scope, 1, 2, 0.0),
     }
     if name in made:
         yield "float64", made[name]
@@ -371,5 +387,6 @@ EXTRA: dict[str, Callable[..., Iterator[Case]]] = {
         segment_pool,
         threshold_keep,
         top_keep,
+        window_merge,
     )
 }
