@@ -61,6 +61,11 @@ CANDIDATES: dict[str, tuple[str, str, dict[str, tuple[int, ...]]]] = {
         "55%",
         {"block_a": (32, 64, 128), "block_c": (32, 64, 128), "block_d": (32, 64, 128), "warps": (4, 8)},
     ),
+    "merge_clusters": ("merge_clusters", "30%", {"numbers": (1024, 4096, 16384), "warps": (2, 4, 8, 16)}),
+    "segment_pool": ("segment_pool", "64", {"block_v": (32, 64, 128), "block_d": (32, 64, 128), "warps": (4, 8)}),
+    "change_score": ("change_score", "frames", {"block_v": (4, 8, 16), "block_d": (128, 256, 512), "warps": (2, 4, 8)}),
+    "threshold_keep": ("threshold_keep", "half", {"block": (1024, 4096, 8192), "warps": (4, 8, 16)}),
+    "window_merge": ("window_merge", "3 x 3", {"block_d": (128, 256, 512, 1024), "warps": (2, 4, 8)}),
     "density_keep.centres": ("density_keep", "55%", {"warps": (4, 8, 16)}),
     "apart": ("medoids_keep", "64", {"block": (32, 64, 128), "block_d": (16, 32, 64), "warps": (4, 8)}),
     "medoids_keep": ("medoids_keep", "64", {"block_v": (4, 16, 32), "block_k": (64, 128, 256), "warps": (4, 8)}),
@@ -85,91 +90,126 @@ class Case:
         return sum(value.numel() * value.element_size() for value in tensors) - self.unread
 
 
-TEXT, WIDTH, KEPT = 64, 3584, 64  # of a decoder of 7 billion parameters
-HALF: dict[str, Any] = {"dtype": torch.bfloat16, "device": DEVICE}
+class Tokens:
+    """What the cases at one number of visual tokens share, in the widths of a decoder of 7 billion parameters."""
+
+    text, width, kept = 64, 3584, 64
+
+    def __init__(self, number: int):
+        self.number = number
+        self.segment = torch.zeros(1, number, dtype=torch.int64, device=DEVICE)
+        self.counts = torch.tensor([[number]], device=DEVICE)
+        self.score = torch.randn(1, number, device=DEVICE)
+        self.place = torch.arange(number, device=DEVICE)
+        self.size = torch.ones(1, number, device=DEVICE)
+        self.chosen = self.place[None, :: number // self.kept][:, : self.kept]
+        self.scope = (self.segment, self.counts)
+        self.budget = (*self.scope, 0, self.kept, self.kept)
+
+    def draw(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.bfloat16, device=DEVICE)
+
+    def feature(self) -> torch.Tensor:
+        return self.draw(1, self.number, self.width)
+
+    def case(self, op: str, name: str, *arguments: Any, unread: int = 0) -> Case:
+        return Case(op, name, self.number, arguments, unread)
 
 
-def cases(tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
+Made = Iterator[tuple[str, Callable[[], Case]]]
+
+
+def cases(tokens: int) -> Made:
     """Op and maker of each case at one number of visual tokens."""
-    yield from chunk_cases(tokens)
-    yield from token_cases(tokens)
+    at = Tokens(tokens)
+    yield from scores(at)
+    yield from selections(at)
+    yield from merges(at)
 
 
-def chunk_cases(tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
-    """What takes the chunk with its text: attention, and what crosses a cut."""
-    place = torch.arange(tokens, device=DEVICE)
-
+def scores(at: Tokens) -> Made:
     def attention(rows: int) -> Case:
-        length = tokens + TEXT
-        query = torch.randn(1, length, 32, 128, **HALF).transpose(1, 2)
-        key = torch.randn(1, length, 8, 128, **HALF).transpose(1, 2)
+        length = at.number + at.text
+        query, key = at.draw(1, length, 32, 128).transpose(1, 2), at.draw(1, length, 8, 128).transpose(1, 2)
         mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril()[None, None] if rows < length else None
         which = torch.arange(length - rows, length, device=DEVICE)[None]
         unread = (length - rows) * 32 * 128 * 2 + (0 if mask is None else (length - rows) * length)
-        given = (query, key, mask, which, place[None, :, None], 128**-0.5, "mean")
-        return Case("attention_score", {1: "last", TEXT: "text"}.get(rows, "all"), tokens, given, unread)
+        given = (query, key, mask, which, at.place[None, :, None], 128**-0.5, "mean")
+        return at.case("attention_score", {1: "last", at.text: "text"}.get(rows, "all"), *given, unread=unread)
 
     def one_query() -> Case:
-        length = tokens + TEXT
-        query, key, value = (torch.randn(1, n, rows, 128, **HALF) for n, rows in ((32, 1), (8, length), (8, length)))
+        length = at.number + at.text
+        query, key, value = (at.draw(1, n, rows, 128) for n, rows in ((32, 1), (8, length), (8, length)))
         places = torch.arange(length, device=DEVICE)[None]
-        return Case("attend", "one query", tokens, (query, key, value, places[:, -1:], places, None, 128**-0.5))
+        return at.case("attend", "one query", query, key, value, places[:, -1:], places, None, 128**-0.5)
 
-    def shorten() -> Case:
-        slots, counts = torch.arange(tokens + TEXT, device=DEVICE)[None], torch.tensor([[tokens]], device=DEVICE)
-        residual, every = torch.randn(1, tokens + TEXT, WIDTH, **HALF), place[None, ::4].contiguous()
-        unread = 2 * WIDTH * (tokens - every.shape[1])
-        chunk = (slots, slots, slots[:, :TEXT], slots[:, TEXT:].contiguous(), place[None] * 0, counts, place[None])
-        return Case("shorten", "25%", tokens, (every, residual, None, *chunk), unread)
-
+    frames = (at.place[None] // 144, at.place[None] % 144)
     yield "attend", one_query
     yield "attention_score", lambda: attention(1)
-    yield "attention_score", lambda: attention(TEXT)
-    yield "attention_score", lambda: attention(tokens + TEXT)
-    yield "shorten", shorten
+    yield "attention_score", lambda: attention(at.text)
+    yield "attention_score", lambda: attention(at.number + at.text)
+    yield "change_score", lambda: at.case("change_score", "frames", at.feature(), *at.scope, *frames, 0)
 
 
-def token_cases(tokens: int) -> Iterator[tuple[str, Callable[[], Case]]]:
-    """What takes visual tokens alone."""
-    segment = torch.zeros(1, tokens, dtype=torch.int64, device=DEVICE)
-    counts = torch.tensor([[tokens]], device=DEVICE)
-    score = torch.randn(1, tokens, device=DEVICE)
-    place = torch.arange(tokens, device=DEVICE)
-    size, chosen = torch.ones(1, tokens, device=DEVICE), place[None, :: tokens // KEPT][:, :KEPT]
-
-    scope = (segment, counts, 0, KEPT, KEPT)
-
-    def feature() -> torch.Tensor:
-        return torch.randn(1, tokens, WIDTH, **HALF)
-
-    def merge(name: str, *how: Any) -> Case:
-        values = feature()
-        return Case("merge_nearest", name, tokens, (values, values, size, segment, counts, chosen, score, *how))
-
-    def bipartite() -> Case:
-        budget = (0, tokens // 4, tokens - tokens // 4, "size_weighted", True)
-        return Case("bipartite_merge", "25%", tokens, (feature(), feature(), size, segment, counts, *budget))
-
+def selections(at: Tokens) -> Made:
     def coverage() -> Case:
-        words, valid = torch.randn(1, TEXT, WIDTH, **HALF), torch.ones(1, TEXT, dtype=torch.bool, device=DEVICE)
-        settings = (0.02, 0.2, 0.5, 0, KEPT, KEPT)
-        return Case("coverage_keep", "64", tokens, (feature(), words, valid, segment, counts, *settings))
+        words = at.draw(1, at.text, at.width)
+        valid = torch.ones(1, at.text, dtype=torch.bool, device=DEVICE)
+        settings = (0.02, 0.2, 0.5, 0, at.kept, at.kept)
+        return at.case("coverage_keep", "64", at.feature(), words, valid, *at.scope, *settings)
 
     def density() -> Case:
         # The keys of 8 heads around as many directions as tokens are kept elsewhere.
-        near = torch.randn(1, KEPT, 1024, **HALF)[:, place % KEPT] + 0.3 * torch.randn(1, tokens, 1024, **HALF)
-        return Case("density_keep", "55%", tokens, (near, score, segment, counts, 550, 0, 0.21))
+        near = at.draw(1, at.kept, 1024)[:, at.place % at.kept] + 0.3 * at.draw(1, at.number, 1024)
+        return at.case("density_keep", "55%", near, at.score, *at.scope, 550, 0, 0.21)
 
-    yield "top_keep", lambda: Case("top_keep", "25%", tokens, (score, segment, counts, 250, 0, tokens // 4))
-    yield "merge_nearest", lambda: merge("stride", "stride", 10, 10, "target_mean")
-    yield "merge_nearest", lambda: merge("kept", "kept", 0, 0, "mean")
-    yield "bipartite_merge", bipartite
-    yield "max_min_keep", lambda: Case("max_min_keep", "64", tokens, (feature(), *scope))
-    yield "max_sum_keep", lambda: Case("max_sum_keep", "64", tokens, (feature(), score, *scope))
-    yield "log_det_keep", lambda: Case("log_det_keep", "64", tokens, (feature(), score.abs(), *scope))
-    yield "medoids_keep", lambda: Case("medoids_keep", "64", tokens, (feature(), *scope, 100))
+    def shorten() -> Case:
+        slots = torch.arange(at.number + at.text, device=DEVICE)[None]
+        residual, every = at.draw(1, at.number + at.text, at.width), at.place[None, ::4].contiguous()
+        chunk = (slots, slots, slots[:, : at.text], slots[:, at.text :].contiguous(), *at.scope, at.place[None])
+        unread = 2 * at.width * (at.number - every.shape[1])
+        return at.case("shorten", "25%", every, residual, None, *chunk, unread=unread)
+
+    yield "top_keep", lambda: at.case("top_keep", "25%", at.score, *at.scope, 250, 0, at.number // 4)
+    yield "threshold_keep", lambda: at.case("threshold_keep", "half", at.score, *at.scope, 0.0, False)
+    yield "shorten", shorten
+    yield "max_min_keep", lambda: at.case("max_min_keep", "64", at.feature(), *at.budget)
+    yield "max_sum_keep", lambda: at.case("max_sum_keep", "64", at.feature(), at.score, *at.budget)
+    yield "log_det_keep", lambda: at.case("log_det_keep", "64", at.feature(), at.score.abs(), *at.budget)
+    yield "medoids_keep", lambda: at.case("medoids_keep", "64", at.feature(), *at.budget, 100)
     yield "coverage_keep", coverage
     yield "density_keep", density
+
+
+def merges(at: Tokens) -> Made:
+    def nearest(name: str, *how: Any) -> Case:
+        values = at.feature()
+        return at.case("merge_nearest", name, values, values, at.size, *at.scope, at.chosen, at.score, *how)
+
+    def bipartite() -> Case:
+        budget = (0, at.number // 4, at.number - at.number // 4, "size_weighted", True)
+        return at.case("bipartite_merge", "25%", at.feature(), at.feature(), at.size, *at.scope, *budget)
+
+    def clusters() -> Case:
+        pool = (300, 10, at.number * 300 // 1000 + 1, at.number * 300 // 10000 + 1)
+        return at.case("merge_clusters", "30%", at.feature(), at.size, *at.scope, at.chosen, at.score, *pool)
+
+    def pool() -> Case:
+        logits = torch.randn(1, 1, at.number, at.kept, device=DEVICE)
+        return at.case("segment_pool", "64", logits, at.feature(), *at.scope, at.chosen)
+
+    def windows() -> Case:
+        # Rows of windows that are copies and rows of windows that are not, in turn.
+        feature = at.feature()
+        alike = torch.where((at.place // 72 % 2 == 0)[:, None], feature[:, :1], feature)
+        return at.case("window_merge", "3 x 3", alike, at.size, *at.scope, 24, 3, 0.5)
+
+    yield "merge_nearest", lambda: nearest("stride", "stride", 10, 10, "target_mean")
+    yield "merge_nearest", lambda: nearest("kept", "kept", 0, 0, "mean")
+    yield "bipartite_merge", bipartite
+    yield "merge_clusters", clusters
+    yield "segment_pool", pool
+    yield "window_merge", windows
 
 
 def made(options: argparse.Namespace) -> Iterator[Case]:

@@ -52,6 +52,22 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     yield "V581", (*many, 24, 3, 0.0)
 
 
+def grid_windows(
+    segment: torch.Tensor, counts: torch.Tensor, columns: int, side: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([B, V] int64 one more than the spot of the first token of each token's window, 0 in none; [B, V] is it middle).
+
+    Spots are those of `tvc.kernels.segments.starts`.
+    """
+    place = ranks(segment, counts)
+    row, column = place // columns, place % columns
+    rows = per_token(counts, segment) // columns // side * side
+    inside = (segment >= 0) & (row < rows) & (column < columns // side * side)
+    corner = starts(segment, counts) + (row - row % side) * columns + column - column % side
+    middle = (row % side) * side + column % side == side * side // 2
+    return torch.where(inside, corner + 1, 0), middle
+
+
 @op(_cases)
 def window_merge(
     feature: torch.Tensor,
@@ -64,13 +80,9 @@ def window_merge(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(index, feature, size) of the windows that merged and of the tokens that did not."""
     number, width = side * side, feature.shape[2]
-    valid, place = segment >= 0, ranks(segment, counts)
-    row, column = place // columns, place % columns
-    rows = per_token(counts, segment) // columns // side * side
-    inside = valid & (row < rows) & (column < columns // side * side)
-    # A window is known by the spot of its first token; row 0 of a table takes what is in none.
-    corner = starts(segment, counts) + (row - row % side) * columns + column - column % side
-    window = torch.where(inside, corner + 1, 0)
+    valid = segment >= 0
+    # Row 0 of a table takes what is in no window.
+    window, middle = grid_windows(segment, counts, columns, side)
 
     def gathered(values: torch.Tensor) -> torch.Tensor:
         """[B, V, ...]: sums of `values [B, V, ...]` over the window of each token."""
@@ -83,12 +95,11 @@ def window_merge(
     total = gathered(unit)
     pairs = (total * total) @ ones - gathered((unit * unit) @ ones)
     alike = (pairs / max(1, number * (number - 1))).squeeze(2)
-    joins = inside & (alike >= above)
+    joins = (window > 0) & (alike >= above)
 
     wide, weight = feature.float(), size.float()[:, :, None]
     sizes = gathered(weight)
     mean = gathered(torch.where(valid[:, :, None], wide * weight, 0.0)) / sizes.clamp(min=1e-12)
-    middle = (row % side) * side + column % side == number // 2
     index = pack(valid & (~joins | middle), largest(valid & (~joins | middle)))
     merged = torch.where(joins[:, :, None], mean, wide).to(feature.dtype)
     sizes = torch.where(joins[:, :, None], sizes, weight).to(size.dtype)

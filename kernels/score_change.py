@@ -63,6 +63,17 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     yield "no-direction", (torch.zeros(3, 12, 6), *videos, 0)
 
 
+def earlier(
+    segment: torch.Tensor, counts: torch.Tensor, frame: torch.Tensor, place: torch.Tensor, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([B, V] int64 the token that each one is compared with, 0 without one; [B, V] bool whether there is one)."""
+    other = frame - 1
+    if window > 0:
+        number = (frame - extent(frame, segment, counts)[0]).clamp(min=0) % window
+        other = torch.where(number == 0, -1, frame - 2 + number % 2)
+    return same_place(frame, place, torch.where(frame < 0, -1, other), segment)
+
+
 @op(_cases)
 def change_score(
     feature: torch.Tensor,
@@ -73,11 +84,7 @@ def change_score(
     window: int,
 ) -> torch.Tensor:
     """[B, V] float32: 1 - cosine with the token at the same place of an earlier frame of the segment."""
-    other = frame - 1
-    if window > 0:
-        number = (frame - extent(frame, segment, counts)[0]).clamp(min=0) % window
-        other = torch.where(number == 0, -1, frame - 2 + number % 2)
-    index, there = same_place(frame, place, torch.where(frame < 0, -1, other), segment)
+    index, there = earlier(segment, counts, frame, place, window)
     unit = directions(feature)
     # A sum along D as a matrix product: with V = 0 ONNX Runtime leaves a reduced axis in place.
     ones = torch.ones(feature.shape[2], 1, device=feature.device)

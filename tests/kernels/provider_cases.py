@@ -226,6 +226,26 @@ def density_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield "strided", (*(strided(a) for a in (metric, score, segment, counts)), 700, 0, 0.5)
 
 
+def merge_clusters(sizes: tuple[int, ...]) -> Iterator[Case]:
+    def given(feature: torch.Tensor, scope: tuple[torch.Tensor, torch.Tensor], permille: int, per: int) -> Any:
+        visual, number = feature.shape[1], scope[1].shape[1]
+        chosen = torch.where(scope[0][:, ::9] < 0, -1, torch.arange(0, visual, 9)).sort().values
+        room = visual * permille // 1000 + number
+        plain = (feature, torch.rand(2, visual) + 0.5, *scope, chosen, torch.randn(2, visual))
+        return (*plain, permille, per, room, room // per + number)
+
+    for visual in sizes:
+        several = scopes(2, visual, 2, seed=visual)
+        yield f"V{visual}", given(features(visual), several, 700, 10)
+        yield f"V{visual}-copies", given(_directions(visual), several, 500, 4)
+        yield f"V{visual}-far-off", given(torch.randn(2, visual, 5) + 30.0, one_scope(2, visual), 900, 7)
+    yield "two-tiles", given(torch.randn(2, 90, 5), one_scope(2, 90), 1000, 6)
+    yield "mutual-neighbours", given(torch.randn(2, 40, 5), one_scope(2, 40), 1000, 40)
+    yield "all-pads", given(torch.randn(2, 21, 5), pads_alone(2, 21), 500, 5)
+    moved = given(torch.randn(2, 40, 5), scopes(2, 40, 2, seed=1), 600, 5)
+    yield "strided", tuple(strided(a) if torch.is_tensor(a) else a for a in moved)
+
+
 def medoids_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
     for name, arguments in _greedy(lambda visual: (_directions(visual),), sizes):
         yield name, (*arguments, 100)
@@ -247,45 +267,131 @@ def medoids_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield "none-stay", (torch.randn(2, 21, 3), *one_scope(2, 21), 1, 0, 0, 100)
 
 
+def segment_pool(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for visual in sizes:
+        for name, heads, (segment, counts) in (
+            ("several", 2, scopes(2, visual, 3, seed=visual)),
+            ("one-scope", 1, one_scope(2, visual)),
+        ):
+            chosen = torch.where(segment[:, ::3] < 0, -1, torch.arange(0, visual, 3)).sort().values
+            logits = 4.0 * torch.randn(2, heads, visual, 5)
+            yield f"V{visual}-{name}", (logits, torch.randn(2, visual, 70 * heads), segment, counts, chosen)
+    logits, value, scope = torch.randn(2, 2, 21, 3), torch.randn(2, 21, 8), scopes(2, 21, 2, seed=2)
+    logits[:, :, ::2] = torch.finfo(torch.float32).min
+    chosen = torch.where(scope[0][:, ::4] < 0, -1, torch.arange(0, 21, 4))  # pads between tokens
+    yield "lowest-logits", (logits, value, *scope, chosen)
+    yield "all-pads", (logits, value, *pads_alone(2, 21), torch.full((2, 3), -1))
+    yield "strided", tuple(strided(a) for a in (torch.randn(2, 2, 21, 3), value, *scope, chosen))
+
+
+def _frames(visual: int, length: int) -> tuple[torch.Tensor, ...]:
+    """(segment, counts, frame, place) of two videos a sample and the pads in front of them; frames have a length."""
+    index = torch.stack([torch.arange(visual), torch.arange(visual) - visual // 4])  # the second starts behind pads
+    segment = torch.where(index < 0, -1, (index >= visual // 2).long())
+    place = torch.where(index < visual // 2, index, index - visual // 2)
+    frame = place // length + torch.where(segment == 1, (visual // 2 + length - 1) // length, 0)
+    counts = torch.stack([(segment == n).sum(1) for n in range(2)], 1)
+    return segment, counts, torch.where(index < 0, -1, frame), torch.where(index < 0, -1, place % length)
+
+
+def change_score(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for visual in sizes:
+        for window in (0, 4):
+            yield f"V{visual}-window{window}", (torch.randn(2, visual, 300), *_frames(visual, 7), window)
+    yield "longer-than-a-tile", (torch.randn(2, 40, 6), *_frames(40, 5), 3)
+    still = torch.randn(2, 1, 6).repeat(1, 40, 1).index_fill(1, torch.tensor([6, 30]), 0.0)
+    yield "still", (still.index_fill(1, torch.tensor([13, 22]), float("inf")), *_frames(40, 5), 0)
+    pads = torch.full((2, 21), -1)
+    yield "all-pads", (torch.randn(2, 21, 6), *pads_alone(2, 21), pads, pads, 4)
+    yield "strided", (*(strided(a) for a in (torch.randn(2, 40, 6), *_frames(40, 5))), 4)
+
+
+def threshold_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for visual in sizes:
+        several, levels = scopes(2, visual, 3, seed=visual), torch.randint(-4, 5, (2, visual)) / 4.0
+        levels[torch.rand(2, visual) < 0.1] = float("nan")
+        yield f"V{visual}-above", (levels, *several, 0.25, False)
+        yield f"V{visual}-share", (levels, *several, 0.5, True)
+        yield f"V{visual}-below-zero", (levels - 3.0, *several, 0.5, True)
+        yield f"V{visual}-one-scope", (torch.randn(2, visual), *one_scope(2, visual), 0.3, True)
+    score, endless = torch.randn(2, 21), torch.full((2, 21), float("-inf"))
+    yield "none-passes", (score, *one_scope(2, 21), 9.0, False)
+    yield "no-number", (score * float("nan"), *one_scope(2, 21), 0.5, True)
+    yield "lowest-scores", (endless, *one_scope(2, 21), 0.5, True)
+    yield "highest-scores", (torch.where(score > 0, -endless, score), *one_scope(2, 21), 0.5, True)
+    yield "all-pads", (score, *pads_alone(2, 21), -9.0, False)
+    yield "no-visual-token", (score[:, :0], *one_scope(2, 0), 0.5, True)
+    yield "strided", (*(strided(a) for a in (score, *scopes(2, 21, 2, seed=5))), 0.5, True)
+
+
+def window_merge(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for visual in sizes:
+        feature, several = features(visual) + 0.5, scopes(2, visual, 2, seed=visual)
+        yield f"V{visual}-side2", (feature, torch.rand(2, visual) + 0.5, *several, 5, 2, 0.2)
+        yield f"V{visual}-side3", (feature, torch.rand(2, visual) + 0.5, *one_scope(2, visual), 7, 3, 0.1)
+    plain = (torch.randn(2, 42, 5), torch.rand(2, 42) + 0.5)
+    yield "side1", (*plain, *one_scope(2, 42), 6, 1, -0.1)
+    yield "side5", (*plain, *one_scope(2, 42), 6, 5, -1.0)
+    yield "longer-rows-than-tokens", (*plain, *one_scope(2, 42), 50, 2, -1.0)
+    yield "all-pads", (*plain, *pads_alone(2, 42), 6, 2, -1.0)
+    endless = plain[0].index_fill(1, torch.tensor([3, 20]), float("nan"))
+    yield "not-finite", (endless, plain[1], *one_scope(2, 42), 6, 2, 0.0)
+    yield "strided", (*(strided(a) for a in (*plain, *scopes(2, 42, 2, seed=6))), 5, 2, 0.0)
+
+
 def sized(cases: Iterable[Case]) -> Iterator[Case]:
     """Those of the cases whose names start with a size."""
     return (case for case in cases if re.match(r"[VNS]\d", case[0]))
 
 
+def _of_another_dtype(name: str) -> Iterator[Case]:
+    """Arguments in float64."""
+    double, scope = torch.randn(1, 3, 4, dtype=torch.float64), one_scope(1, 3)
+    number, places, rows = double[..., 0], torch.arange(3)[None], torch.tensor([[2]])
+    none = torch.zeros(1, 0, dtype=torch.int64)
+    query, key = torch.randn(1, 2, 3, 8, dtype=torch.float64), torch.randn(1, 1, 3, 8, dtype=torch.float64)
+    made: dict[str, tuple[Any, ...]] = {
+        "attend": (query[:, :, :1], key, key, places[:, :1], places, None, 1.0),
+        "attend_score": (query, key, places, places, rows, places[:, :, None], 1.0, "mean"),
+        "attention_score": (query, key, None, rows, places[:, :, None], 1.0, "mean"),
+        "bipartite_merge": (double, double, number, *scope, 500, 0, 2, "mean", False),
+        "change_score": (double, *scope, places, torch.zeros_like(places), 0),
+        "density_keep": (double, number, *scope, 500, 0, 0.5),
+        "merge_clusters": (double, number, *scope, none, number, 300, 10, 1, 1),
+        "merge_nearest": (double, double, number, *scope, rows, number, "kept", 0, 0, "mean"),
+        "segment_pool": (double[:, None], double, *scope, rows),
+        "shorten": (none, double, None, *[places] * 3, none, none, none, none),
+        "threshold_keep": (number, *scope, 0.5, False),
+        "top_keep": (number, *scope, 500, 0, 1),
+        "window_merge": (double, number, *scope, 1, 2, 0.0),
+    }
+    if name in made:
+        yield "float64", made[name]
+
+
 def refused(name: str) -> Iterator[Case]:
     """Arguments that the op takes and its provider does not."""
+    yield from _of_another_dtype(name)
     column = torch.arange(3)[None, :, None]
     query, key = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 3, 8)
-    rows, scope = torch.tensor([[2]]), one_scope(1, 3)
+    rows, scope, many = torch.tensor([[2]]), one_scope(1, 3), one_scope(1, 8193)
     places = torch.arange(3)[None]
-    double = torch.randn(1, 3, 4, dtype=torch.float64)
     if name == "attend":
         yield "many-queries", (query, key, key, places, places, torch.tensor([0, 0, 3], dtype=torch.int32), 1.0)
-        yield "float64", (query[:, :, :1].double(), key.double(), key.double(), places[:, :1], places, None, 1.0)
         wide = (torch.randn(1, 1, 1, 300), torch.randn(1, 1, 3, 300), torch.randn(1, 1, 3, 8))
         yield "wide", (*wide, places[:, :1], places, None, 1.0)
-    if name == "attend_score":
-        yield "float64", (query.double(), key.double(), places, places, rows, column, 1.0, "mean")
-    if name == "top_keep":
-        yield "float64", (torch.randn(1, 3, dtype=torch.float64), *scope, 500, 0, 1)
     if name == "attention_score":
-        yield "float64", (query.double(), key.double(), None, rows, column, 1.0, "mean")
         yield "wide", (torch.randn(1, 1, 3, 300), torch.randn(1, 1, 3, 300), None, rows, column, 1.0, "mean")
         yield "many-keys", (query, key, None, rows, torch.zeros(1, 2, 65, dtype=torch.int64), 1.0, "mean")
-    if name == "shorten":
-        empty = torch.zeros(1, 0, dtype=torch.int64)
-        yield "float64", (empty, double, None, *[torch.arange(3)[None]] * 3, empty, empty, empty, empty)
-    if name == "merge_nearest":
-        yield "float64", (double, double, double[..., 0], *scope, rows, double[..., 0], "kept", 0, 0, "mean")
+    if name == "merge_clusters":
+        none, pool = torch.zeros(1, 0, dtype=torch.int64), (1000, 20000, 16386, 1)
+        yield "many", (torch.randn(1, 3, 2), torch.ones(1, 3), *scope, none, torch.randn(1, 3), *pool)
     if name == "bipartite_merge":
-        yield "float64", (double, double, double[..., 0], *scope, 500, 0, 2, "mean", False)
         long = torch.randn(1, 4097, 2)
         yield "many", (long, long, long[..., 0].abs(), *one_scope(1, 4097), 500, 0, 2049, "mean", False)
     if name == "density_keep":
-        yield "float64", (double, double[..., 0], *scope, 500, 0, 0.5)
         yield "many", (torch.randn(1, 16385, 1), torch.rand(1, 16385), *one_scope(1, 16385), 1000, 0, 0.5)
         yield "many-samples", (torch.zeros(33, 16384, 1), torch.zeros(33, 16384), *one_scope(33, 16384), 1000, 0, 0.5)
-    many = one_scope(1, 8193)
     if name == "max_min_keep":
         yield "many", (torch.randn(1, 8193, 2), *many, 0, 1, 1)
         yield "many-samples", (torch.randn(5, 8000, 1), *one_scope(5, 8000), 0, 1, 1)
@@ -311,14 +417,19 @@ EXTRA: dict[str, Callable[..., Iterator[Case]]] = {
         attention_runs,
         attention_score,
         bipartite_merge,
+        change_score,
         coverage_keep,
         density_keep,
         log_det_keep,
         max_min_keep,
         max_sum_keep,
         medoids_keep,
+        merge_clusters,
         merge_nearest,
+        segment_pool,
         shorten,
+        threshold_keep,
         top_keep,
+        window_merge,
     )
 }

@@ -16,7 +16,7 @@ from tvc.kernels.tolerances import TOLERANCES, tolerance
 
 # Their kernels have a program for each token that stays, or read a matrix a round: slow where one thread does it all.
 SMALL, ODD, LARGE = (1, 63), (577,), (500, 1000, 2500)
-SLOW = frozenset({"bipartite_merge", "coverage_keep", "medoids_keep", "merge_nearest"})
+SLOW = frozenset({"bipartite_merge", "coverage_keep", "medoids_keep", "merge_clusters", "merge_nearest"})
 
 
 def _cases(names: Iterable[str], sizes: tuple[int, ...], own: bool = False) -> list[Any]:
@@ -114,6 +114,12 @@ def test_provider_equals_reference_at_larger_sizes(name: str, arguments: tuple[A
         _compare(name, arguments)
     else:
         assert _run(name, arguments)[1]
+
+
+def test_distances_in_several_strips_give_the_same_clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provider("merge_clusters"), "MOST_BYTES", 1)
+    torch.manual_seed(0)
+    _compare("merge_clusters", dict(EXTRA["merge_clusters"](()))["two-tiles"])
 
 
 @pytest.mark.parametrize("name", sorted(PROVIDED - {"attention_runs"}))  # which takes everything
