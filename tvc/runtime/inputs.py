@@ -106,6 +106,28 @@ def video_inside_encoder() -> InputError:
     )
 
 
+def check_handed_on(given: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuses inputs of the vision path that its graph has no place for, and would leave unread.
+
+    Args:
+        given: what the call has for the vision path, by name.
+        names: what the graph or its encoder takes.
+
+    Raises:
+        InputError: there is one.
+    """
+    unread = [name for name, value in given.items() if isinstance(value, torch.Tensor) and name not in names]
+    if unread:
+        raise InputError(
+            "the vision graph was traced without an input",
+            where="vision",
+            got=", ".join(unread),
+            want=f"{', '.join(dict.fromkeys(names))}, as in the sample that the model was compiled with",
+            fix="compile with inputs=..., a sample that holds it too",
+            slug="untraced-input",
+        )
+
+
 def unplaced(problem: Exception) -> InputError:
     """The error for images that a family fails to lay out over the tokens' positions."""
     return InputError(

@@ -42,6 +42,7 @@ class Boundary:
     exit: str
     decoder: str
     embeddings: str
+    language: str  # what gives logits of embeddings: the innermost module that holds decoder and output head
     exit_structure: Any  # the exit's output with `Leaf(i)` where the graph's i-th output goes, meta tensors elsewhere
     features: tuple[torch.Size, ...]  # shapes of the sample's features, [..., D] each
     junk: Mapping[str, Any]  # what entry and the modules between return while the host runs: meta tensors
@@ -112,6 +113,12 @@ def keywords(function: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[st
     """The entries of `inputs` that `function` names as parameters."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in inputs.items() if name in parameters}
+
+
+def insists_on_pixels(model: torch.nn.Module) -> bool:
+    """Whether the model's forward takes no text by itself: its own `generate` then writes by the language model's."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return any(name in parameters and parameters[name].default is inspect.Parameter.empty for name in PIXEL_NAMES)
 
 
 def path_of(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
@@ -202,15 +209,13 @@ def find_boundary(model: torch.nn.Module, sample: Mapping[str, Any]) -> Boundary
             fix="report the model class",
             slug="no-vision-path",
         )
-    decoder, embeddings = decoder_paths(model)
     last = calls[-1].output
     structure, features = _exit_structure(last)
     return Boundary(
         entry=paths[0],
         between=tuple(dict.fromkeys(p for p in paths[1:-1] if p not in (paths[0], paths[-1]))),
         exit=paths[-1],
-        decoder=decoder,
-        embeddings=embeddings,
+        **language_paths(model),
         exit_structure=structure,
         features=tuple(feature.shape for feature in features),
         junk={call.path: map_outputs(call.output, lambda leaf: leaf) for call in calls[:-1]},
@@ -218,8 +223,8 @@ def find_boundary(model: torch.nn.Module, sample: Mapping[str, Any]) -> Boundary
     )
 
 
-def decoder_paths(model: Any) -> tuple[str, str]:
-    """Where the text decoder and the token embedding stand.
+def language_paths(model: Any) -> dict[str, str]:
+    """Where the text decoder, the token embedding and what gives logits stand, by their names in a `Boundary`.
 
     Raises:
         ModelError: there is no decoder of its own.
@@ -234,7 +239,12 @@ def decoder_paths(model: Any) -> tuple[str, str]:
             fix="encoder-decoder models are not supported",
             slug="no-decoder",
         )
-    return path_of(model, decoder), path_of(model, model.get_input_embeddings())
+    parts = {"decoder": decoder, "embeddings": model.get_input_embeddings(), "language": model}
+    wanted = {id(decoder), id(model.get_output_embeddings())}
+    for module in model.modules():  # outer ones come first
+        if wanted <= {id(part) for part in module.modules()}:
+            parts["language"] = module
+    return {name: path_of(model, part) for name, part in parts.items()}
 
 
 def first_size(arguments: Mapping[str, Any]) -> int:
@@ -445,9 +455,16 @@ class Host:
         return owner.get_image_features(**keywords(owner.get_image_features, inputs))
 
     def reach_decoder(self, **inputs: Any) -> DecoderCall:
-        """Runs the model's forward up to its decoder."""
+        """Runs the model's forward up to its decoder; a chunk without pixels goes to the language model where the
+        model's own forward takes none without.
+        """
+        forward: Any = self.hf_forward
+        if insists_on_pixels(self.model) and not any(inputs.get(name) is not None for name in PIXEL_NAMES):
+            forward = language = self.model.get_submodule(self.boundary.language)
+            embeds = self.model.get_submodule(self.boundary.embeddings)(inputs.pop("input_ids"))
+            inputs = {**keywords(type(language).forward, inputs), "inputs_embeds": embeds}
         try:
-            self.hf_forward(**inputs)
+            forward(**inputs)
         except _Reached as reached:
             arguments = reached.arguments
             embeds = arguments.pop("inputs_embeds")

@@ -58,7 +58,21 @@ def pixel_inputs(
     flat = dict(made(pictures, return_tensors="pt"))
     # Some image processors also tell their text side how many tiles they made, which no model takes.
     taken = {*inspect.signature(model.forward).parameters, *_image_arguments(model)}
-    return {name: value for name, value in flat.items() if isinstance(value, torch.Tensor) and name in taken}
+    found = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor) and name in taken}
+    return found | _insisted_on(model, processor, pictures, found)
+
+
+def _insisted_on(
+    model: torch.nn.Module, processor: Any, pictures: list[list[Image.Image]], found: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What an encoder cannot do without beside pixels (a question that it reads too), from the whole processor."""
+    owner: Any = feature_owner(model)
+    parameters = inspect.signature(owner.get_image_features).parameters
+    wanted = {name for name, one in parameters.items() if one.default is one.empty and one.kind is not one.VAR_KEYWORD}
+    if processor is None or wanted <= found.keys():
+        return {}
+    made = processor(images=pictures, text=["what is it?"] * len(pictures), return_tensors="pt")
+    return {name: made[name] for name in parameters if name in made and name not in found}
 
 
 def _image_arguments(model: torch.nn.Module) -> set[str]:

@@ -18,7 +18,7 @@ from tvc.trace.attention import attention_as, decoder_masks
 from tvc.trace.exporters import any_experts
 from tvc.trace.extras import arguments, laid_out, on_all_slots, read_extras, structure
 from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
-from tvc.trace.layout import blocks, cost_fields, residual_argument, used_vision_blocks
+from tvc.trace.layout import blocks, cost_fields, resampler, residual_argument, used_vision_blocks
 from tvc.trace.route import note_images
 from tvc.trace.sample import default_size, doubled, pixel_inputs, visual_token_ids, with_text
 from tvc.trace.spans import read_spans
@@ -146,14 +146,14 @@ def _survey(
     # An encoder without transformer blocks is seen from behind: by the visual tokens that it gives.
     images = host.boundary.images or len(lengths)
     first = entering[0] if entering else torch.Size((images, shape[:-1].numel() // images, 1))
-    if borrowed is not None:
-        reason = borrowed.reason
-    else:
-        reason = "the encoder takes images of several sizes one by one" if entry_inputs(host, sample).by_image else ""
+    untraced = borrowed.reason if borrowed is not None else ""
+    resampled = _resampled(meta, host.boundary) if borrowed is None else ""
+    reason = untraced or resampled
+    if not reason and entry_inputs(host, sample).by_image:
+        reason = "the encoder takes images of several sizes one by one"
     layout = _layout(meta, fields, first, shape, identity, lengths, size, reason)
     layout = _with_shared_caches(layout, caches, getattr(meta.get_decoder().config, "layer_types", None))
-    if borrowed is not None:
-        layout = dataclasses.replace(layout, untraced=borrowed.reason)
+    layout = dataclasses.replace(layout, untraced=untraced, resampled=resampled)
     return Survey(layout, host, sample, caches, axes, tokens, spans, extras, structure(call.extra))
 
 
@@ -355,6 +355,16 @@ def _layout(
         image_size=size,
         in_order=identity and not packed and not known,
         **fields,
+    )
+
+
+def _resampled(meta: torch.nn.Module, boundary: Boundary) -> str:
+    """Why no visual token stands for a token of the encoder, or for some; empty where each does."""
+    found = resampler(meta, boundary.entry, boundary.vision[1:])
+    return (
+        f"{found} makes each visual token of all tokens of the encoder, so that it stands for none of them"
+        if found
+        else ""
     )
 
 
