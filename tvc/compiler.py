@@ -23,6 +23,7 @@ from tvc.policy import ResolvedPolicy
 from tvc.program import Program
 from tvc.runtime.engine import Interface
 from tvc.trace.decoder import capture_decoder, capture_embeddings
+from tvc.trace.parts import decoder_weight
 from tvc.trace.survey import Survey
 from tvc.trace.vision import capture_vision
 
@@ -31,7 +32,7 @@ Progress = Callable[[str], None]
 
 def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, progress: Progress = print) -> Program:
     """Every component of `model`, before any reduction (a cut inside the vision encoder is marked while tracing)."""
-    parameter = next(model.parameters())
+    parameter = decoder_weight(model)
     shape = survey.shape(parameter.dtype, parameter.device)
     sites = [step.at for step in policy.steps if step.at.startswith("vision.")] if policy is not None else []
     components = {}

@@ -24,7 +24,7 @@ from tvc.report.plan import Plan
 from tvc.runtime.beams import image_inputs, once_each, repeated
 from tvc.runtime.engine import Engine
 from tvc.runtime.inputs import check_call, unplaced
-from tvc.trace.host import PIXEL_NAMES, insists_on_pixels
+from tvc.trace.parts import PIXEL_NAMES, insists_on_pixels
 
 
 @dataclasses.dataclass

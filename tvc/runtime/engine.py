@@ -19,7 +19,8 @@ from tvc.trace.attention import attention_as
 from tvc.trace.decoder import embedding_component
 from tvc.trace.exporters import prepare_vision_inputs
 from tvc.trace.extras import laid_out
-from tvc.trace.host import PIXEL_NAMES, VIDEO, DecoderCall, Host, keywords
+from tvc.trace.host import DecoderCall, Host
+from tvc.trace.parts import PIXEL_NAMES, VIDEO, keywords
 from tvc.trace.route import video_departs
 from tvc.trace.spans import read_spans
 from tvc.trace.vision import PIXELS, each_image

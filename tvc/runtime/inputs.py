@@ -9,7 +9,7 @@ import torch
 
 from tvc.errors import ArgumentError, InputError
 from tvc.runtime.cache import StagedCache
-from tvc.trace.host import PIXEL_NAMES
+from tvc.trace.parts import PIXEL_NAMES
 
 _RESULT = "what processor(images=..., text=..., return_tensors='pt') returns"
 

@@ -28,9 +28,7 @@ from tvc.errors import ModelError, TraceError
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
 from tvc.trace.exporters import prepare_vision_inputs
-
-VIDEO = "pixel_values_videos"
-PIXEL_NAMES = ("pixel_values", "pixel_values_images", VIDEO)
+from tvc.trace.parts import PIXEL_NAMES, feature_owner, insists_on_pixels, keywords, language_paths, path_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,38 +89,6 @@ class _Stubs:
     exit: Callable[..., Any] | None = None
     embed: Callable[[torch.Tensor, str], torch.Tensor] | None = None
     pending: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def feature_owner(model: torch.nn.Module) -> torch.nn.Module:
-    """The module whose `get_image_features` does the work (the base model where there is one)."""
-    base = getattr(model, "base_model", model)
-    for candidate in (base, model):
-        if hasattr(candidate, "get_image_features"):
-            return candidate
-    raise ModelError(
-        f"{type(model).__name__} does not say how its images become tokens of the decoder",
-        where=type(model).__name__,
-        got="a model without get_image_features",
-        want="a model whose get_image_features gives the visual tokens that its decoder reads",
-        fix="models that read images by cross-attention, or have no visual tokens, cannot be compiled",
-        slug="no-visual-tokens",
-    )
-
-
-def keywords(function: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `inputs` that `function` names as parameters."""
-    parameters = inspect.signature(function).parameters
-    return {name: value for name, value in inputs.items() if name in parameters}
-
-
-def insists_on_pixels(model: torch.nn.Module) -> bool:
-    """Whether the model's forward takes no text by itself: its own `generate` then writes by the language model's."""
-    parameters = inspect.signature(type(model).forward).parameters
-    return any(name in parameters and parameters[name].default is inspect.Parameter.empty for name in PIXEL_NAMES)
-
-
-def path_of(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
-    return next(path for path, module in model.named_modules() if module is wanted)
 
 
 def _to(value: Any, device: str) -> Any:
@@ -221,30 +187,6 @@ def find_boundary(model: torch.nn.Module, sample: Mapping[str, Any]) -> Boundary
         junk={call.path: map_outputs(call.output, lambda leaf: leaf) for call in calls[:-1]},
         images=calls[0].images,
     )
-
-
-def language_paths(model: Any) -> dict[str, str]:
-    """Where the text decoder, the token embedding and what gives logits stand, by their names in a `Boundary`.
-
-    Raises:
-        ModelError: there is no decoder of its own.
-    """
-    decoder = model.get_decoder()
-    if decoder is None or decoder is model:
-        raise ModelError(
-            f"{type(model).__name__} has no text decoder of its own",
-            where=type(model).__name__,
-            got="get_decoder() returned nothing",
-            want="a decoder-only language model behind the vision path",
-            fix="encoder-decoder models are not supported",
-            slug="no-decoder",
-        )
-    parts = {"decoder": decoder, "embeddings": model.get_input_embeddings(), "language": model}
-    wanted = {id(decoder), id(model.get_output_embeddings())}
-    for module in model.modules():  # outer ones come first
-        if wanted <= {id(part) for part in module.modules()}:
-            parts["language"] = module
-    return {name: path_of(model, part) for name, part in parts.items()}
 
 
 def first_size(arguments: Mapping[str, Any]) -> int:

@@ -16,7 +16,7 @@ from transformers.models.auto.image_processing_auto import (
 
 from tvc.errors import ArgumentError, ModelError
 from tvc.trace.families import token_types
-from tvc.trace.host import PIXEL_NAMES, feature_owner
+from tvc.trace.parts import PIXEL_NAMES, feature_owner
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 

@@ -19,6 +19,7 @@ from tvc.trace.exporters import any_experts
 from tvc.trace.extras import arguments, laid_out, on_all_slots, read_extras, structure
 from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
 from tvc.trace.layout import blocks, cost_fields, resampler, residual_argument, used_vision_blocks
+from tvc.trace.parts import decoder_weight
 from tvc.trace.route import note_images
 from tvc.trace.sample import default_size, doubled, pixel_inputs, visual_token_ids, with_text
 from tvc.trace.spans import read_spans
@@ -119,13 +120,13 @@ def _survey(
         identity, lengths = _probe_packing(host, sample)
     else:
         host = borrowed.host(meta)
-        with host.bound(embed=_zero_embedding(meta, next(borrowed.model.parameters()).dtype)):
+        with host.bound(embed=_zero_embedding(meta, decoder_weight(borrowed.model).dtype)):
             identity, lengths = False, host.lengths_of(sample) or _placeholders(sample, tokens)
     for handle in handles:
         handle.remove()
     if inputs is None:
         sample = with_text(meta, sample, _per_sample(lengths, 2))
-    dtype = next(meta.get_decoder().parameters()).dtype  # type: ignore[operator]
+    dtype = decoder_weight(meta).dtype
     embed, features = _zero_embedding(meta, dtype), host.boundary.features
     with (
         torch.no_grad(),

@@ -10,7 +10,8 @@ import dataclasses
 
 import torch
 
-from tvc.trace.host import Boundary, Host, language_paths
+from tvc.trace.host import Boundary, Host
+from tvc.trace.parts import language_paths
 
 
 @dataclasses.dataclass(frozen=True)
