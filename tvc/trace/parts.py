@@ -73,6 +73,18 @@ def path_of(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
     return next(path for path, module in model.named_modules() if module is wanted)
 
 
+def no_decoder(model: torch.nn.Module, got: str) -> ModelError:
+    """The refusal of a model whose language model is not a decoder alone."""
+    return ModelError(
+        f"{type(model).__name__} has no text decoder of its own",
+        where=type(model).__name__,
+        got=got,
+        want="a decoder-only language model behind the vision path",
+        fix="encoder-decoder models are not supported",
+        slug="no-decoder",
+    )
+
+
 def language_paths(model: Any) -> dict[str, str]:
     """Where the text decoder, the token embedding and what gives logits stand, by their names in a `Boundary`.
 
@@ -81,14 +93,7 @@ def language_paths(model: Any) -> dict[str, str]:
     """
     decoder = model.get_decoder()
     if decoder is None or decoder is model:
-        raise ModelError(
-            f"{type(model).__name__} has no text decoder of its own",
-            where=type(model).__name__,
-            got="get_decoder() returned nothing",
-            want="a decoder-only language model behind the vision path",
-            fix="encoder-decoder models are not supported",
-            slug="no-decoder",
-        )
+        raise no_decoder(model, "get_decoder() returned nothing")
     parts = {"decoder": decoder, "embeddings": model.get_input_embeddings(), "language": model}
     wanted = {id(decoder), id(model.get_output_embeddings())}
     for module in model.modules():  # outer ones come first

@@ -89,14 +89,19 @@ def _image_processor(model: torch.nn.Module) -> Any:
     )
     # The variant that needs no torchvision is first choice: it is always there.
     candidates = sorted((n for n in names if n), key=lambda n: not n.endswith("Pil"))
+    got = "no processor and no sample inputs"
     for name in candidates:
         made = get_image_processor_class_from_name(name)
-        if made is not None:
+        if made is None:
+            continue
+        try:
             return made(**_options(made(), config))
+        except ImportError as problem:
+            got = " ".join(str(problem).split())
     raise ModelError(
-        "no image processor is known for this model type",
+        "no image processor can be made for this model type",
         where=str(config.model_type),
-        got="no processor and no sample inputs",
+        got=got,
         want="inputs to trace with",
         fix="pass inputs=processor(images=..., text=..., return_tensors='pt')",
         slug="no-sample",

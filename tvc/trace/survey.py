@@ -19,7 +19,7 @@ from tvc.trace.exporters import any_experts
 from tvc.trace.extras import arguments, laid_out, on_all_slots, read_extras, structure
 from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
 from tvc.trace.layout import blocks, cost_fields, resampler, residual_argument, used_vision_blocks
-from tvc.trace.parts import decoder_weight
+from tvc.trace.parts import decoder_weight, no_decoder
 from tvc.trace.route import note_images
 from tvc.trace.sample import default_size, doubled, pixel_inputs, visual_token_ids, with_text
 from tvc.trace.spans import read_spans
@@ -96,6 +96,7 @@ def _survey(
             fix="only models that scatter visual features over placeholder tokens can be compiled",
             slug="no-placeholder",
         )
+    _check_kind(meta)
     size = image_size or default_size(meta)
     fields = cost_fields(meta)
     sample: dict[str, torch.Tensor] = (
@@ -136,7 +137,6 @@ def _survey(
     ids = sample["input_ids"]
     valid = sample["attention_mask"].bool() if "attention_mask" in sample else torch.ones_like(ids, dtype=torch.bool)
     visual = sum((ids == token for token in tokens), torch.zeros_like(ids, dtype=torch.bool)) & valid
-    _check_kinds(meta)
     extras = read_extras(call.extra, visual)
     caches, told = _decoder_shapes(meta, call, extras, visual)
     fields["language"] = _told_windows(fields["language"], told)
@@ -162,11 +162,14 @@ def _survey(
 _KINDS = {"full_attention", "sliding_attention", "conv", "linear_attention"}
 
 
-def _check_kinds(meta: torch.nn.Module) -> None:
+def _check_kind(meta: torch.nn.Module) -> None:
+    """Refuses decoders of a kind that no cut can be made in, before anything is run."""
+    if meta.config.is_encoder_decoder or meta.config.get_text_config().is_encoder_decoder:  # type: ignore[operator, union-attr]
+        raise no_decoder(meta, "an encoder and a decoder of text, with cross-attention between them")
     kinds = set(getattr(meta.get_decoder().config, "layer_types", None) or ()) - _KINDS  # type: ignore[operator]
     if kinds:
         raise ModelError(
-            "layers of the decoder hide keys by a rule that is neither causal nor a window",
+            "the decoder has layers of a kind that no cut is known for",
             where=type(meta).__name__,
             got=", ".join(sorted(kinds)),
             want=f"layers of the kinds {', '.join(sorted(_KINDS))}",
