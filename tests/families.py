@@ -65,6 +65,46 @@ _GLM_TOKENS = {
     "video_start_token_id": "<|begin_of_video|>",
     "video_end_token_id": "<|end_of_video|>",
 }
+# What families made after Qwen2-VL share: one placeholder between two marks, patches of all pictures in one row.
+_QWEN_MARKS = {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+_QWEN_TOKENS = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+_QWEN_SPECIALS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+_QWEN_IMAGES = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 24}
+_QWEN_BY_HAND: dict[str, Any] = {
+    "by_hand": "counted",
+    "image_processor": "Qwen2VLImageProcessorPil",
+    "image_options": {
+        "shapes": "image_grid_thw",
+        "merge": 2,
+        "token": "<|image_pad|>",
+        "start": "<|vision_start|>",
+        "end": "<|vision_end|>",
+        **_QWEN_IMAGES,
+    },
+    "placeholder": "<|image_pad|>",
+    "visual": "<|image_pad|>",
+}
+_QWEN_VISION_SIZES = {
+    "depth": 4,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_heads": 4,
+    "patch_size": 14,
+    "out_hidden_size": 64,
+}
+_AUDIO_SIZES = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "output_dim": 64,
+    "num_mel_bins": 16,
+    "max_source_positions": 16,
+    "n_window": 4,
+}
+_MUSE_OPTIONS = {"out_hidden_size": 192, "projector_hidden_size": 64, **_QWEN_TOKENS}
+_MUSE_VISION_SIZES = {**_VISION_SIZES, "pos_emb_height": 4, "pos_emb_width": 4, "max_position_embeddings": 16}
+_INTERLEAVED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
 _INTERNVL_OPTIONS = {"image_token_id": "<IMG_CONTEXT>", "image_seq_length": 4, "downsample_ratio": 0.5}
 _INTERNVL_PROCESSING: dict[str, Any] = {
     "processor": "InternVLProcessor",
@@ -1903,4 +1943,266 @@ FURTHER: dict[str, Family] = {
         placeholder="<|vision_start|><|image_pad|><|vision_end|>",
         visual="<|image_pad|>",
     ),
+    "cohere_compass": Family(
+        config_class="CohereCompassConfig",
+        config={
+            "text_config": {
+                "model_type": "cohere_compass_text",
+                **_TEXT_SIZES,
+                "head_dim": 16,
+                "sliding_window": 24,
+                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+                "rope_parameters": {
+                    kind: {"rope_type": "default", "rope_theta": 10000.0}
+                    for kind in ("sliding_attention", "full_attention")
+                },
+            },
+            "vision_config": {
+                "model_type": "cohere_compass_vision",
+                **_QWEN_VISION_SIZES,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [1, 2],
+            },
+            "image_token_id": "<|IMAGE_PAD|>",
+            "video_token_id": "<|VIDEO_PAD|>",
+            "vision_start_token_id": "<|VISION_START|>",
+            "vision_end_token_id": "<|VISION_END|>",
+        },
+        processor="CohereCompassProcessor",
+        image_processor="CohereCompassImageProcessorPil",
+        image_options={**_QWEN_IMAGES, "patch_size": 14},
+        specials=("<|VISION_START|>", "<|VISION_END|>", "<|IMAGE_PAD|>", "<|VIDEO_PAD|>"),
+        placeholder="<|VISION_START|><|IMAGE_PAD|><|VISION_END|>",
+        visual="<|IMAGE_PAD|>",
+    ),
+    "cosmos3_edge": Family(
+        config_class="Cosmos3EdgeConfig",
+        config={
+            "text_config": {
+                "model_type": "cosmos3_edge_text",
+                **_TEXT_SIZES,
+                "head_dim": 16,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2]},
+            },
+            "vision_config": {"model_type": "cosmos3_edge_vision", **_VISION_SIZES, "num_patches": 64},
+            "projector_hidden_size": 96,
+            **_QWEN_TOKENS,
+            **_QWEN_MARKS,
+        },
+        **{
+            **_QWEN_BY_HAND,
+            "image_processor": "Cosmos3EdgeImageProcessorPil",
+            "image_options": {
+                "shapes": "image_grid_thw",
+                "merge": 2,
+                "token": "<|image_pad|>",
+                "start": "<|vision_start|>",
+                "end": "<|vision_end|>",
+                "size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 24},
+                "patch_size": 14,
+            },
+        },
+        marks={"mm_token_type_ids": ("<|image_pad|>",)},
+        specials=_QWEN_SPECIALS,
+    ),
+    "cosmos3_omni": Family(
+        config_class="Cosmos3OmniConfig",
+        config={
+            "text_config": {
+                "model_type": "qwen3_vl_text",
+                **_TEXT_SIZES,
+                "head_dim": 16,
+                "rope_parameters": _INTERLEAVED,
+            },
+            "vision_config": {
+                "model_type": "qwen3_vl_vision",
+                **_QWEN_VISION_SIZES,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0, 2],
+            },
+            **_QWEN_TOKENS,
+            **_QWEN_MARKS,
+        },
+        processor="Qwen3VLProcessor",
+        image_processor="Qwen2VLImageProcessorPil",
+        image_options={**_QWEN_IMAGES, "patch_size": 14},
+        specials=_QWEN_SPECIALS,
+        placeholder="<|vision_start|><|image_pad|><|vision_end|>",
+        visual="<|image_pad|>",
+    ),
+    "granite_docling": Family(
+        config_class="GraniteDoclingConfig",
+        config={
+            "text_config": {
+                "model_type": "granite_docling_text",
+                **_TEXT_SIZES,
+                "embedding_multiplier": 2.0,
+                "logits_scaling": 2.0,
+                "residual_multiplier": 0.5,
+                "attention_multiplier": 0.25,
+            },
+            "vision_config": {
+                "model_type": "granite_docling_vision",
+                **_VISION_SIZES,
+                "image_size": 112,
+                "out_hidden_size": 64,
+                "scale_factor": 4,
+                "deepstack_visual_indexes": [0, 1, 2],
+            },
+            "image_token_id": "<image>",
+            "pad_token_id": 0,
+        },
+        processor="GraniteDoclingProcessor",
+        processor_options={"image_seq_len": 4},
+        image_processor="GraniteDoclingImageProcessorPil",
+        image_options={"size": {"height": 112, "width": 112}, "max_patches": 4},
+        specials=(
+            "<image>",
+            "<fake_token_around_image>",
+            "<global-img>",
+            *(f"<row_{row}_col_{column}>" for row in (1, 2, 3, 4) for column in (1, 2, 3, 4)),
+        ),
+    ),
+    "minimax_m3_vl": Family(
+        config_class="MiniMaxM3VLConfig",
+        config={
+            "text_config": {
+                "model_type": "minimax_m3_vl_text",
+                **_TEXT_SIZES,
+                "head_dim": 16,
+                "rotary_dim": 8,
+                "intermediate_size": 48,
+                "dense_intermediate_size": 96,
+                "shared_intermediate_size": 48,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "mlp_layer_types": ["dense"] + ["sparse"] * 5,
+            },
+            "vision_config": {
+                "model_type": "minimax_m3_vl_vision",
+                **_VISION_SIZES,
+                "hidden_size": 96,
+                "image_size": 168,
+            },
+            "image_token_index": "<|image_pad|>",
+            "video_token_index": "<|video_pad|>",
+            "projector_hidden_size": 64,
+            "merged_hidden_size": 128,
+        },
+        **_QWEN_BY_HAND,
+        specials=_QWEN_SPECIALS,
+    ),
+    "muse_glimmer": Family(
+        config_class="MuseGlimmerConfig",
+        config={
+            # Layers without a window have no positions either.
+            "text_config": {
+                "model_type": "muse_glimmer_text",
+                **_TEXT_SIZES,
+                "head_dim": 16,
+                "sliding_window": 24,
+                "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+                "layer_rope_theta": [10000.0, 10000.0, 0] * 2,
+            },
+            "vision_config": {"model_type": "muse_glimmer_vision", **_MUSE_VISION_SIZES},
+            **_MUSE_OPTIONS,
+        },
+        **_QWEN_BY_HAND,
+        specials=_QWEN_SPECIALS,
+    ),
+    "muse_spark": Family(
+        config_class="MuseSparkConfig",
+        config={
+            "text_config": {
+                "model_type": "muse_spark_text",
+                **_TEXT_SIZES,
+                "head_dim": 16,
+                "sliding_window": 24,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"] * 2,
+                "layer_rope_theta": [10000.0, 0, 10000.0] * 2,
+                "qk_scale_factor": 1.0,  # the published one makes attention of random weights all but a maximum
+                "moe_intermediate_size": 48,
+                "moe_hidden_size": 64,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "mlp_layer_types": ["dense"] + ["sparse"] * 5,
+            },
+            "vision_config": {"model_type": "muse_spark_vision", **_MUSE_VISION_SIZES},
+            "audio_config": {"model_type": "muse_spark_audio", "out_hidden_size": 64},
+            "audio_token_id": "<|audio|>",
+            **_MUSE_OPTIONS,
+        },
+        **_QWEN_BY_HAND,
+        specials=(*_QWEN_SPECIALS, "<|audio|>"),
+    ),
+    "qwen2_5_omni_thinker": Family(
+        config_class="Qwen2_5OmniThinkerConfig",
+        config={
+            "text_config": {
+                "model_type": "qwen2_5_omni_text",
+                **_TEXT_SIZES,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+            },
+            "vision_config": {
+                "model_type": "qwen2_5_omni_vision_encoder",
+                **_QWEN_VISION_SIZES,
+                "window_size": 56,
+                "fullatt_block_indexes": [1, 3],
+            },
+            "audio_config": {"model_type": "qwen2_5_omni_audio_encoder", **_AUDIO_SIZES},
+            "image_token_index": "<|image_pad|>",
+            "video_token_index": "<|video_pad|>",
+            "audio_token_index": "<|audio|>",
+            "audio_start_token_id": "<|audio_bos|>",
+            "audio_end_token_id": "<|audio_eos|>",
+            **_QWEN_MARKS,
+        },
+        **_QWEN_BY_HAND,
+        specials=(*_QWEN_SPECIALS, "<|audio|>", "<|audio_bos|>", "<|audio_eos|>"),
+    ),
+    "qwen3_omni_moe_thinker": Family(
+        config_class="Qwen3OmniMoeThinkerConfig",
+        config={
+            "text_config": {
+                "model_type": "qwen3_omni_moe_text",
+                **_TEXT_SIZES,
+                "head_dim": 16,
+                "moe_intermediate_size": 48,
+                "num_experts": 4,
+                "num_experts_per_tok": 2,
+                "mlp_only_layers": [0],
+                "rope_parameters": _INTERLEAVED,
+            },
+            "vision_config": {
+                "model_type": "qwen3_omni_moe_vision_encoder",
+                **_QWEN_VISION_SIZES,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [1, 2],
+            },
+            "audio_config": {"model_type": "qwen3_omni_moe_audio_encoder", **_AUDIO_SIZES, "downsample_hidden_size": 8},
+            "audio_token_id": "<|audio|>",
+            "audio_start_token_id": "<|audio_bos|>",
+            **_QWEN_TOKENS,
+            **_QWEN_MARKS,
+        },
+        **_QWEN_BY_HAND,
+        specials=(*_QWEN_SPECIALS, "<|audio|>", "<|audio_bos|>"),
+    ),
+}
+
+
+def _like(name: str, config_class: str, **vision: Any) -> Family:
+    """The family `name` under a configuration of its own, with `vision` in the place of fields of its encoder's."""
+    config = FURTHER[name].config
+    return dataclasses.replace(
+        FURTHER[name],
+        config_class=config_class,
+        config={**config, "vision_config": {**config["vision_config"], **vision}},
+    )
+
+
+# Model types that run the classes of another family.
+FURTHER |= {
+    "glmga": _like("glm46v", "GlmgaConfig"),
+    "pp_chart2table": _like("got_ocr2", "PPChart2TableConfig", model_type="pp_chart2table_vision"),
 }

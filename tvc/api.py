@@ -284,8 +284,6 @@ def finish(
         raise _needs_graph(surveyed.layout, f"target {target}")
     lowered = compiler.lower(program, target, progress)
     shape = program.components["decoder"].meta["shape"]
-    own = dict(source.model.named_parameters())  # type: ignore[union-attr]
-    surveyed.host.adopt_constants({name: own[name] for name in surveyed.host.constants()})
     runner, folder = (compiler.GraphRunner(lowered), None)
     if target != "torch":
         progress(f"write {target}")

@@ -25,6 +25,7 @@ from tvc.program import Component, Program
 from tvc.report.plan import Operators
 from tvc.runtime.engine import Interface
 from tvc.trace.decoder import capture_decoder, capture_embeddings
+from tvc.trace.parts import decoder_weight
 from tvc.trace.survey import Survey
 from tvc.trace.vision import capture_vision
 
@@ -34,10 +35,12 @@ CUTS = frozenset({"shorten"})  # whole, so that a chunk without visual tokens ca
 
 def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, progress: Progress = print) -> Program:
     """Every component of `model`, before any reduction (a cut inside the vision encoder is marked while tracing)."""
-    parameter = next(model.parameters())
+    parameter = decoder_weight(model)
     shape = survey.shape(parameter.dtype, parameter.device)
     sites = [step.at for step in policy.steps if step.at.startswith("vision.")] if policy is not None else []
     components = {}
+    own = dict(model.named_parameters())  # what the family's code between encoder and projector reads of its own
+    survey.host.adopt_constants({name: own[name] for name in survey.host.constants()})
     if survey.boundary.traced:
         progress("trace vision")
         components["vision"] = capture_vision(model, survey.host, survey.sample, sites)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
-from transformers.generation import GenerationConfig
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tvc.errors import ArgumentError, InputError
@@ -24,7 +24,7 @@ from tvc.report.plan import Plan
 from tvc.runtime.beams import image_inputs, once_each, repeated
 from tvc.runtime.engine import Engine
 from tvc.runtime.inputs import check_call, unplaced
-from tvc.trace.host import PIXEL_NAMES
+from tvc.trace.parts import PIXEL_NAMES, insists_on_pixels
 
 
 @dataclasses.dataclass
@@ -94,11 +94,14 @@ def generating(
         "_expand_inputs_for_generation": expand,
         "device": property(lambda self: device),
         "dtype": property(lambda self: engine.interface.shape.dtype),
+        "main_input_name": "input_ids",
         # Pixels go to `forward`, whose answer says what was dropped, instead of being encoded beforehand.
         "_supports_mm_encoder_outputs": lambda self: False,
         "_prepare_position_ids_for_generation": positions,
         "__module__": family.__module__,
     }
+    if insists_on_pixels(engine.host.model):  # what it has of its own leads around `forward`
+        members["generate"] = GenerationMixin.generate
     made = type(family.__name__, (family,), members)
     host.__class__ = made
     engine.host.device = device

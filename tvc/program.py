@@ -57,11 +57,17 @@ class Layout:
     used_vision_blocks: int | None = None  # encoder blocks that the features depend on; None: all of them
     image_size: tuple[int, int] = (0, 0)  # (height, width) of the sample image
     untraced: str = ""  # why the vision path is the model's own code and no graph; empty where it is a graph
+    resampled: str = ""  # what makes every visual token of all of the encoder's; empty where it stands for some of them
     vision_width: int | None = None  # width of the encoder's hidden states; None: not known
     in_order: bool = True  # features leave the encoder tile by tile, row by row; False: packed, or stitched together
 
     def site(self, name: str) -> Site | None:
         return next((s for s in self.sites if s.name == name), None)
+
+    @property
+    def apart(self) -> str:
+        """Why nothing that the encoder says of a token is known of a visual token; empty where it is."""
+        return self.untraced or self.resampled
 
     def columns(self, component: str) -> int | None:
         """How many tokens make one row of a tile's grid, as seen in `component`; None where that is not known.

@@ -108,6 +108,35 @@ def test_a_batch_whose_first_sample_has_no_image(fastv):
     assert {row.name for row in report.comparisons} == {"batch 2", "batch 1", "padded batch 3"}
 
 
+@pytest.mark.conformance
+def test_near_ties_may_be_settled_another_way_in_a_batch():
+    """Two visual tokens are alike, and one stays; samples by themselves see the first a few roundings smaller."""
+    model, (first, second) = support.build_model("llava"), (5, 9)
+
+    def alike(_module, _args, features):
+        rows = list(features.split(1, 1))
+        rows[first] = rows[second] = 4 * rows[first]
+        return torch.cat(rows, 1)
+
+    model.model.multi_modal_projector.register_forward_hook(alike)
+    step = {"at": "language.0", "score": "norm", "select": {"top": {"keep": 1}}, "rest": "drop"}
+    given = support.inputs("llava", 1)
+    made = tvc.compile(model, {"version": 1, "name": "one", "steps": [step]}, inputs=given, verify=False)
+    run = made.engine.run
+
+    def smaller(component, inputs):
+        if component == "decoder" and prefill(inputs) and len(inputs["inputs_embeds"]) == 1:
+            scale = torch.ones(inputs["inputs_embeds"].shape[1], 1)
+            scale[inputs["visual_index"][0, first]] -= 1e-6
+            inputs = {**inputs, "inputs_embeds": inputs["inputs_embeds"] * scale}
+        return run(component, inputs)
+
+    made.engine.run = smaller
+    report = compare(made, model, given, steps=2)
+    assert report.passed, report.text()
+    assert "sample 0 of padded batch 3" in {row.name for row in report.comparisons}
+
+
 def test_without_inputs_a_picture_is_made(fastv):
     report = tvc.verify(fastv.compiled, fastv.model, steps=2)
     assert report.passed

@@ -37,6 +37,7 @@ def inspect(
         "tile_tokens": layout.tile_tokens,
         "prefix_tokens": layout.prefix_tokens,
         "group": layout.group,
+        "resampled": layout.resampled,
         "vision_layers": len(layout.vision),
         "language_layers": len(layout.language),
         "hidden_size": layout.hidden_size,
@@ -59,8 +60,9 @@ def _component(name: str, part: Any) -> dict[str, Any]:
 
 def _head(facts: dict[str, Any]) -> list[str]:
     height, width = facts["image_size"]
-    prefix = f", {facts['prefix_tokens']} of them no visual feature" if facts["prefix_tokens"] else ""
-    group = f", {facts['group']} of which make one visual token" if facts["group"] > 1 else ""
+    own = not facts["resampled"]
+    prefix = f", {facts['prefix_tokens']} of them no visual feature" if own and facts["prefix_tokens"] else ""
+    group = f", {facts['group']} of which make one visual token" if own and facts["group"] > 1 else ""
     tiles = "1 tile" if facts["tiles"] == 1 else f"{facts['tiles']} tiles"
     return [
         f"{facts['model_type']}: {facts['visual_tokens']} visual tokens for an image of {height}x{width}",

@@ -298,15 +298,15 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
                 fix="write at: language.2, and layer: previous",
                 slug="decoder-only",
             )
-        if layer is not None and layer.component == "vision" and layout.untraced:
+        if layer is not None and layer.component == "vision" and layout.apart:
             raise refusal(
                 policy,
                 (*here, "layer"),
-                f"the vision encoder of {layout.model_type} is no graph that a value could be taken from",
-                got=f"{layer}: {layout.untraced}",
+                f"the vision encoder of {layout.model_type} has no value that could be taken for a visual token",
+                got=f"{layer}: {layout.apart}",
                 want="a layer of the decoder",
                 fix="write at: language.2, and layer: previous",
-                slug="untraced-vision",
+                slug="untraced-vision" if layout.untraced else "resampled-vision",
             )
         blind = layer is not None and layer.component == "language" and not layout.language[layer.index or 0].heads
         if layer is not None and blind and tap.kind in ("attention", "key"):

@@ -13,13 +13,14 @@ from tvc.chunks import PAST_KEY, PAST_POSITIONS, PAST_STATE, PAST_VALUE, SPANS, 
 from tvc.errors import InputError
 from tvc.runtime.cache import StagedCache
 from tvc.runtime.chunk import Chunk, chunk_inputs, left_packed, ragged, take
-from tvc.runtime.inputs import check_call, count_mismatch, no_video, placeholders, video_inside_encoder
+from tvc.runtime.inputs import check_call, check_handed_on, count_mismatch, no_video, placeholders, video_inside_encoder
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
 from tvc.trace.decoder import embedding_component
 from tvc.trace.exporters import prepare_vision_inputs
 from tvc.trace.extras import laid_out
-from tvc.trace.host import PIXEL_NAMES, VIDEO, DecoderCall, Host
+from tvc.trace.host import DecoderCall, Host
+from tvc.trace.parts import PIXEL_NAMES, VIDEO, keywords
 from tvc.trace.route import video_departs
 from tvc.trace.spans import read_spans
 from tvc.trace.vision import PIXELS, each_image
@@ -86,11 +87,12 @@ class Answer:
 
 @dataclasses.dataclass
 class _VisionState:
-    """What the vision graph gave beside features in the call under way."""
+    """What the vision graph is given and gives beside pixels and features in the call under way."""
 
     taps: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # [n, V] by visual token, all samples
     place: torch.Tensor | None = None  # [n, F]
     raw: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    given: dict[str, Any] = dataclasses.field(default_factory=dict)  # the call's inputs
 
 
 class Engine:
@@ -107,7 +109,7 @@ class Engine:
         check_call(inputs, self.interface.visual_token_ids)
         inputs = {k: v for k, v in inputs.items() if k != "past_key_values" and v is not None}
         ids = inputs["input_ids"]
-        self._state = _VisionState()
+        self._state = _VisionState(given=inputs)
         seen = past.seen if past is not None else 0
         mask = _mask(inputs.get("attention_mask"), ids)
         with torch.no_grad(), self.host.bound(vision=self._vision, embed=self._embed):
@@ -126,8 +128,12 @@ class Engine:
         return self.run(component, {"input_ids": input_ids})["inputs_embeds"]
 
     def _vision(self, pending: dict[str, Any]) -> list[torch.Tensor]:
-        prepared = prepare_vision_inputs(self.host.entry_module, pending)
         names = self.interface.inputs["vision"]
+        prepared = prepare_vision_inputs(self.host.entry_module, pending)
+        if any(name not in prepared for name in names):
+            handed_on = keywords(self.host.owner.get_image_features, self._state.given)  # type: ignore[arg-type]
+            check_handed_on(handed_on, [*names, *pending])
+            prepared = {**handed_on, **prepared}
         missing = [name for name in names if name not in prepared]
         if missing:
             raise InputError(
@@ -174,7 +180,10 @@ class Engine:
                 visual |= ids == token
             visual &= mask
             segment, images = _segments(ids, visual, self.interface.visual_token_ids, self.host.feature_lengths)
-        positions = _positions(call.position_ids, seen, self.interface.shape.axes, ids)
+        given = call.position_ids
+        if given is None:  # what `generate` numbers tokens by, and decoders that look at the mask
+            given = _places(inputs.get("attention_mask"), mask, seen)
+        positions = _positions(given, self.interface.shape.axes, ids)
         embeds = call.inputs_embeds.to(self.interface.shape.dtype)
         return Chunk(
             embeds, positions, mask, visual, segment, images, seen, extras=self._extras(call, mask, visual, seen)
@@ -338,10 +347,19 @@ def _segments(
     return segment.to(device), int(segment.max()) + 1
 
 
-def _positions(given: torch.Tensor | None, seen: int, axes: int, ids: torch.Tensor) -> torch.Tensor:
+def _places(whole: torch.Tensor | None, mask: torch.Tensor, seen: int) -> torch.Tensor:
+    """[B, S] the chunk's slots numbered without the padding in front of them; `mask` [B, S] bool is the chunk's.
+
+    Args:
+        whole: the mask that was given: of the chunk, or of what was `seen` before it as well.
+    """
+    if whole is None or whole.shape[1] == mask.shape[1]:
+        return (mask.long().cumsum(1) - 1).clamp(min=0) + seen
+    return (whole.long().cumsum(1) - 1).clamp(min=0)[:, -mask.shape[1] :]
+
+
+def _positions(given: torch.Tensor, axes: int, ids: torch.Tensor) -> torch.Tensor:
     """The rotary positions of the chunk's slots, [B, S] or [axes, B, S]."""
-    if given is None:  # what decoders make of it
-        given = torch.arange(seen, seen + ids.shape[1], device=ids.device).expand(ids.shape[0], -1)
     given = given[..., -ids.shape[1] :]  # some families number the cached tokens of a later turn as well
     if axes == 0:
         given = given[0] if given.dim() == 3 else given

@@ -9,7 +9,7 @@ import torch
 
 from tvc.errors import ArgumentError, InputError
 from tvc.runtime.cache import StagedCache
-from tvc.trace.host import PIXEL_NAMES
+from tvc.trace.parts import PIXEL_NAMES
 
 _RESULT = "what processor(images=..., text=..., return_tensors='pt') returns"
 
@@ -104,6 +104,28 @@ def video_inside_encoder() -> InputError:
         fix="pass the frames as images, or compile with a policy such as fastv",
         slug="video-inside-encoder",
     )
+
+
+def check_handed_on(given: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuses inputs of the vision path that its graph has no place for, and would leave unread.
+
+    Args:
+        given: what the call has for the vision path, by name.
+        names: what the graph or its encoder takes.
+
+    Raises:
+        InputError: there is one.
+    """
+    unread = [name for name, value in given.items() if isinstance(value, torch.Tensor) and name not in names]
+    if unread:
+        raise InputError(
+            "the vision graph was traced without an input",
+            where="vision",
+            got=", ".join(unread),
+            want=f"{', '.join(dict.fromkeys(names))}, as in the sample that the model was compiled with",
+            fix="compile with inputs=..., a sample that holds it too",
+            slug="untraced-input",
+        )
 
 
 def unplaced(problem: Exception) -> InputError:

@@ -39,7 +39,7 @@ class DecoderPath(torch.nn.Module):
     ):
         super().__init__()
         self.model, self._windows = model, sorted({0, *windows})
-        self._decoder_path, self._shape, self._names, self._nesting = boundary.decoder, shape, names, nesting
+        self._boundary, self._shape, self._names, self._nesting = boundary, shape, names, nesting
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         given = dict(zip(self._names, tensors, strict=True))
@@ -62,16 +62,17 @@ class DecoderPath(torch.nn.Module):
         for window in self._windows:  # in front of every block, where a cut in front of the first one finds them
             mask(window)
         extras = self._shape.extras
-        by_kind = _by_kind(self.model.get_submodule(self._decoder_path), mask(0), valid)
+        decoder = self.model.get_submodule(self._boundary.decoder)
+        by_kind = _by_kind(decoder, mask(0), valid)
         own = {"position_ids": position_ids, **arguments(extras, given, self._nesting)}
 
         def own_arguments(_module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             return args, {**kwargs, "attention_mask": by_kind, **own}
 
-        handle = self.model.get_submodule(self._decoder_path).register_forward_pre_hook(own_arguments, with_kwargs=True)
+        handle = decoder.register_forward_pre_hook(own_arguments, with_kwargs=True)
         try:
             with decoder_masks(asked_for), on_all_slots(extras):
-                out = self.model(
+                out = self.model.get_submodule(self._boundary.language)(
                     inputs_embeds=given["inputs_embeds"],
                     position_ids=position_ids,
                     past_key_values=cache,

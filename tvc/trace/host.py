@@ -28,9 +28,7 @@ from tvc.errors import ModelError, TraceError
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
 from tvc.trace.exporters import prepare_vision_inputs
-
-VIDEO = "pixel_values_videos"
-PIXEL_NAMES = ("pixel_values", "pixel_values_images", VIDEO)
+from tvc.trace.parts import PIXEL_NAMES, feature_owner, insists_on_pixels, keywords, language_paths, path_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +40,7 @@ class Boundary:
     exit: str
     decoder: str
     embeddings: str
+    language: str  # what gives logits of embeddings: the innermost module that holds decoder and output head
     exit_structure: Any  # the exit's output with `Leaf(i)` where the graph's i-th output goes, meta tensors elsewhere
     features: tuple[torch.Size, ...]  # shapes of the sample's features, [..., D] each
     junk: Mapping[str, Any]  # what entry and the modules between return while the host runs: meta tensors
@@ -90,32 +89,6 @@ class _Stubs:
     exit: Callable[..., Any] | None = None
     embed: Callable[[torch.Tensor, str], torch.Tensor] | None = None
     pending: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-def feature_owner(model: torch.nn.Module) -> torch.nn.Module:
-    """The module whose `get_image_features` does the work (the base model where there is one)."""
-    base = getattr(model, "base_model", model)
-    for candidate in (base, model):
-        if hasattr(candidate, "get_image_features"):
-            return candidate
-    raise ModelError(
-        f"{type(model).__name__} does not say how its images become tokens of the decoder",
-        where=type(model).__name__,
-        got="a model without get_image_features",
-        want="a model whose get_image_features gives the visual tokens that its decoder reads",
-        fix="models that read images by cross-attention, or have no visual tokens, cannot be compiled",
-        slug="no-visual-tokens",
-    )
-
-
-def keywords(function: Callable[..., Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of `inputs` that `function` names as parameters."""
-    parameters = inspect.signature(function).parameters
-    return {name: value for name, value in inputs.items() if name in parameters}
-
-
-def path_of(model: torch.nn.Module, wanted: torch.nn.Module) -> str:
-    return next(path for path, module in model.named_modules() if module is wanted)
 
 
 def _to(value: Any, device: str) -> Any:
@@ -202,39 +175,18 @@ def find_boundary(model: torch.nn.Module, sample: Mapping[str, Any]) -> Boundary
             fix="report the model class",
             slug="no-vision-path",
         )
-    decoder, embeddings = decoder_paths(model)
     last = calls[-1].output
     structure, features = _exit_structure(last)
     return Boundary(
         entry=paths[0],
         between=tuple(dict.fromkeys(p for p in paths[1:-1] if p not in (paths[0], paths[-1]))),
         exit=paths[-1],
-        decoder=decoder,
-        embeddings=embeddings,
+        **language_paths(model),
         exit_structure=structure,
         features=tuple(feature.shape for feature in features),
         junk={call.path: map_outputs(call.output, lambda leaf: leaf) for call in calls[:-1]},
         images=calls[0].images,
     )
-
-
-def decoder_paths(model: Any) -> tuple[str, str]:
-    """Where the text decoder and the token embedding stand.
-
-    Raises:
-        ModelError: there is no decoder of its own.
-    """
-    decoder = model.get_decoder()
-    if decoder is None or decoder is model:
-        raise ModelError(
-            f"{type(model).__name__} has no text decoder of its own",
-            where=type(model).__name__,
-            got="get_decoder() returned nothing",
-            want="a decoder-only language model behind the vision path",
-            fix="encoder-decoder models are not supported",
-            slug="no-decoder",
-        )
-    return path_of(model, decoder), path_of(model, model.get_input_embeddings())
 
 
 def first_size(arguments: Mapping[str, Any]) -> int:
@@ -445,9 +397,16 @@ class Host:
         return owner.get_image_features(**keywords(owner.get_image_features, inputs))
 
     def reach_decoder(self, **inputs: Any) -> DecoderCall:
-        """Runs the model's forward up to its decoder."""
+        """Runs the model's forward up to its decoder; a chunk without pixels goes to the language model where the
+        model's own forward takes none without.
+        """
+        forward: Any = self.hf_forward
+        if insists_on_pixels(self.model) and not any(inputs.get(name) is not None for name in PIXEL_NAMES):
+            forward = language = self.model.get_submodule(self.boundary.language)
+            embeds = self.model.get_submodule(self.boundary.embeddings)(inputs.pop("input_ids"))
+            inputs = {**keywords(type(language).forward, inputs), "inputs_embeds": embeds}
         try:
-            self.hf_forward(**inputs)
+            forward(**inputs)
         except _Reached as reached:
             arguments = reached.arguments
             embeds = arguments.pop("inputs_embeds")

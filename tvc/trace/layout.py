@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -99,6 +99,25 @@ def encoder(model: torch.nn.Module) -> torch.nn.Module | None:
     return None
 
 
+def resampler(model: torch.nn.Module, entry: str, behind: Iterable[str]) -> str:
+    """The first module between the encoder's blocks and the decoder in which tokens attend to each other; empty where
+    every token goes that way by itself, or with its neighbours.
+
+    Args:
+        entry: path of the encoder.
+        behind: paths of the modules that follow it.
+    """
+    stack = blocks(model)[1]
+    held = {id(part) for part in stack.modules()}
+    parts = list(model.get_submodule(entry).named_modules(prefix=entry))
+    start = next((i for i, (_, part) in enumerate(parts) if part is stack), len(parts))
+    parts = parts[start:] + [named for path in behind for named in model.get_submodule(path).named_modules(prefix=path)]
+    return next(
+        (name for name, part in parts if id(part) not in held and not _POOLING.search(name) and _attends(name, part)),
+        "",
+    )
+
+
 def has_attention(block: torch.nn.Module) -> bool:
     return _attention(block) is not None
 
@@ -132,13 +151,15 @@ def _stack(module: torch.nn.Module) -> torch.nn.ModuleList | None:
 def _attention(block: torch.nn.Module) -> torch.nn.Module | None:
     """The outermost module of a block that is named after attention and multiplies by weights."""
     for name, part in block.named_modules():
-        if (
-            name
-            and _ATTENTION.search(name.rsplit(".", 1)[-1])
-            and any(isinstance(child, _MATRICES) for child in part.modules())
-        ):
+        if name and _attends(name, part):
             return part
     return None
+
+
+def _attends(name: str, part: torch.nn.Module) -> bool:
+    """Whether a module is named after attention and multiplies by weights."""
+    named = _ATTENTION.search(name.rsplit(".", 1)[-1])
+    return named is not None and any(isinstance(child, _MATRICES) for child in part.modules())
 
 
 def linear_weights(module: torch.nn.Module) -> int:

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from tvc.errors import ModelError
 from tvc.trace.layout import meta_model
+from tvc.trace.parts import decoder_weight
 from tvc.trace.processor import load_processor
 
 
@@ -66,7 +67,7 @@ def load(
                 fix="check the path, or download the model first",
                 slug="no-weights",
             ) from problem
-        of_type(meta, next(real.parameters()).dtype)
+        of_type(meta, decoder_weight(real).dtype)
     try:
         processor = processor or load_processor(name)
     except ModelError:
@@ -79,7 +80,7 @@ def _in_memory(model: torch.nn.Module, device: Any, dtype: Any, processor: Any) 
     _check_kind(model, type(model).__name__)
     if dtype is not None or device is not None:
         wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        if (wanted is not None and wanted != next(model.parameters()).dtype) or device is not None:
+        if (wanted is not None and wanted != decoder_weight(model).dtype) or device is not None:
             model = copy.deepcopy(model).to(device=device, dtype=wanted)
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     return Source(model, meta_copy(model), processor, name, getattr(model.config, "_commit_hash", None), None)
@@ -104,7 +105,7 @@ def meta_copy(model: torch.nn.Module) -> torch.nn.Module:
     """A model of the same class and configuration without weights."""
     with torch.device("meta"):
         made = type(model)._from_config(copy.deepcopy(model.config)).eval()  # type: ignore[attr-defined]
-    return of_type(made, next(model.parameters()).dtype)
+    return of_type(made, decoder_weight(model).dtype)
 
 
 def of_type(meta: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:

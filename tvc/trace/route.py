@@ -18,7 +18,8 @@ import torch
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tvc.trace.host import Host, first_size, junk, keywords, map_outputs
+from tvc.trace.host import Host, first_size, junk, map_outputs
+from tvc.trace.parts import keywords
 
 _TENSOR = "a tensor"
 # Operations that leave a value what it is: they give it another shape, type or place.

@@ -16,7 +16,7 @@ from transformers.models.auto.image_processing_auto import (
 
 from tvc.errors import ArgumentError, ModelError
 from tvc.trace.families import token_types
-from tvc.trace.host import PIXEL_NAMES, feature_owner
+from tvc.trace.parts import PIXEL_NAMES, feature_owner
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
@@ -58,7 +58,21 @@ def pixel_inputs(
     flat = dict(made(pictures, return_tensors="pt"))
     # Some image processors also tell their text side how many tiles they made, which no model takes.
     taken = {*inspect.signature(model.forward).parameters, *_image_arguments(model)}
-    return {name: value for name, value in flat.items() if isinstance(value, torch.Tensor) and name in taken}
+    found = {name: value for name, value in flat.items() if isinstance(value, torch.Tensor) and name in taken}
+    return found | _insisted_on(model, processor, pictures, found)
+
+
+def _insisted_on(
+    model: torch.nn.Module, processor: Any, pictures: list[list[Image.Image]], found: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What an encoder cannot do without beside pixels (a question that it reads too), from the whole processor."""
+    owner: Any = feature_owner(model)
+    parameters = inspect.signature(owner.get_image_features).parameters
+    wanted = {name for name, one in parameters.items() if one.default is one.empty and one.kind is not one.VAR_KEYWORD}
+    if processor is None or wanted <= found.keys():
+        return {}
+    made = processor(images=pictures, text=["what is it?"] * len(pictures), return_tensors="pt")
+    return {name: made[name] for name in parameters if name in made and name not in found}
 
 
 def _image_arguments(model: torch.nn.Module) -> set[str]:
@@ -75,14 +89,19 @@ def _image_processor(model: torch.nn.Module) -> Any:
     )
     # The variant that needs no torchvision is first choice: it is always there.
     candidates = sorted((n for n in names if n), key=lambda n: not n.endswith("Pil"))
+    got = "no processor and no sample inputs"
     for name in candidates:
         made = get_image_processor_class_from_name(name)
-        if made is not None:
+        if made is None:
+            continue
+        try:
             return made(**_options(made(), config))
+        except ImportError as problem:
+            got = " ".join(str(problem).split())
     raise ModelError(
-        "no image processor is known for this model type",
+        "no image processor can be made for this model type",
         where=str(config.model_type),
-        got="no processor and no sample inputs",
+        got=got,
         want="inputs to trace with",
         fix="pass inputs=processor(images=..., text=..., return_tensors='pt')",
         slug="no-sample",

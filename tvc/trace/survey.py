@@ -18,7 +18,8 @@ from tvc.trace.attention import attention_as, decoder_masks
 from tvc.trace.exporters import any_experts
 from tvc.trace.extras import arguments, laid_out, on_all_slots, read_extras, structure
 from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
-from tvc.trace.layout import blocks, cost_fields, residual_argument, used_vision_blocks
+from tvc.trace.layout import blocks, cost_fields, resampler, residual_argument, used_vision_blocks
+from tvc.trace.parts import decoder_weight, no_decoder
 from tvc.trace.route import note_images
 from tvc.trace.sample import default_size, doubled, pixel_inputs, visual_token_ids, with_text
 from tvc.trace.spans import read_spans
@@ -95,6 +96,7 @@ def _survey(
             fix="only models that scatter visual features over placeholder tokens can be compiled",
             slug="no-placeholder",
         )
+    _check_kind(meta)
     size = image_size or default_size(meta)
     fields = cost_fields(meta)
     sample: dict[str, torch.Tensor] = (
@@ -119,13 +121,13 @@ def _survey(
         identity, lengths = _probe_packing(host, sample)
     else:
         host = borrowed.host(meta)
-        with host.bound(embed=_zero_embedding(meta, next(borrowed.model.parameters()).dtype)):
+        with host.bound(embed=_zero_embedding(meta, decoder_weight(borrowed.model).dtype)):
             identity, lengths = False, host.lengths_of(sample) or _placeholders(sample, tokens)
     for handle in handles:
         handle.remove()
     if inputs is None:
         sample = with_text(meta, sample, _per_sample(lengths, 2))
-    dtype = next(meta.get_decoder().parameters()).dtype  # type: ignore[operator]
+    dtype = decoder_weight(meta).dtype
     embed, features = _zero_embedding(meta, dtype), host.boundary.features
     with (
         torch.no_grad(),
@@ -135,7 +137,6 @@ def _survey(
     ids = sample["input_ids"]
     valid = sample["attention_mask"].bool() if "attention_mask" in sample else torch.ones_like(ids, dtype=torch.bool)
     visual = sum((ids == token for token in tokens), torch.zeros_like(ids, dtype=torch.bool)) & valid
-    _check_kinds(meta)
     extras = read_extras(call.extra, visual)
     caches, told = _decoder_shapes(meta, call, extras, visual)
     fields["language"] = _told_windows(fields["language"], told)
@@ -146,14 +147,14 @@ def _survey(
     # An encoder without transformer blocks is seen from behind: by the visual tokens that it gives.
     images = host.boundary.images or len(lengths)
     first = entering[0] if entering else torch.Size((images, shape[:-1].numel() // images, 1))
-    if borrowed is not None:
-        reason = borrowed.reason
-    else:
-        reason = "the encoder takes images of several sizes one by one" if entry_inputs(host, sample).by_image else ""
+    untraced = borrowed.reason if borrowed is not None else ""
+    resampled = _resampled(meta, host.boundary) if borrowed is None else ""
+    reason = untraced or resampled
+    if not reason and entry_inputs(host, sample).by_image:
+        reason = "the encoder takes images of several sizes one by one"
     layout = _layout(meta, fields, first, shape, identity, lengths, size, reason)
     layout = _with_shared_caches(layout, caches, getattr(meta.get_decoder().config, "layer_types", None))
-    if borrowed is not None:
-        layout = dataclasses.replace(layout, untraced=borrowed.reason)
+    layout = dataclasses.replace(layout, untraced=untraced, resampled=resampled)
     return Survey(layout, host, sample, caches, axes, tokens, spans, extras, structure(call.extra))
 
 
@@ -161,11 +162,14 @@ def _survey(
 _KINDS = {"full_attention", "sliding_attention", "conv", "linear_attention"}
 
 
-def _check_kinds(meta: torch.nn.Module) -> None:
+def _check_kind(meta: torch.nn.Module) -> None:
+    """Refuses decoders of a kind that no cut can be made in, before anything is run."""
+    if meta.config.is_encoder_decoder or meta.config.get_text_config().is_encoder_decoder:  # type: ignore[operator, union-attr]
+        raise no_decoder(meta, "an encoder and a decoder of text, with cross-attention between them")
     kinds = set(getattr(meta.get_decoder().config, "layer_types", None) or ()) - _KINDS  # type: ignore[operator]
     if kinds:
         raise ModelError(
-            "layers of the decoder hide keys by a rule that is neither causal nor a window",
+            "the decoder has layers of a kind that no cut is known for",
             where=type(meta).__name__,
             got=", ".join(sorted(kinds)),
             want=f"layers of the kinds {', '.join(sorted(_KINDS))}",
@@ -355,6 +359,16 @@ def _layout(
         image_size=size,
         in_order=identity and not packed and not known,
         **fields,
+    )
+
+
+def _resampled(meta: torch.nn.Module, boundary: Boundary) -> str:
+    """Why no visual token stands for a token of the encoder, or for some; empty where each does."""
+    found = resampler(meta, boundary.entry, boundary.vision[1:])
+    return (
+        f"{found} makes each visual token of all tokens of the encoder, so that it stands for none of them"
+        if found
+        else ""
     )
 
 

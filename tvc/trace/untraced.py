@@ -10,7 +10,8 @@ import dataclasses
 
 import torch
 
-from tvc.trace.host import Boundary, Host, decoder_paths
+from tvc.trace.host import Boundary, Host
+from tvc.trace.parts import language_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,5 +52,4 @@ def borrow_vision(meta: torch.nn.Module, real: torch.nn.Module) -> None:
 
 def untraced_boundary(model: torch.nn.Module) -> Boundary:
     """A boundary without a vision path: only the decoder and the token embedding are stood in for."""
-    decoder, embeddings = decoder_paths(model)
-    return Boundary("", (), "", decoder, embeddings, None, (), {}, 0)
+    return Boundary("", (), "", **language_paths(model), exit_structure=None, features=(), junk={}, images=0)

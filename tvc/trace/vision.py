@@ -44,6 +44,9 @@ PIXELS, SIZES = "pixel_values", "image_sizes"
 class VisionInputs:
     """The entry module's arguments: tensors become graph inputs, everything else is a constant of the trace.
 
+    What the family's code hands around the entry to a module behind it (the question that a Q-Former reads) is `beside`
+    these: model inputs by name, inputs of the graph as well.
+
     Some encoders loop over images padded to one size, each with its own size beside it: `by_image`. Their graph is that
     of one image, whose size is that of its pixels; a runtime runs it once an image.
     """
@@ -51,6 +54,12 @@ class VisionInputs:
     tensors: dict[str, torch.Tensor]
     constants: dict[str, Any]
     by_image: bool = False
+    beside: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def all(self) -> dict[str, torch.Tensor]:
+        """Every input of the graph by name."""
+        return {**self.tensors, **self.beside}
 
 
 def split_inputs(arguments: Mapping[str, Any]) -> VisionInputs:
@@ -92,8 +101,9 @@ class VisionPath(torch.nn.Module):
 
     def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         boundary = self._host.boundary
-        arguments = {**dict(zip(self._inputs.tensors, tensors, strict=True)), **self._inputs.constants}
-        sample = self._sample
+        given = dict(zip(self._inputs.all, tensors, strict=True))
+        arguments = {name: given[name] for name in self._inputs.tensors} | self._inputs.constants
+        sample = {**self._sample, **{name: given[name] for name in self._inputs.beside}}
         if self._inputs.by_image:
             height, width = arguments[PIXELS].shape[2:]
             arguments[SIZES] = [(height, width)]
@@ -235,6 +245,32 @@ def _marked(model: torch.nn.Module, sites: Sequence[str]) -> Iterator[None]:
             handle.remove()
 
 
+def _exported(
+    model: torch.nn.Module, host: Host, sample: Mapping[str, Any], inputs: VisionInputs, sites: Sequence[str]
+) -> tuple[torch.export.ExportedProgram, tuple[Mapping[int, Any], ...]]:
+    """The vision path as a graph, and which axes of its inputs may vary."""
+    module, arguments = VisionPath(model, host, sample, inputs), tuple(inputs.all.values())
+    # Some encoders compute with the image's size in ways that only work for numbers: for them it stays as it is. So it
+    # does where cuts follow each other inside the encoder: every one makes the expression of the length longer.
+    whole = {name: dict.fromkeys(range(value.dim()), AUTO) for name, value in inputs.all.items()}
+    first = tuple(axes if name in inputs.beside else {0: AUTO} for name, axes in whole.items())
+    every = first if len(sites) > 1 else tuple(whole.values())
+    if inputs.by_image:
+        first = every = ({2: AUTO, 3: AUTO},)
+    with tracing(model), _marked(model, sites):
+        try:
+            return functional(torch.export.export(module, arguments, dynamic_shapes=(every,), strict=False)), every
+        except REFUSALS:
+            return export("vision", module, arguments, (first,)), first
+
+
+def _handed_on(exported: torch.export.ExportedProgram, sample: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of the sample that the family's code put into the graph as they are."""
+    lifted = [exported.constants[name] for name in _lifted(exported)]
+    places = {value.data_ptr() for value in lifted if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in sample.items() if value.data_ptr() in places}
+
+
 def capture_vision(
     model: torch.nn.Module, host: Host, sample: Mapping[str, Any], sites: Sequence[str] = ()
 ) -> Component:
@@ -242,23 +278,15 @@ def capture_vision(
     device = next(model.parameters()).device
     inputs = entry_inputs(host, sample)
     inputs = dataclasses.replace(inputs, tensors={name: value.to(device) for name, value in inputs.tensors.items()})
-    module = VisionPath(model, host, sample, inputs)
-    arguments = tuple(inputs.tensors.values())
-    # Some encoders compute with the image's size in ways that only work for numbers: for them it stays as it is. So it
-    # does where cuts follow each other inside the encoder: every one makes the expression of the length longer.
-    first = tuple({0: AUTO} for _ in arguments)
-    every = first if len(sites) > 1 else tuple(dict.fromkeys(range(value.dim()), AUTO) for value in arguments)
-    if inputs.by_image:
-        first = every = ({2: AUTO, 3: AUTO},)
-    with tracing(model), _marked(model, sites):
-        try:
-            exported = functional(torch.export.export(module, arguments, dynamic_shapes=(every,), strict=False))
-            dynamic = every
-        except REFUSALS:
-            exported, dynamic = export("vision", module, arguments, (first,)), first
+    exported, dynamic = _exported(model, host, sample, inputs, sites)
+    beside = _handed_on(exported, sample)
+    if beside and not inputs.by_image:
+        inputs = dataclasses.replace(inputs, beside={name: value.to(device) for name, value in beside.items()})
+        exported, dynamic = _exported(model, host, sample, inputs, sites)
+    arguments = tuple(inputs.all.values())
     _refuse_constants(exported, arguments[0].shape[0])
     drop_checks(exported)
     count = len(exported.graph_signature.user_outputs)
     outputs = (OUTPUT, *(f"{OUTPUT}.{i}" for i in range(1, count)))
     meta = {"by_image": inputs.by_image}
-    return Component("vision", exported, tuple(inputs.tensors), outputs, arguments, dynamic, meta=meta)
+    return Component("vision", exported, tuple(inputs.all), outputs, arguments, dynamic, meta=meta)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from tvc.errors import TraceError
-from tvc.trace.host import feature_owner, keywords
 from tvc.trace.layout import residual_argument, used_vision_blocks
 from tvc.trace.observe import Observer, Seen, observed
+from tvc.trace.parts import feature_owner, keywords
 
 _BASE = 8  # one digit of a visual token's number is read off a ratio of gradients, so it must be small
 

@@ -17,9 +17,9 @@ import torch
 
 from tvc.errors import TraceError
 from tvc.kernels.op import Attention, Tap
-from tvc.trace.host import feature_owner
 from tvc.trace.layout import blocks, has_attention, residual_argument
 from tvc.trace.observe import Observer, Seen, observed, plain_cache, replaced
+from tvc.trace.parts import feature_owner
 from tvc.verification.branches import changes, watched
 from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
 from tvc.verification.steps import Outcome, Sample, carry_out, frames_in, text_behind, text_that_rates

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tvc.errors import ArgumentError
-from tvc.trace.host import PIXEL_NAMES, VIDEO, feature_owner, keywords
+from tvc.trace.parts import PIXEL_NAMES, VIDEO, decoder_weight, feature_owner, keywords
 from tvc.trace.sample import default_size, pixel_inputs, visual_token_ids, with_text
 from tvc.verification.encoder import feature_parts
 
@@ -25,7 +25,7 @@ def default_inputs(model: Any, processor: Any) -> Inputs:
 
 def placed(inputs: Mapping[str, Any], model: Any) -> Inputs:
     """The tensors among `inputs`, on the model's device, numbers in its type."""
-    weight = next(model.parameters())
+    weight = decoder_weight(model)
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     return {
         name: value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
