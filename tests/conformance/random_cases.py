@@ -36,8 +36,9 @@ FAMILIES = (
     "deepseek_vl",
 )
 FURTHER = tuple(family for family in support.FURTHER if family not in FAMILIES)
-# A family whose sizes are changed, then a further one, and so on.
-TURNS = tuple(family for place, further in enumerate(FURTHER) for family in (FAMILIES[place % len(FAMILIES)], further))
+# Families that can be cut inside the encoder as well take more turns; between any two of these comes a further one.
+_OFTEN = (*FAMILIES, "llava", "vipllava", "paligemma", "deepseek_vl")
+TURNS = tuple(family for place, further in enumerate(FURTHER) for family in (_OFTEN[place % len(_OFTEN)], further))
 # Families whose videos are patches that pass through the vision path of images.
 WITH_VIDEOS = ("qwen2_vl", "qwen2_5_vl")
 DTYPES = ("float32", "float32", "float32", "float32", "bfloat16", "float16")
@@ -186,6 +187,18 @@ def _like(value: Any, blocks: Mapping[str, int]) -> st.SearchStrategy[Any]:
     if isinstance(value, str) and value.endswith("%"):
         return st.sampled_from(_SHARES)
     return st.just(value)
+
+
+def gathered(policy: Settings, blocks: Mapping[str, int], seed: int) -> Settings:
+    """The policy with its single sites inside the encoder moved to two of them: every choice of sites is one trace."""
+    first = seed % blocks["vision"]
+    two = (first, min(first + 1 + seed % 2, blocks["vision"] - 1))
+    steps, seen = [], 0
+    for step in policy["steps"]:
+        inside = step["at"].startswith("vision.") and ".." not in step["at"] and not step["at"].endswith("all")
+        steps.append({**step, "at": f"vision.{two[min(seen, 1)]}"} if inside else step)
+        seen += inside
+    return {**policy, "steps": steps}
 
 
 def _place(at: str, blocks: Mapping[str, int]) -> tuple[int, float]:

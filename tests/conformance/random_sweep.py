@@ -33,10 +33,10 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 RESULTS = ROOT / "out" / "random-sweep.jsonl"
 RECORD = ROOT / "benchmarks" / "results" / "random-sweep.json"
-POLICIES = 20  # for each model
+POLICIES = 30  # for each model
 CALLS = 3  # inputs for each policy
 # Of a model's cases: `draft` runs the graphs as the passes leave them, without the exports that take most of the time.
-EXPORTED = {5: ("torch",), 13: ("ort", "torch", "pt2", "ort", "torchscript")}
+EXPORTED = {6: ("torch",), 18: ("ort", "pt2", "ort", "torchscript")}
 
 
 def _beside(name: str, path: pathlib.Path) -> Any:
@@ -86,14 +86,16 @@ def model_of(seed: int, number: int, families: tuple[str, ...]) -> Any:
 def case_of(seed: int, number: int, model: Any, bench: Bench) -> Case:
     """Case `number`: one policy in five is a preset, and most of the others are such that the model can do them."""
     own = 1_000_003 * seed + number
+    place, which = divmod(number, POLICIES)
     policies = random_cases.policies(bench.blocks)
     if number % 5 == 4:
         policies = random_cases.published(bench.blocks)
     elif number % 5:
-        policies = random_cases.policies(bench.blocks, bench.components).filter(bench.resolves)
+        policies = random_cases.policies(bench.blocks, bench.components)
+        policies = policies.map(lambda drawn: random_cases.gathered(drawn, bench.blocks, seed + place))
+        policies = policies.filter(bench.resolves)
     drawn = random_inputs.inputs(model.family in random_cases.WITH_VIDEOS)
     given = tuple(random_cases.drawn(drawn, 7 * own + call) for call in range(CALLS))
-    place, which = divmod(number, POLICIES)
     targets = EXPORTED.get(which, ("draft",))
     return Case(random_cases.drawn(policies, own), given, targets[place % len(targets)])
 
