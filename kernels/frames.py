@@ -31,6 +31,16 @@ def lengths(frame: torch.Tensor) -> torch.Tensor:
     return made.scatter_add(1, frame + 1, torch.ones_like(frame))
 
 
+def first_of(number: torch.Tensor) -> torch.Tensor:
+    """[B, V + 1] int64: the first slot of each number of `number [B, V]` in row number + 1, row 0 that of -1.
+
+    Rows of numbers that are not there hold V. Pads may stand in front or behind.
+    """
+    slot = torch.arange(number.shape[1], device=number.device).expand(number.shape)
+    made = torch.full_like(torch.nn.functional.pad(number, (1, 0)), number.shape[1])
+    return made.scatter_reduce(1, number + 1, slot, "amin")
+
+
 def extent(frame: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """([B, V] first frame of each token's segment, [B, V] how many frames it has); what pads get means nothing."""
     size = (counts.shape[0], counts.shape[1] + 1)
@@ -51,9 +61,7 @@ def same_place(
     Returns:
         [B, V] int64 its index along V, 0 where there is none; [B, V] bool whether there is one in the same segment.
     """
-    numbers = lengths(frame)
-    # Row f + 1 of `begin` is where frame f starts: behind the pads and all frames before it.
-    begin = numbers.cumsum(1) - numbers
+    numbers, begin = lengths(frame), first_of(frame)
     there = (frame >= 0) & (other >= 0) & (place < numbers.gather(1, other + 1))
     index = torch.where(there, begin.gather(1, other + 1) + place, 0)
     return index, there & (segment.gather(1, index) == segment)

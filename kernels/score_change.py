@@ -40,6 +40,12 @@ def frame_cases() -> Iterator[tuple[str, tuple[torch.Tensor, ...]]]:
     )
     place = torch.tensor([[-1, -1, 0, 1, 0, 1, 0, 1, 0, 1, 2, 3], [0, 1] * 6, [-1, 0, *[0, 1] * 5]])
     yield "videos", (segment, counts, frame, place)
+    # Frames of unequal lengths, as images are; pads behind, as where a prompt begins.
+    several = torch.tensor([[0] * 10 + [-1] * 2, [*[0] * 3, *[1] * 7, -1, -1], [0] * 12])
+    numbers = [[0] * 3 + [1] * 5 + [2] * 2, [0, 0, 0, *[1] * 3, *[2] * 4], [0, *[1] * 4, *[2] * 7]]
+    ragged = torch.tensor([[*row, *[-1] * (12 - len(row))] for row in numbers])
+    inside = torch.tensor([[row[:i].count(n) for i, n in enumerate(row)] + [-1] * (12 - len(row)) for row in numbers])
+    yield "pads-behind", (several, torch.tensor([[10, 0], [3, 7], [12, 0]]), ragged, inside)
     images = (torch.where(segment < 0, -1, 0), counts.sum(1, keepdim=True), frame, place)
     yield "images-as-frames", images
     alone = (torch.zeros(1, 5, dtype=torch.int64), torch.tensor([[5]]), torch.arange(5)[None], torch.zeros(1, 5).long())

@@ -71,7 +71,8 @@ class Pooling(Trained, Merging):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(chosen [B, K], feature [B, K, H d] float32, size [B, K]); each new token has an even part of all sizes."""
         budget, segment, counts = self.number, scope.segment, scope.counts
-        slots = budget.slots(segment.shape[1], scope.number)
+        # A count beyond the tokens that there are gives no slots: a tile of an encoder has no room for pads.
+        slots = torch.sym_min(budget.slots(segment.shape[1], scope.number), segment.shape[1])
         chosen = stride_keep.overload(segment, counts, budget.permille or 0, budget.count or 0, slots)
         feature = segment_pool.overload(logits, value, segment, counts, chosen)
         even = torch.zeros_like(logits[:, :1, :, :1])

@@ -11,6 +11,7 @@ import torch.fx as fx
 from tvc.chunks import TAP
 from tvc.errors import SiteError
 from tvc.graphs import Block, annotate, backward_closure, clone, identifier
+from tvc.kernels.frames import first_of
 from tvc.kernels.op import Tap
 from tvc.kernels.segments import follow, ranks, take_rows
 from tvc.passes.cuts import ChunkState, Cut
@@ -114,11 +115,10 @@ def frames_of(
         start = (spatial == spatial.gather(2, begin)).all(0)
     valid = segment >= 0
     number = (start & valid).long().cumsum(1)
-    # A frame's tokens stand side by side: the place counts from where its number is first reached.
-    before = torch.zeros(segment.shape[0], segment.shape[1] + 1, dtype=torch.int64, device=segment.device)
-    before = before.scatter_add(1, torch.where(valid, number, 0), torch.ones_like(segment))
-    place = torch.arange(segment.shape[1], device=segment.device) - (before.cumsum(1) - before).gather(1, number)
-    return torch.where(valid, number - 1, -1), torch.where(valid, place, -1)
+    frame = torch.where(valid, number - 1, -1)
+    # A frame's tokens stand side by side.
+    place = torch.arange(segment.shape[1], device=segment.device) - first_of(frame).gather(1, frame + 1)
+    return frame, torch.where(valid, place, -1)
 
 
 def raters_among(text_index: torch.Tensor, raters: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ and the tensors that the model takes beside the tokens.
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -117,6 +118,29 @@ def counted(
     made = getattr(transformers, processor)(**options)(pictures, return_tensors="pt")
     texts = [start + token * (int(shape.prod()) // merge**2) + end for shape in made[shapes]]
     return texts, {"pixel_values": made["pixel_values"], shapes: made[shapes]}
+
+
+def video_tokens(model: Any, grids: list[tuple[int, int, int]]) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
+    """(the tokens of each video, what the model takes beside tokens) of videos of noise: frames, rows, columns."""
+    config = model.config
+    vision = config.vision_config
+    values = 3 * vision.temporal_patch_size * vision.patch_size**2
+    noise = torch.randn(sum(t * h * w for t, h, w in grids), values, generator=torch.Generator().manual_seed(0))
+    extra = {"pixel_values_videos": noise, "video_grid_thw": torch.tensor(grids)}
+    if "second_per_grid_ts" in inspect.signature(model.forward).parameters:
+        extra["second_per_grid_ts"] = torch.ones(len(grids))
+    counts = [t * h * w // vision.spatial_merge_size**2 for t, h, w in grids]
+    start, end = config.vision_start_token_id, config.vision_end_token_id
+    return [[start, *[config.video_token_id] * count, end] for count in counts], extra
+
+
+def with_kinds(model: Any, rows: list[list[int]], extra: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The rows padded on the left, with the kind of every token: text, image, video."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    kinds = (ids == model.config.image_token_id).long() + 2 * (ids == model.config.video_token_id).long()
+    return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds, **extra}
 
 
 def _flat(pictures: Pictures) -> list[Image.Image]:

@@ -126,7 +126,7 @@ def build_processor(family: str) -> Any:
     images = getattr(transformers, record.image_processor)(**record.image_options)
     made = image_only(getattr(transformers, record.processor))
     parts = {name: tokenizer(family) for name in made.get_attributes() if name.endswith("tokenizer")}
-    return made(image_processor=images, chat_template=_template(record), **parts, **record.processor_options)
+    return made(image_processor=images, chat_template=template(record), **parts, **record.processor_options)
 
 
 def build(family: str, seed: int = 0) -> tuple[Any, Any]:
@@ -163,21 +163,22 @@ def inputs(
         ]
         for move in shift
     ]
-    template = getattr(made, "chat_template", None) or _template(family_record(family))
+    chat = getattr(made, "chat_template", None) or template(family_record(family))
     text = tokenizer(family).apply_chat_template(
-        conversations, chat_template=template, tokenize=False, add_generation_prompt=True
+        conversations, chat_template=chat, tokenize=False, add_generation_prompt=True
     )
     pictures = [
         [photo(seed + sample + number, _SIZES[(seed + move + number) % len(_SIZES)]) for number in range(images)]
         for sample, move in enumerate(shift)
     ]
     if made is None:
-        return _inputs_by_hand(family, pictures, text)
+        return inputs_by_hand(family, pictures, text)
     tensors = made(images=pictures, text=text, padding=True, return_tensors="pt")
     return {name: value for name, value in tensors.items() if name != "labels"}
 
 
-def _inputs_by_hand(family: str, pictures: list[list[Image.Image]], text: list[str]) -> dict[str, torch.Tensor]:
+def inputs_by_hand(family: str, pictures: list[list[Image.Image]], text: list[str]) -> dict[str, torch.Tensor]:
+    """What stands in for the family's processor makes of the pictures of every sample, and of its prompt."""
     record = family_record(family)
     options = dict(record.image_options)
     if record.image_processor:
@@ -254,7 +255,8 @@ def tokenizer(family: str) -> Any:
     )
 
 
-def _template(record: Family) -> str:
+def template(record: Family) -> str:
+    """The chat template of the family's prompts."""
     return _TEMPLATE.replace("IMAGE", record.placeholder)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from tvc.trace.route import video_departs
 from tvc.trace.survey import survey
 from tvc.verification import samples
 
+video_tokens, with_kinds = support.by_hand.video_tokens, support.by_hand.with_kinds
 FAMILIES = ("qwen2_vl", "qwen2_5_vl")
 HALF = {
     "version": 1,
@@ -81,20 +81,6 @@ def half(prepared):
     return get
 
 
-def videos(model: Any, grids: list[tuple[int, int, int]]) -> tuple[list[list[int]], dict[str, torch.Tensor]]:
-    """(the tokens of each video, what the model takes beside tokens) of videos of noise: frames, rows, columns."""
-    config = model.config
-    vision = config.vision_config
-    values = 3 * vision.temporal_patch_size * vision.patch_size**2
-    noise = torch.randn(sum(t * h * w for t, h, w in grids), values, generator=torch.Generator().manual_seed(0))
-    extra = {"pixel_values_videos": noise, "video_grid_thw": torch.tensor(grids)}
-    if "second_per_grid_ts" in inspect.signature(model.forward).parameters:
-        extra["second_per_grid_ts"] = torch.ones(len(grids))
-    counts = [t * h * w // vision.spatial_merge_size**2 for t, h, w in grids]
-    start, end = config.vision_start_token_id, config.vision_end_token_id
-    return [[start, *[config.video_token_id] * count, end] for count in counts], extra
-
-
 def frames(model: Any, tokens: int) -> dict[str, torch.Tensor]:
     """A prompt with that many placeholders and a video of eight frames of noise."""
     ids = torch.tensor([[1, 105, *[model.config.video_token_id] * tokens, 130, 131]])
@@ -102,24 +88,15 @@ def frames(model: Any, tokens: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels}
 
 
-def batch(model: Any, rows: list[list[int]], extra: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The rows padded on the left, with the kind of every token."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    kinds = (ids == model.config.image_token_id).long() + 2 * (ids == model.config.video_token_id).long()
-    return {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds, **extra}
-
-
 def two_videos(model: Any) -> dict[str, torch.Tensor]:
-    made, extra = videos(model, [(2, 4, 4), (3, 4, 8)])
-    return batch(model, [[1, 105, 106, *made[0], 130, 131], [1, 107, *made[1], 132, 133, 134]], extra)
+    made, extra = video_tokens(model, [(2, 4, 4), (3, 4, 8)])
+    return with_kinds(model, [[1, 105, 106, *made[0], 130, 131], [1, 107, *made[1], 132, 133, 134]], extra)
 
 
 def image_and_video(family: str, model: Any, image_first: bool) -> dict[str, torch.Tensor]:
     """Two samples: one of an image and a video, one of an image alone."""
     config = model.config
-    made, extra = videos(model, [(3, 4, 4)])
+    made, extra = video_tokens(model, [(3, 4, 4)])
     given = support.inputs(family, 2)
     counts = (given["image_grid_thw"].prod(1) // config.vision_config.spatial_merge_size**2).tolist()
     pictures = [
@@ -128,7 +105,7 @@ def image_and_video(family: str, model: Any, image_first: bool) -> dict[str, tor
     parts = [pictures[0], made[0]] if image_first else [made[0], pictures[0]]
     rows = [[1, 105, *parts[0], 106, *parts[1], 130, 131], [1, 107, *pictures[1], 132]]
     images = {name: given[name] for name in ("pixel_values", "image_grid_thw")}
-    return batch(model, rows, {**images, **extra})
+    return with_kinds(model, rows, {**images, **extra})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -181,8 +158,8 @@ SLOW = pytest.mark.conformance
 def test_video_presets_see_frames(prepared: Any, preset: str, settings: dict[str, Any], left: list[list[int]]) -> None:
     model, traced = prepared("qwen2_5_vl")
     compiled = traced.compile(tvc.load_policy(preset, set=settings), verify=False)
-    made, extra = videos(model, [(8, 4, 6), (5, 4, 8)])
-    longer = batch(model, [[1, 105, 106, *made[0], 130, 131], [1, 107, *made[1], 132, 133, 134]], extra)
+    made, extra = video_tokens(model, [(8, 4, 6), (5, 4, 8)])
+    longer = with_kinds(model, [[1, 105, 106, *made[0], 130, 131], [1, 107, *made[1], 132, 133, 134]], extra)
     for inputs, numbers in zip((longer, two_videos(model)), left, strict=True):
         kept = compiled(**inputs).kept["language.0"]
         for row, places in enumerate(kept):

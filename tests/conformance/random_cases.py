@@ -1,4 +1,4 @@
-"""Random small models, policies and inputs, as hypothesis draws them.
+"""Random small models and policies, as hypothesis draws them.
 
 A primitive's settings are drawn from its own schema, so that a new primitive is covered as soon as it is registered.
 Everything drawn is plain data: a case can be written to a file and run again.
@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 
 import support
 from tvc.kernels.op import PRIMITIVES, Kind
-from tvc.kernels.weights import Trained
+from tvc.kernels.weights import SUFFIX, Trained
+from tvc.policy import load_policy, presets
 from tvc.policy.schema import COMPONENTS, NORMALIZE, POSITIONS, SCOPES
 
 Settings = dict[str, Any]
 
+# Families of which sizes are changed, too.
 FAMILIES = (
     *support.FAMILIES,
     "qwen2_vl",
@@ -33,12 +35,13 @@ FAMILIES = (
     "llava_next",
     "deepseek_vl",
 )
-QUESTIONS = (
-    "where is the cat?",
-    "describe the picture in one sentence and name every colour that you can see.",
-    "what is it?",
-    "how many people can you see in the photo, and what do they wear?",
-)
+FURTHER = tuple(family for family in support.FURTHER if family not in FAMILIES)
+# Families that can be cut inside the encoder as well take more turns; between any two of these comes a further one.
+_OFTEN = (*FAMILIES, "llava", "vipllava", "paligemma", "deepseek_vl")
+TURNS = tuple(family for place, further in enumerate(FURTHER) for family in (_OFTEN[place % len(_OFTEN)], further))
+# Families whose videos are patches that pass through the vision path of images.
+WITH_VIDEOS = ("qwen2_vl", "qwen2_5_vl")
+DTYPES = ("float32", "float32", "float32", "float32", "bfloat16", "float16")
 # Text models that stand in for LLaMA where the family takes any.
 _DECODERS: tuple[Settings, ...] = (
     {},
@@ -48,6 +51,7 @@ _DECODERS: tuple[Settings, ...] = (
 )
 _HEADS = ((4, 2), (4, 1), (4, 4), (2, 1), (8, 2))  # query heads, key heads
 _NUMBERS = (-1.0, -0.1, 0.0, 1e-4, 0.001, 0.01, 0.03, 0.05, 0.1, 0.25, 0.5, 0.9, 1.0, 1.5, 2.0, 10.0, 100.0)
+WEIGHTS = "{weights}"  # how a policy names its parameter
 _SHARES = ("100%", "75%", "66.6%", "50%", "33%", "25%", "12.5%", "7%", "1%", "0.1%")
 
 
@@ -61,23 +65,17 @@ class Model:
     family: str
     changes: Settings
     seed: int
+    dtype: str = "float32"
 
     @property
     def config(self) -> Settings:
         return _changed(support.family_record(self.family).config, self.changes)
 
-    @property
-    def blocks(self) -> dict[str, int]:
-        """Blocks of each component, by its name in a site."""
-        vision = self.config["vision_config"]
-        depth = vision["num_hidden_layers"] if "num_hidden_layers" in vision else vision["depth"]
-        return {"vision": depth, "language": self.config["text_config"]["num_hidden_layers"]}
-
     def build(self) -> Any:
         """The model with random weights."""
         record = dataclasses.replace(support.family_record(self.family), config=self.config)
         with mock.patch.dict(support.FAMILIES, {self.family: record}):
-            return support.build_model(self.family, self.seed)
+            return support.build_model(self.family, self.seed).to(getattr(torch, self.dtype))
 
 
 def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
@@ -89,8 +87,10 @@ def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
 
 @st.composite
 def models(draw: st.DrawFn, families: tuple[str, ...] = FAMILIES, layers: tuple[int, ...] = (2, 3, 3, 4, 6)) -> Model:
-    """A family whose text model has another depth, other heads, windows or tied embeddings."""
-    family = draw(st.sampled_from(families))
+    """A family in one of the types; of some, the text model has another depth, heads, windows or tied embeddings."""
+    family, dtype = draw(st.sampled_from(families)), draw(st.sampled_from(DTYPES))
+    if family not in FAMILIES:
+        return Model(family, {}, draw(st.integers(0, 99)), dtype)
     config = support.family_record(family).config
     own = config["text_config"]
     text = dict(draw(st.sampled_from(_DECODERS))) if own["model_type"] in ("llama", "qwen2") else {}
@@ -112,7 +112,7 @@ def models(draw: st.DrawFn, families: tuple[str, ...] = FAMILIES, layers: tuple[
         changes["vision_config"] = {"num_hidden_layers": draw(st.integers(2, 4))}
     if "vision_feature_layer" in config:
         changes["vision_feature_layer"] = draw(st.sampled_from((-1, -2)))
-    return Model(family, changes, draw(st.integers(0, 99)))
+    return Model(family, changes, draw(st.integers(0, 99)), dtype)
 
 
 def _sections(width: int, interleaved: bool) -> list[int]:
@@ -142,13 +142,63 @@ def _windows(text: Mapping[str, Any], depth: int) -> st.SearchStrategy[Settings]
 
 @st.composite
 def policies(draw: st.DrawFn, blocks: Mapping[str, int], components: tuple[str, ...] = COMPONENTS) -> Settings:
-    """One to three steps at random sites of the `components`, most of them in order."""
-    steps = draw(st.lists(_steps(blocks, components), min_size=1, max_size=3))
+    """One to three steps at random sites of the `components`, or one in each of them; most of them in order."""
+    if draw(st.integers(0, 4)):
+        steps = draw(st.lists(_steps(blocks, components), min_size=1, max_size=3))
+    else:
+        steps = [draw(_steps(blocks, (component,))) for component in components]
     if draw(st.integers(0, 9)):
         steps.sort(key=lambda step: _place(step["at"], blocks))
     # Numbering afresh needs a cut in the decoder, so it is refused for many policies.
     positions = draw(st.sampled_from((*POSITIONS, "keep", "keep")))
-    return {"version": 1, "name": "random", "steps": steps, "positions": positions}
+    made = {"version": 1, "name": "random", "steps": steps, "positions": positions}
+    return {**made, "parameters": {"weights": f"drawn{SUFFIX}"}} if WEIGHTS in str(steps) else made
+
+
+@st.composite
+def published(draw: st.DrawFn, blocks: Mapping[str, int]) -> Settings:
+    """A preset at some of its own sites and some others, with settings of which some are its own."""
+    made = _preset(draw(st.sampled_from(presets())))
+    parameters = dict(made.get("parameters", {}))
+    for name, value in parameters.items():
+        if draw(st.integers(0, 3)):
+            parameters[name] = draw(_like(value, blocks))
+    steps = [dict(step) for step in made["steps"]]
+    for step in steps:
+        if draw(st.booleans()) and "{" not in step["at"]:
+            step["at"] = draw(_sites(blocks, (step["at"].partition(".")[0],)))
+    return {**made, "steps": steps, "parameters": parameters}
+
+
+def _preset(name: str) -> Settings:
+    """What a preset does; not what it says about itself."""
+    told = ("about", "reference", "covers", "deviations", "unverified")
+    return {key: value for key, value in load_policy(name).document.data.items() if key not in told}
+
+
+def _like(value: Any, blocks: Mapping[str, int]) -> st.SearchStrategy[Any]:
+    """Values of a parameter's kind that suit small models; a file of weights stays what it is."""
+    if isinstance(value, bool):
+        return st.booleans()
+    if isinstance(value, int):
+        return st.integers(1, 12) | st.integers(1, max(blocks["language"] - 1, 1))
+    if isinstance(value, float):
+        return st.sampled_from([number for number in _NUMBERS if 0 < number <= 1.5])
+    if isinstance(value, str) and value.endswith("%"):
+        return st.sampled_from(_SHARES)
+    return st.just(value)
+
+
+def gathered(policy: Settings, blocks: Mapping[str, int], seed: int) -> Settings:
+    """The policy with its single sites inside the encoder moved to two of them: every choice of sites is one trace."""
+    first = seed % blocks["vision"]
+    two = (first, min(first + 1 + seed % 2, blocks["vision"] - 1))
+    steps, seen = [], 0
+    for step in policy["steps"]:
+        inside = step["at"].startswith("vision.") and ".." not in step["at"] and not step["at"].endswith("all")
+        steps.append({**step, "at": f"vision.{two[min(seen, 1)]}"} if inside else step)
+        seen += inside
+    return {**policy, "steps": steps}
 
 
 def _place(at: str, blocks: Mapping[str, int]) -> tuple[int, float]:
@@ -188,11 +238,12 @@ def _layers(blocks: Mapping[str, int]) -> st.SearchStrategy[str]:
 
 @st.composite
 def _steps(draw: st.DrawFn, blocks: Mapping[str, int], components: tuple[str, ...]) -> Settings:
-    action = draw(st.sampled_from((*("select",) * 5, *("merge",) * 2, "exit")))
+    action = draw(st.sampled_from((*("select",) * 6, *("merge",) * 3, "exit", "exit")))
     often = action == "merge" and draw(st.booleans())
     if action == "exit" and draw(st.integers(0, 9)):
         components = ("language",)
-    sites = _ranges if often or not draw(st.integers(0, 9)) else _sites
+    often = (often or not draw(st.integers(0, 9))) and components != ("projector",)
+    sites = _ranges if often else _sites
     at = draw(sites(blocks, components))
     step: Settings = {"at": at, "scope": draw(st.sampled_from(SCOPES))}
     if action == "merge":
@@ -226,13 +277,17 @@ def _terms(draw: st.DrawFn, blocks: Mapping[str, int]) -> Settings:
 
 def _made(kind: Kind, named: Settings) -> Any:
     ((key, settings),) = named.items()
-    return PRIMITIVES[kind][key].model_validate(settings)
+    return PRIMITIVES[kind][key].model_validate(_with_file(settings))
+
+
+def _with_file(settings: Settings) -> Settings:
+    """The settings with the name of a file where they name the policy's weights."""
+    return {**settings, "weights": f"drawn{SUFFIX}"} if "weights" in settings else settings
 
 
 def _named(kind: Kind, blocks: Mapping[str, int]) -> st.SearchStrategy[Settings]:
-    """`{key: settings}` of any registered primitive of a kind, but for those that need weights made for a model."""
-    plain = {key: cls for key, cls in PRIMITIVES[kind].items() if not issubclass(cls, Trained)}
-    made = [settings(cls, blocks).map(lambda drawn, key=key: {key: drawn}) for key, cls in plain.items()]
+    """`{key: settings}` of any registered primitive of a kind."""
+    made = [settings(cls, blocks).map(lambda drawn, key=key: {key: drawn}) for key, cls in PRIMITIVES[kind].items()]
     return st.one_of(made)
 
 
@@ -242,12 +297,16 @@ def settings(cls: Any, blocks: Mapping[str, int]) -> st.SearchStrategy[Settings]
 
     def accepted(drawn: Settings) -> bool:
         try:
-            cls.model_validate(drawn)
+            cls.model_validate(_with_file(drawn))
         except ValueError:
             return False
         return True
 
-    return _of_schema(schema, schema.get("$defs", {}), blocks).filter(accepted)
+    drawn = _of_schema(schema, schema.get("$defs", {}), blocks)
+    if issubclass(cls, Trained):  # each with tensors of its own in the policy's one file
+        parts = st.integers(0, 999).map(lambda number: {"weights": WEIGHTS, "prefix": f"part{number}"})
+        drawn = st.builds(lambda own, part: {**own, **part}, drawn, parts)
+    return drawn.filter(accepted)
 
 
 def _of_schema(schema: Mapping[str, Any], named: Mapping[str, Any], blocks: Mapping[str, int]) -> st.SearchStrategy:
@@ -286,7 +345,9 @@ def _objects(
     required = schema.get("required", ())
     drawn = {}
     for name, field in schema.get("properties", {}).items():
-        if name in required or draw(st.booleans()):
+        if name in ("heads", "groups") and field.get("type") == "integer":  # which have to divide widths
+            drawn[name] = draw(st.sampled_from((1, 2, 4)))
+        elif name in required or draw(st.booleans()):
             drawn[name] = draw(_of_schema(field, named, blocks))
     return drawn
 
@@ -303,74 +364,6 @@ def _floats(schema: Mapping[str, Any]) -> st.SearchStrategy[float]:
     least, most = schema.get("minimum", above), schema.get("maximum", below)
     usual = [n for n in _NUMBERS if above < n < below and least <= n <= most]
     return st.sampled_from(usual)
-
-
-# Inputs ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One prompt: the number of its question, and (photo, width, height) of its pictures."""
-
-    question: int
-    photos: tuple[tuple[int, int, int], ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """A batch; samples that differ in length are padded on the left."""
-
-    samples: tuple[Sample, ...]
-
-    @classmethod
-    def from_data(cls, data: Any) -> Inputs:
-        """What `dataclasses.asdict` made, perhaps by way of JSON."""
-        samples = data["samples"]
-        return cls(tuple(Sample(s["question"], tuple(tuple(photo) for photo in s["photos"])) for s in samples))
-
-    @property
-    def images(self) -> int:
-        return sum(len(sample.photos) for sample in self.samples)
-
-    def tensors(self, family: str, processor: Any) -> dict[str, torch.Tensor]:
-        """What the family's processor makes of them."""
-        conversations = [
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        *({"type": "image"} for _ in sample.photos),
-                        {"type": "text", "text": QUESTIONS[sample.question]},
-                    ],
-                }
-            ]
-            for sample in self.samples
-        ]
-        text = support.tokenizer(family).apply_chat_template(
-            conversations, chat_template=processor.chat_template, tokenize=False, add_generation_prompt=True
-        )
-        pictures = [[support.photo(n, (wide, high)) for n, wide, high in sample.photos] for sample in self.samples]
-        given = {"images": pictures} if self.images else {}
-        if not all(pictures) and family not in _NESTED:
-            given = {"images": [picture for sample in pictures for picture in sample]} if self.images else {}
-        made = processor(text=text, padding=True, return_tensors="pt", **given)
-        return {name: value for name, value in made.items() if isinstance(value, torch.Tensor) and name != "labels"}
-
-
-# Families whose processors want to know which sample a picture belongs to, also where another sample has none.
-_NESTED = ("smolvlm", "gemma3")
-
-
-@st.composite
-def inputs(draw: st.DrawFn) -> Inputs:
-    """One to three samples of up to two pictures each, alike or of different lengths; seldom without any picture."""
-    batch = draw(st.integers(1, 3))
-    side = st.integers(57, 220)
-    photos = st.lists(st.tuples(st.integers(0, 2), side, side), min_size=draw(st.sampled_from((0, 1, 1))), max_size=2)
-    samples = st.builds(Sample, st.integers(0, len(QUESTIONS) - 1), photos.map(tuple))
-    if draw(st.booleans()):
-        return Inputs((draw(samples),) * batch)
-    return Inputs(tuple(draw(st.lists(samples, min_size=batch, max_size=batch))))
 
 
 # Drawing without a test -----------------------------------------------------------------------------------------------

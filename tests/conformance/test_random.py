@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
 from typing import Any
 
 import pytest
 import random_cases
+import random_inputs
+import random_report
 import random_sweep
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -25,15 +29,16 @@ DRAWN = {"deadline": None, "derandomize": True, "database": None, "suppress_heal
 def layouts() -> dict[str, tuple[Any, Any]]:
     """Blocks and layout of each family that policies are resolved against."""
     models = [random_cases.Model(family, {}, 0) for family in READ]
-    return {model.family: (model.blocks, random_sweep.Bench(model).prepared.survey.layout) for model in models}
+    benches = [random_sweep.Bench(model) for model in models]
+    return {bench.family: (bench.blocks, bench.prepared.survey.layout) for bench in benches}
 
 
 @pytest.fixture(scope="module")
-def bench() -> tuple[Any, Any]:
+def bench() -> Any:
     """The cheapest model that can be cut everywhere."""
     small = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 3}}
     model = random_cases.Model("llava", small, 0)
-    return model, random_sweep.Bench(model)
+    return random_sweep.Bench(model)
 
 
 @settings(max_examples=150, **DRAWN)
@@ -52,19 +57,17 @@ def test_any_policy_is_planned_or_refused_by_name(layouts: Any, data: Any, famil
 
 
 @settings(max_examples=10, **DRAWN)
-@given(data=st.data(), calls=st.lists(random_cases.inputs(), min_size=1, max_size=2))
+@given(data=st.data(), calls=st.lists(random_inputs.inputs(), min_size=1, max_size=2))
 def test_random_policies_equal_their_definition(bench: Any, data: Any, calls: list[Any]) -> None:
-    model, made = bench
-    policy = data.draw(random_cases.policies(model.blocks, made.components).filter(made.resolves))
-    _check(made.run(policy, calls, "draft"))
+    policy = data.draw(random_cases.policies(bench.blocks, bench.components).filter(bench.resolves))
+    _check(bench.run(policy, calls, "draft"))
 
 
 @settings(max_examples=2, phases=[Phase.generate], **DRAWN)
-@given(data=st.data(), calls=st.lists(random_cases.inputs(), min_size=2, max_size=2))
+@given(data=st.data(), calls=st.lists(random_inputs.inputs(), min_size=2, max_size=2))
 def test_random_policies_equal_their_definition_once_exported(bench: Any, data: Any, calls: list[Any]) -> None:
-    model, made = bench
-    policy = data.draw(random_cases.policies(model.blocks, made.components).filter(made.resolves))
-    _check(made.run(policy, calls))
+    policy = data.draw(random_cases.policies(bench.blocks, bench.components).filter(bench.resolves))
+    _check(bench.run(policy, calls))
 
 
 def _check(outcome: Any) -> None:
@@ -81,7 +84,7 @@ def test_random_policies_equal_their_definition_everywhere(
     rows = random_sweep.read()
     assert rows
     bad = [row for row in rows if row["outcome"] in ("failed", "crashed")]
-    assert not bad, random_sweep.summary(rows)
+    assert not bad, random_report.summary(rows)
 
 
 def test_the_sweep_goes_on_where_it_stopped(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +96,43 @@ def test_the_sweep_goes_on_where_it_stopped(tmp_path: Any, monkeypatch: pytest.M
     rows = random_sweep.read()
     assert rows[:4] == before
     assert [row["number"] for row in rows] == list(range(6))
-    assert "6 cases, 30 comparisons" in random_sweep.summary(rows)
+    assert "6 cases, 30 comparisons" in random_report.summary(rows)
     model = random_sweep.model_of(3, 5, ("llava",))
     assert random_cases.Model(**rows[5]["model"]) == model
     assert random_sweep.Case.from_json(rows[5]) == random_sweep.case_of(3, 5, model, random_sweep.Bench(model))
+
+
+def test_what_was_in_the_cases_is_counted(tmp_path: pathlib.Path) -> None:
+    photo, text = {"question": 0, "photos": [[0, 60, 60]]}, {"question": 0, "photos": []}
+    steps = [
+        {"at": "vision.1", "merge": {"bipartite": {"keep": "50%"}}},
+        {"at": "language.2", "score": "norm", "select": {"top": 3}, "rest": "drop"},
+    ]
+    model = {"family": "llava", "changes": {}, "seed": 0, "dtype": "bfloat16"}
+    row = {
+        "number": 7,
+        "seed": 5,
+        "model": model,
+        "policy": {"version": 1, "name": "random", "steps": steps},
+        "inputs": [{"samples": [photo, text], "right": True, "turn": 2}],
+        "target": "ort",
+        "commit": "abc",
+        "outcome": "passed",
+        "what": "",
+        "where": "",
+        "comparisons": 9,
+        "seconds": 6.0,
+    }
+    told = random_report.record([row, {**row, "outcome": "failed", "number": 8}], tmp_path / "record.json")
+    assert "2 cases, 18 comparisons" in told
+    made = json.loads((tmp_path / "record.json").read_text("utf-8"))
+    assert made["outcomes"] == {"passed": 1, "failed": 1}
+    assert made["bad"] == {"failed ": ["5:8"]}
+    assert [(run["seed"], run["commit"], run["cases"]) for run in made["runs"]] == [(5, "abc", [7, 8])]
+    found = made["coverage"]
+    assert found["components"] == {"vision+language": 2}
+    assert (found["merge"]["bipartite"], found["merge"]["windows"], found["select"]["top"]) == (2, 0, 2)
+    assert found["type"] == {"bfloat16": 2}
+    assert found["inputs"] == dict.fromkeys(
+        ("a sample without a picture beside others", "batch of 2", "later turn", "padded on the right"), 2
+    )

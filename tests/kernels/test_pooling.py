@@ -131,3 +131,18 @@ def test_latents_weigh_tokens_by_their_products(tmp_path: pathlib.Path, number: 
     _, feature, _ = pooled("latents", {"weights": str(file), "keep": 5}, number)
     tokens = each(number)
     torch.testing.assert_close(feature, (latents @ tokens.transpose(1, 2)).softmax(-1) @ tokens, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_there_are_no_more_new_tokens_than_there_were_old_ones(tmp_path: pathlib.Path, whole: bool) -> None:
+    """Tiles of an encoder hold no pads, whatever the count: what follows stacks them. Elsewhere pads cost memory."""
+    latents, file = torch.randn(7, WIDTH) / 4, tmp_path / "w.safetensors"
+    safetensors.torch.save_file({"latents": latents}, file)
+    made = PRIMITIVES["merge"]["latents"].model_validate({"weights": str(file), "keep": 7})
+    feature = torch.randn(2, 4, WIDTH)
+    tile = Scope(torch.zeros(2, 4, dtype=torch.int64), torch.full((2, 1), 4), 1, whole)
+    chosen, merged, size = made.apply(feature, torch.ones(2, 4), tile, weights=made.tensors())
+    assert chosen.tolist() == [[0, 1, 2, 3]] * 2
+    wanted = (latents[:4] @ feature.transpose(1, 2)).softmax(-1) @ feature
+    torch.testing.assert_close(merged, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(size, torch.ones(2, 4))

@@ -161,7 +161,8 @@ def grid(frames: int, rows: int, columns: int, start: int) -> torch.Tensor:
     return torch.stack([times // 2, heights, widths]).flatten(1) + start
 
 
-def test_frames_are_told_by_rows_and_columns() -> None:
+@pytest.mark.parametrize("behind", [False, True])
+def test_frames_are_told_by_rows_and_columns(behind: bool) -> None:
     """Two videos and an image, with text and padding around them; time alone would join frames."""
     shapes = [(3, 2, 2), (1, 3, 2), (2, 1, 3)]
     parts, index, slot = [torch.full((3, 2), -1)], [], 2
@@ -171,11 +172,15 @@ def test_frames_are_told_by_rows_and_columns() -> None:
         index += range(slot, slot + made.shape[1])
         slot += made.shape[1] + 1
     counts = torch.tensor([[t * h * w for t, h, w in shapes]])
-    segment = torch.cat([torch.tensor([-1]), torch.repeat_interleave(torch.arange(3), counts[0])])[None]
-    frame, place = frames_of(torch.cat(parts, 1)[:, None], torch.tensor([[-1, *index]]), segment, counts)
+
+    def padded(numbers: list[int]) -> torch.Tensor:
+        return torch.tensor([[*numbers, -1, -1] if behind else [-1, *numbers]])
+
+    segment = padded([number for number, count in enumerate(counts[0].tolist()) for _ in range(count)])
+    frame, place = frames_of(torch.cat(parts, 1)[:, None], padded(index), segment, counts)
     wanted = [n for t, h, w in shapes for n in [h * w] * t]
-    assert frame.tolist() == [[-1, *(f for f, n in enumerate(wanted) for _ in range(n))]]
-    assert place.tolist() == [[-1, *(p for n in wanted for p in range(n))]]
+    assert torch.equal(frame, padded([f for f, n in enumerate(wanted) for _ in range(n)]))
+    assert torch.equal(place, padded([p for n in wanted for p in range(n)]))
 
 
 @pytest.mark.parametrize("positions", [torch.zeros(1, 0, dtype=torch.int64), torch.zeros(3, 1, 0, dtype=torch.int64)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import tvc
 from tvc.verification.report import DOUBT, TOLERANCES
@@ -144,3 +145,21 @@ def test_doubt_widens_what_is_allowed_up_to_a_bound():
     assert [allowed(values, doubt) / allowed(values) for doubt in (0.5, 1.0, 3.0, 1e9)] == pytest.approx(
         [1, 1, 3, DOUBT]
     )
+
+
+def test_a_merge_by_trained_weights_is_carried_out(tmp_path):
+    """Weights are the same on both sides: rounding moves what enters beside them."""
+    latents = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    save_file({"latents": latents}, tmp_path / "drawn.safetensors")
+    merge = {"latents": {"weights": str(tmp_path / "drawn.safetensors"), "keep": 2}}
+    made = step(merge=merge)
+    hidden = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+
+    def tap(wanted, _primitive, _current):
+        assert wanted.kind == "weights"
+        return {"latents": latents}
+
+    outcome = carry_out(made, sample([0, 0, 0]), hidden, tap, None, SLACK)
+    shares = (hidden[1:-1] @ latents.T).softmax(0)
+    torch.testing.assert_close(outcome.feature, shares.T @ hidden[1:-1])
+    assert 1.0 <= outcome.doubt < DOUBT

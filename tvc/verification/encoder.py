@@ -125,30 +125,33 @@ class EncoderTaps:
         return self._pooled(torch.cat([c.key.float().mean(1).flatten(0, 1) for c in calls]))
 
     def attention(self, calls: list[Seen], of: str, heads: str) -> torch.Tensor:
-        """[visual tokens] the attention that a block's tokens pay: `cls` (the first), `visual` or `all` of them."""
-        received, start = [], 0
-        image = self._image() if len(calls) > 1 else None  # else one call holds whole tiles, or one image
+        """[visual tokens] the attention that a block's tokens pay: `cls` (the first), `visual` or `all` of them.
+
+        The mean is over the tokens that pay in a tile, or in an image where images are packed.
+        """
+        received, rows, start = [], [], 0
         for call in calls:
             batch, _, length, _ = call.query.shape
             weights = _weights(call, heads == "joined")
-            rows = torch.ones(batch, length, device=weights.device)
             if of == "cls":
-                rows = (torch.arange(length, device=weights.device) == 0).float().expand(batch, -1)
+                paying = (torch.arange(length, device=weights.device) == 0).expand(batch, -1)
             elif of == "visual":
-                rows = (self.owner[start : start + batch * length] >= 0).float().reshape(batch, length)
-            elif call.mask is not None:  # tokens that were dropped pay nothing
-                rows = rows * _boolean(call.mask).expand(batch, 1, length, length)[:, 0, 0].float()
-            by_head = (weights * rows[:, None, :, None]).sum(2)
-            payers = rows.sum(1)[:, None, None]
-            if image is not None:  # calls are parts of images: the mean is over the tokens that pay in the whole image
-                paying = (self.owner >= 0) if of == "visual" else torch.ones_like(image, dtype=torch.bool)
-                payers = (paying & (image == image[start])).sum().float()
-            by_head = by_head / payers.clamp(min=1)
-            mean = by_head.mean(1)
-            pooled = {"mean": mean, "joined": mean, "sum": by_head.sum(1), "max": by_head.amax(1)}[heads]
-            received.append(pooled.flatten())
+                paying = (self.owner[start : start + batch * length] >= 0).reshape(batch, length) & _alive(call)
+            else:
+                paying = _alive(call)  # tokens that were dropped pay nothing
+            received.append((weights * paying[:, None, :, None]).sum(2))
+            rows.append(paying)
             start += batch * length
-        return self._pooled(torch.cat(received)[:, None])[:, 0]
+        total = torch.cat([by_head.transpose(1, 2).flatten(0, 1) for by_head in received])  # [tokens, heads]
+        if _packed(calls):
+            image, each = self._image(), torch.cat([paying.flatten() for paying in rows]).float()
+            payers = each.new_zeros(len(self.images)).index_add(0, image, each)[image]
+        else:
+            payers = torch.cat([paying.sum(1, keepdim=True).expand(paying.shape).flatten() for paying in rows])
+        by_head = total / payers.clamp(min=1)[:, None]
+        mean = by_head.mean(1)
+        pooled = {"mean": mean, "joined": mean, "sum": by_head.sum(1), "max": by_head.amax(1)}[heads]
+        return self._pooled(pooled[:, None])[:, 0]
 
     def of_global(self, calls: list[Seen], above: float) -> torch.Tensor:
         """[visual tokens] the attention that those tokens pay which receive more than `above` times the mean of it.
@@ -158,16 +161,10 @@ class EncoderTaps:
         tiles = [
             (paid, alive) for call in calls for paid, alive in zip(_weights(call).mean(1), _alive(call), strict=True)
         ]
-        if len(calls) > 1:  # calls are parts of images
-            image, start = self._image(), 0
-            parts: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-            for paid, alive in tiles:
-                parts.setdefault(int(image[start]), []).append((paid, alive))
-                start += len(alive)
-            tiles = [
-                (torch.block_diag(*(paid for paid, _ in part)), torch.cat([alive for _, alive in part]))
-                for part in parts.values()
-            ]
+        if _packed(calls):
+            paid, alive = torch.block_diag(*(paid for paid, _ in tiles)), torch.cat([alive for _, alive in tiles])
+            image = self._image()
+            tiles = [(paid[own][:, own], alive[own]) for own in (image == n for n in image.unique())]
         received = []
         for paid, alive in tiles:
             mass = paid[alive].mean(0)
@@ -177,12 +174,17 @@ class EncoderTaps:
         return self._pooled(torch.cat(received)[:, None])[:, 0]
 
 
+def _packed(calls: list[Seen]) -> bool:
+    """Whether all images are in one row: they, or parts of them, are calls of their own, or a mask keeps them apart."""
+    return len(calls) > 1 or calls[0].query.shape[0] == 1
+
+
 def _alive(call: Seen) -> torch.Tensor:
-    """[batch, length] bool: tokens that may be attended to, and so were not dropped."""
+    """[batch, length] bool: tokens that some token may attend to, and so were not dropped."""
     batch, _, length, _ = call.query.shape
     if call.mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=call.query.device)
-    return _boolean(call.mask).expand(batch, 1, length, length)[:, 0, 0]
+    return _boolean(call.mask).expand(batch, 1, length, length)[:, 0].any(1)
 
 
 def _weights(call: Seen, joined: bool = False) -> torch.Tensor:

@@ -59,8 +59,8 @@ def _short(one: Round, other: Round, token: int) -> tuple[float, float]:
 
 
 def moved(value: Any, slack: float, generator: torch.Generator) -> Any:
-    """A tap's value with noise of `slack` times the size of each of its rows."""
-    if isinstance(value, Attention):
+    """A tap's value with noise of `slack` times the size of each of its rows; weights are exact on both sides."""
+    if isinstance(value, (Attention, dict)):
         return value
     if isinstance(value, tuple):
         return tuple(moved(part, slack, generator) for part in value)

@@ -1,0 +1,251 @@
+"""One random model with all its policies: each is compiled, called and compared with its definition."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import random_inputs
+import torch
+
+import support
+from tvc import api, compiler
+from tvc.errors import PassError, TvcError, VerificationError
+from tvc.graphs import open_draft
+from tvc.passes.insert_reductions import InsertReductions
+from tvc.passes.rebind_cuts import RebindCuts
+from tvc.policy import load_policy, resolve
+from tvc.policy.schema import COMPONENTS
+from tvc.trace.host import PIXEL_NAMES
+from tvc.trace.sample import visual_token_ids
+from tvc.verification import samples
+from tvc.verification.check import compare
+from tvc.verification.oracle import Case, expect
+from tvc.verification.report import TOLERANCES
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+STEPS = 3  # tokens that are generated for each comparison
+FURTHER = 10.0  # times the difference that is allowed
+LEFT_OUT = ("video-inside-encoder",)  # calls that a policy rules out
+# A policy may be refused; these say that the compiler itself is at fault.
+INTERNAL = (PassError, VerificationError)
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What came of one case.
+
+    kind: passed | rounding (differs a little, as merges in many layers make it) | refused | failed (differs, or the
+      compiler says that it broke its own rules) | crashed (an error without a type of its own) | unusable (Hugging
+      Face's code refuses the inputs or the sizes)
+    """
+
+    kind: str
+    what: str = ""  # the slug, the output that differs, or the exception
+    where: str = ""
+    worst: float = 0.0
+    allowed: float = 0.0
+    comparisons: int = 0
+    trace: str = dataclasses.field(default="", repr=False)
+
+    @property
+    def fine(self) -> bool:
+        return self.kind not in ("failed", "crashed")
+
+    @property
+    def share(self) -> float:
+        """The worst difference as a share of what is allowed."""
+        return self.worst / max(self.allowed, 1e-30)
+
+    def label(self) -> str:
+        """What outcomes with the same cause share."""
+        return f"{self.kind}({self.what}{', ' + self.where if self.kind == 'crashed' else ''})"
+
+
+class Bench:
+    """One model, loaded and traced once for all its policies."""
+
+    def __init__(self, model: Any):
+        self.family = model.family
+        self.model, self.processor = model.build(), support.build_processor(model.family)
+        sample = None if self.processor is not None else support.inputs(model.family, 2)
+        self.prepared = api.Prepared(self.model, processor=self.processor, inputs=sample)
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Those that can be cut."""
+        legal = {site.name.partition(".")[0] for site in self.prepared.survey.layout.sites if site.legal}
+        return tuple(name for name in COMPONENTS if name in legal)
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Blocks of each component, by its name in a site."""
+        layout = self.prepared.survey.layout
+        return {"vision": max(len(layout.vision), 1), "language": len(layout.language)}
+
+    def resolves(self, policy: Mapping[str, Any]) -> bool:
+        """Whether the model can do the policy, as far as that is known before compiling."""
+        try:
+            resolve(load_policy(policy), self.prepared.survey.layout)
+        except TvcError:
+            return False
+        except Exception:  # noqa: BLE001
+            return True  # to be run, and told
+        return True
+
+    def run(self, policy: Mapping[str, Any], given: list[Any], target: str = "torch") -> Outcome:
+        """The policy compiled, and compared with its definition on each of the inputs."""
+        usable = [(one, tensors) for one in given if (tensors := self.tensors(one)) is not None]
+        if not usable:
+            return Outcome("unusable", "inputs")
+        with tempfile.TemporaryDirectory(prefix="tvc-weights-") as folder:
+            try:
+                own = support.with_weights(load_policy(policy), self.prepared.survey.layout, pathlib.Path(folder))
+                compiled = self._draft(own) if target == "draft" else self.prepared.compile(own, target, verify=False)
+            except Exception as problem:  # noqa: BLE001  what is raised is what is looked for
+                return told(problem)
+            return self._on_all(compiled, usable)
+
+    def _on_all(self, compiled: Any, usable: list[tuple[Any, dict[str, torch.Tensor]]]) -> Outcome:
+        """The first failure, or what came closest to one."""
+        found = Outcome("passed")
+        for one, tensors in usable:
+            for check in self._checks(one, tensors):
+                try:
+                    outcome = check(compiled, tensors)
+                except Exception as problem:  # noqa: BLE001
+                    outcome = told(problem)
+                    outcome.where = f"{outcome.where} in a call"
+                    if outcome.kind == "refused":  # inputs that the model itself takes
+                        outcome = _of_call(outcome)
+                found.comparisons += outcome.comparisons
+                if not outcome.fine:
+                    return outcome
+                if outcome.share >= found.share:
+                    found = dataclasses.replace(outcome, comparisons=found.comparisons)
+        return found
+
+    def _checks(self, one: Any, tensors: dict[str, torch.Tensor]) -> Iterator[Any]:
+        yield self._compared if _shows(tensors) else self._plain
+        if one.right and not bool(tensors["attention_mask"].all()):
+            yield self._right
+        if one.turn and _shows(tensors):
+            yield functools.partial(self._later, one.turn)
+
+    def _draft(self, policy: Any) -> Any:
+        """The compiled model in this process, its graphs neither exported again nor lowered."""
+
+        def reduce(program: Any, resolved: Any, progress: Any) -> Any:
+            return compiler.run(program, [InsertReductions(resolved), RebindCuts()], progress)
+
+        with (
+            mock.patch.object(compiler, "reduce", reduce),
+            mock.patch.object(compiler, "lower", lambda program, *_: program),
+            mock.patch.object(compiler, "GraphRunner", _Drafts),
+        ):
+            return self.prepared.compile(policy, "torch", verify=False)
+
+    def tensors(self, given: Any) -> dict[str, torch.Tensor] | None:
+        """The inputs, or None where the untouched model or its processor refuses them."""
+        try:
+            made = given.tensors(self.model, self.family, self.processor)
+            tensors = samples.placed(made, self.model)
+            with torch.no_grad():
+                logits = self.model(**tensors).logits
+        except Exception:  # noqa: BLE001  other people's code may raise anything
+            return None
+        return tensors if bool(logits.isfinite().all()) else None
+
+    def _compared(self, compiled: Any, tensors: dict[str, torch.Tensor]) -> Outcome:
+        rows = compare(compiled, self.model, tensors, steps=STEPS).comparisons
+        wrong = next((row for row in rows if not row.passed), None)
+        row = wrong or max(rows, key=lambda row: row.worst / max(row.allowed, 1e-30))
+        what, where = row.output.partition(".")[0], f"{row.name}, {row.site}, {row.output}, {row.where}"
+        kind = "passed" if wrong is None else "rounding" if _rounded(rows) else "failed"
+        return Outcome(kind, what if wrong else "", where, row.worst, row.allowed, len(rows))
+
+    def _plain(self, compiled: Any, tensors: dict[str, torch.Tensor]) -> Outcome:
+        """Without a picture there is nothing to reduce."""
+        with torch.no_grad():
+            wanted = self.model(**tensors).logits[:, -1]
+        return _alike(compiled(**tensors).logits[:, -1], wanted, 1.0, "plain text")
+
+    def _right(self, compiled: Any, tensors: dict[str, torch.Tensor]) -> Outcome:
+        """Where the padding stands makes no difference."""
+        wanted = compiled(**tensors).logits[:, -1]
+        got = compiled(**random_inputs.padded_right(tensors)).logits[:, -1]
+        return _alike(got, wanted, 1.0, "padded on the right")
+
+    def _later(self, tokens: int, compiled: Any, tensors: dict[str, torch.Tensor]) -> Outcome:
+        """A later turn is what the definition says of its tokens behind the prompt."""
+        rows = len(tensors["input_ids"])
+        more = torch.arange(3, 3 + tokens).expand(rows, -1) + 7  # plain words
+        mask = torch.cat([tensors["attention_mask"], torch.ones_like(more)], 1)
+        first = compiled(**tensors)
+        kinds = {
+            name: torch.zeros_like(more, dtype=value.dtype)
+            for name, value in tensors.items()
+            if value.shape == tensors["input_ids"].shape and name not in ("input_ids", "attention_mask")
+        }
+        second = compiled(input_ids=more, attention_mask=mask, past_key_values=first.past_key_values, **kinds)
+        axes = compiled.engine.interface.shape.axes
+        case = Case(tensors, more, first.kept, axes, visual_token_ids(self.model))
+        expected = expect(self.model, compiled.policy, case, TOLERANCES[compiled.dtype].relative)
+        return _alike(second.logits[:, -1], expected.logits[:, -1], expected.doubts[-1], "later turn")
+
+
+def _shows(tensors: dict[str, torch.Tensor]) -> bool:
+    return any(name in tensors for name in PIXEL_NAMES)
+
+
+def _alike(got: torch.Tensor, wanted: torch.Tensor, doubt: float, where: str) -> Outcome:
+    """The outcome of comparing the logits of one place."""
+    worst = float((got.float() - wanted.float()).abs().max())
+    allowed = TOLERANCES[wanted.dtype].allowed(wanted, doubt)
+    kind = "passed" if worst <= allowed else "rounding" if worst <= FURTHER * allowed else "failed"
+    return Outcome(kind, "" if kind == "passed" else "logits", where, worst, allowed, 1)
+
+
+def _of_call(outcome: Outcome) -> Outcome:
+    """Videos beside scores of the encoder are refused by name; what else the model takes a compiled one takes, too."""
+    return outcome if outcome.what in LEFT_OUT else dataclasses.replace(outcome, kind="failed")
+
+
+def _rounded(rows: Any) -> bool:
+    """Whether all that differs are numbers that lie a few times further apart than most policies bring them."""
+    return all(row.passed or (row.allowed and row.worst <= FURTHER * row.allowed) for row in rows)
+
+
+class _Drafts(compiler.GraphRunner):
+    """Runs what the passes left, also before it is exported again."""
+
+    def __post_init__(self) -> None:
+        parts = self.program.components
+        self._modules = {name: part.draft or open_draft(part) for name, part in parts.items()}
+        for module in self._modules.values():
+            module.recompile()
+
+
+def told(problem: Exception) -> Outcome:
+    """An exception as an outcome; `where` is the deepest line of the project's own code."""
+    if isinstance(problem, TvcError) and not isinstance(problem, INTERNAL):
+        return Outcome("refused", problem.slug, type(problem).__name__)
+    cause = problem.__cause__ or problem
+    frames = [frame for frame in traceback.extract_tb(cause.__traceback__) if _own(frame.filename)]
+    where = f"{_own(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+    kind = "failed" if isinstance(problem, TvcError) else "crashed"
+    what = problem.slug if isinstance(problem, TvcError) else type(problem).__name__
+    return Outcome(kind, what, where, trace="".join(traceback.format_exception(problem)))
+
+
+def _own(filename: str) -> str:
+    """The file's place in the repository, or nothing where it is somebody else's."""
+    path = pathlib.Path(filename).resolve()
+    inside = path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ("tvc", "kernels", "passes", "export")
+    return str(path.relative_to(ROOT)) if inside else ""
