@@ -197,6 +197,8 @@ def refused(name: str) -> Iterator[Case]:
     if name == "compact":
         yield "many", (torch.arange(4500)[None], torch.arange(4500, 9000)[None])
     if name == "merge_nearest":
+        single = double.float()
+        yield "halving", (single, single, single[..., 0], *scope, rows, single[..., 0], "kept", 0, 0, "halving")
         yield "float64", (double, double, double[..., 0], *scope, rows, double[..., 0], "kept", 0, 0, "mean")
     if name == "bipartite_merge":
         yield "float64", (double, double, double[..., 0], *scope, 500, 0, 2, "mean", False)

@@ -35,8 +35,8 @@ LEFT = {
     "visionzip": {"33%": [192], "22%": [128], "11%": [64], "5.6%": [32]},
     "vispruner": {"50%": [288], "33%": [192], "25%": [144], "22%": [128], "11%": [64], "10%": [58], "5%": [29]},
 }
-# Thresholds, whose counts depend on the picture, and shares of a model with 28 layers.
-ELSEWHERE = {"mustdrop", "vflowopt"}
+# Thresholds and scenes, whose counts depend on the picture, and shares of a model with 28 layers.
+ELSEWHERE = {"holitom", "mustdrop", "vflowopt"}
 
 
 def image(language: int = 32):
