@@ -11,11 +11,12 @@ Merging: every other token goes to the target of its own segment with the highes
          among equals). A token of a segment without a target is dropped; so is, with within < 2, one whose 1 - cosine
          with its target is above that.
 Reduce:  mean: (target + members) / (1 + number of members); target_mean: target + mean of members, nothing added to a
-         target without members; size_weighted: sum(size * x) / sum(size). Sizes add up. Sums are float32.
+         target without members; size_weighted: sum(size * x) / sum(size); halving: the mean of the target and its first
+         member, then of that and the next one, and so on. Sizes add up. Sums are float32.
 Memory:  O(B V C) for C targets, never V x V.
 
-Reference: VisionZip, arXiv 2412.04467 (stride targets, key cosine, target_mean). Deviation: where fewer tokens are left
-than targets asked for, all of them are targets; the published code fails there.
+Reference: VisionZip, arXiv 2412.04467 (stride targets, key cosine, target_mean); HoliTom, arXiv 2505.21334 (halving).
+Deviation: where fewer tokens are left than targets asked for, all of them are targets; VisionZip's code fails there.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     chosen = torch.tensor([[-1, 3, 6], [1, 4, 8], [-1, -1, 5]])
     feature, metric, score = torch.randn(3, 9, 6), torch.randn(3, 9, 4), torch.randn(3, 9)
     size = torch.randint(1, 4, (3, 9)).float()
-    for reduce in ("mean", "target_mean", "size_weighted"):
+    for reduce in ("mean", "target_mean", "size_weighted", "halving"):
         tensors = (feature, metric, size, segment, counts, chosen, score)
         yield f"stride-{reduce}", (*tensors, "stride", 2, 4, reduce)
         yield f"top-{reduce}", (*tensors, "top", 2, 4, reduce)
@@ -131,9 +132,12 @@ def merge_nearest(
 
     wide, weight = feature.float(), size.float()[:, :, None]
     weighed = wide * weight if reduce == "size_weighted" else wide
-    added = to @ torch.where(member[:, :, None], weighed, 0.0)  # [B, C + 1, D]
     joined = to @ member.float()[:, :, None]  # [B, C + 1, 1] number of members
     gained = to @ weight  # [B, C + 1, 1] size of the members
+    if reduce == "halving":
+        # What a member brings is halved once when it comes and once for each member behind it.
+        to = to * torch.pow(0.5, joined - to.cumsum(2) + 1.0)
+    added = to @ torch.where(member[:, :, None], weighed, 0.0)  # [B, C + 1, D]
 
     result = pack(stays, total)
     # The number of each target among the targets, C for other tokens: where to look up what it gained.
@@ -145,6 +149,8 @@ def merge_nearest(
         merged = (own + added) / (1.0 + joined)
     elif reduce == "target_mean":
         merged = own + added / joined.clamp(min=1.0)
+    elif reduce == "halving":
+        merged = own * torch.pow(0.5, joined) + added
     else:
         merged = (own * own_size + added) / (own_size + gained).clamp(min=1e-12)
     changed = (number < width)[:, :, None] & (joined > 0)
@@ -188,7 +194,7 @@ class Merge(Rest):
     by: Literal["key_cosine", "feature_cosine"] = "feature_cosine"
     layer: str | None = Field(None, description="for key_cosine: the layer of the keys; default: the step's own")
     heads: Literal["mean", "joined"] = Field("mean", description="for key_cosine: their mean, or all side by side")
-    reduce: Literal["mean", "target_mean", "size_weighted"] = "mean"
+    reduce: Literal["mean", "target_mean", "size_weighted", "halving"] = "mean"
     within: float = Field(2.0, ge=0, le=2, description="1 - cosine with the target beyond which a token is dropped")
 
     def taps(self) -> dict[str, Tap]:

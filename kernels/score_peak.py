@@ -3,17 +3,18 @@
 Shapes:  query [B, H, Q, d], key [B, G, N, d] (G divides H), mask [B|1, 1|H, Q, N] bool or None (everything),
          rows [B, R] int64 rows of the query that score, columns [B, V, g] int64 keys of each visual token
          -> [B, V] float32
-Rule:    softmax over all N keys in float32, mean over heads, mean over the g keys, the largest over the rows.
+Rule:    softmax over all N keys in float32, mean over heads, mean over the g keys, the largest over the rows; with
+         heads max the largest over heads as well, behind the mean over the g keys.
 Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
 Memory:  O(B H R N): never Q x N unless every row scores.
 
-Reference: MustDrop, arXiv 2411.10803 (the individual threshold).
+Reference: MustDrop, arXiv 2411.10803 (the individual threshold); PruneVID, arXiv 2412.16117 (heads max).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -36,6 +37,9 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield f"{name}-causal", (query, key, causal, rows, single, scale)
         yield f"{name}-all", (query, key, None, torch.arange(length).repeat(batch, 1), paired, scale)
         yield f"{name}-per-head", (query, key, torch.rand(batch, heads, length, length) > 0.4, rows, single, scale)
+        yield f"{name}-max-causal", (query, key, causal, rows, single, scale, "max")
+        yield f"{name}-max-all", (query, key, None, torch.arange(length).repeat(batch, 1), paired, scale, "max")
+        yield f"{name}-max-no-rows", (query, key, causal, torch.full((batch, 2), -1), single, scale, "max")
         yield f"{name}-no-rows", (query, key, causal, torch.full((batch, 2), -1), single, scale)
         yield f"{name}-no-visual-token", (query, key, causal, rows, single[:, :0], scale)
 
@@ -48,11 +52,19 @@ def peak_score(
     rows: torch.Tensor,
     columns: torch.Tensor,
     scale: float,
+    heads: str = "mean",
 ) -> torch.Tensor:
     """[B, V] float32: the largest of what each of `rows` pays to `columns`."""
     batch, number = rows.shape
     logits = row_logits(query, key, mask, rows, scale)
-    paid = torch.where((rows >= 0)[:, :, None], logits.softmax(-1).mean(1), 0.0)  # [B, R, N]
+    paid = logits.softmax(-1)  # [B, H, R, N]
+    if heads == "max":
+        # Heads side by side are further rows.
+        rows, paid = rows.repeat(1, paid.shape[1]), paid.flatten(1, 2)
+        number = rows.shape[1]
+    else:
+        paid = paid.mean(1)
+    paid = torch.where((rows >= 0)[:, :, None], paid, 0.0)  # [B, R, N]
     visual, group = columns.shape[1], columns.shape[2]
     index = columns.clamp(min=0).reshape(batch, 1, visual * group).expand(-1, number, -1)
     taken = paid.gather(2, index).reshape(batch, number, visual, group)
@@ -66,16 +78,17 @@ def peak_score(
 
 @primitive
 class PeakScore(Score):
-    """The most attention that any single one of the asking tokens pays a visual token, heads averaged."""
+    """The most attention that any single one of the asking tokens pays a visual token."""
 
     key: ClassVar[str] = "peak"
     shorthand: ClassVar[str | None] = "of"
     components: ClassVar[tuple[str, ...]] = ("language",)
     of: Rows = Field("text", description="who pays the attention")
     layer: str = Field("previous", description="previous, self or language.K")
+    heads: Literal["mean", "max"] = Field("mean", description="the mean over heads, or the head that pays most")
 
     def taps(self) -> dict[str, Tap]:
         return {"attention": Tap("attention", self.layer, (self.of,))}
 
     def apply(self, attention: Attention) -> torch.Tensor:
-        return peak_score.overload(*attention[:6])
+        return peak_score.overload(*attention[:6], self.heads)

@@ -6,6 +6,8 @@ that change nothing, as many as a cut of a prefill takes.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.fx as fx
 
@@ -29,9 +31,9 @@ def without_cuts(draft: fx.GraphModule) -> fx.GraphModule:
     for cut in (copies[node] for node in cuts):
         positions = cut.args[4]
         for result in list(cut.users):
-            number = result.args[1]
+            number = cast("int", result.args[1])
             if number < len(_SAME):
-                result.replace_all_uses_with(cut.args[_SAME[number]])
+                result.replace_all_uses_with(cast("fx.Node", cut.args[_SAME[number]]))
             elif result.users:
                 with graph.inserting_before(result):
                     every = graph.call_function(_every_slot, (positions,))

@@ -153,6 +153,9 @@ SLOW = pytest.mark.conformance
         pytest.param("dycoke", {}, [[23, 14], [5, 10]], marks=SLOW),
         pytest.param("evs", {}, [[12, 10], [4, 8]], marks=SLOW),
         pytest.param("stc", {"keep": 3}, [[24, 15], [6, 9]], marks=SLOW),
+        pytest.param("prunevid", {"depth": 2, "scenes": "50%"}, [[48, 40], [8, 24]], marks=SLOW),
+        # Nearly all places pass for still ones.
+        pytest.param("holitom", {"depth": 4, "still": -0.2, "keep": "30%"}, [[6, 12], [2, 7]], marks=SLOW),
     ],
 )
 def test_video_presets_see_frames(prepared: Any, preset: str, settings: dict[str, Any], left: list[list[int]]) -> None:

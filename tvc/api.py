@@ -18,6 +18,7 @@ from tvc.model import CompiledModel
 from tvc.policy import Policy, ResolvedPolicy, load_policy, resolve
 from tvc.policy.weights import check_weights
 from tvc.program import Layout, Program
+from tvc.report.budget import settings_at, share_of
 from tvc.report.cost import one_image
 from tvc.report.plan import Plan
 from tvc.report.schedule import make_plan, plan_policy
@@ -59,6 +60,7 @@ def plan(
     policy: PolicyLike,
     text_tokens: int = 64,
     *,
+    budget: str | None = None,
     average_tokens: float | None = None,
     image_size: tuple[int, int] | None = None,
     new_tokens: int = 64,
@@ -68,12 +70,22 @@ def plan(
 
     Args:
         text_tokens: text tokens of the prompt.
+        budget: a share of the visual tokens (`33%`): the settings that the policy has for it, else all its numbers of
+            tokens times one factor, so that its last cut leaves that share.
         average_tokens: scale the budgets so that the decoder's layers hold this many visual tokens on average.
         image_size: (height, width) of the image, for models whose token count depends on it.
     """
     layout = one_image(layout_of(model, processor=processor, image_size=image_size))
-    loaded = load_policy(policy)
-    return plan_policy(loaded, layout, text_tokens=text_tokens, new_tokens=new_tokens, average_tokens=average_tokens)
+    loaded = at_budget(load_policy(policy), layout, budget)
+    made = plan_policy(loaded, layout, text_tokens=text_tokens, new_tokens=new_tokens, average_tokens=average_tokens)
+    return made if budget is None else dataclasses.replace(made, budget=share_of(budget, "--budget"))
+
+
+def at_budget(policy: Policy, layout: Layout, budget: str | None) -> Policy:
+    """The policy at a share of the visual tokens of one image, see `plan`; as it is where no budget is given."""
+    if budget is None:
+        return policy
+    return policy.with_settings(settings_at(policy, one_image(layout), share_of(budget, "--budget")))
 
 
 def compile(  # noqa: A001  the public name
@@ -82,6 +94,7 @@ def compile(  # noqa: A001  the public name
     target: str = "torch",
     *,
     inputs: Mapping[str, Any] | None = None,
+    budget: str | None = None,
     verify: bool = True,
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
@@ -95,6 +108,7 @@ def compile(  # noqa: A001  the public name
         policy: preset name, path, YAML text, mapping or `Policy`.
         target: `torch`, `pt2`, `torchscript` or `ort`.
         inputs: processor outputs to trace and verify with; default: pictures made for the purpose.
+        budget: a share of the visual tokens, as for `plan`; None leaves the policy as it is.
         verify: compare with the untouched model before handing over.
 
     Raises:
@@ -103,8 +117,11 @@ def compile(  # noqa: A001  the public name
     """
     find_target(target)
     loaded = load_policy(policy)
+    if budget is not None:
+        share_of(budget, "--budget")  # a mistake in it is told before a model is loaded
     clock = _Clock(progress)
     prepared = Prepared(model, inputs=inputs, device=device, dtype=dtype, processor=processor, progress=clock)
+    loaded = at_budget(loaded, prepared.survey.layout, budget)
     return prepared.compile(loaded, target, verify=verify, progress=clock)
 
 

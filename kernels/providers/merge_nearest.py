@@ -32,6 +32,8 @@ def supports(
 ) -> Support:
     if any(value.dtype not in FLOATS for value in (feature, metric, size)):
         return no(f"feature, metric and size are {feature.dtype}, {metric.dtype} and {size.dtype}")
+    if reduce not in REDUCES:
+        return no(f"reduce is {reduce}")
     return YES
 
 

@@ -171,11 +171,12 @@ def _places(
         moved = torch.where(slots < 0, -1, torch.empty_like(source).scatter_(1, source, place))
         return kept, source, moved[:, :text].contiguous(), moved[:, text:].contiguous()
     kept, source = (chosen.new_empty(batch, left) for _ in range(2))
-    moved = text_index.new_empty(batch, text), chosen.new_empty(batch, left - text)
+    text_after, visual_after = text_index.new_empty(batch, text), chosen.new_empty(batch, left - text)
     if kept.numel():
         setup = setting("shorten.places", left)
         _places_kernel[(cdiv(left, setup["block"]), batch)](
-            text_index, visual_index, chosen, kept, source, *moved, text, visual_index.shape[1], left - text,
+            text_index, visual_index, chosen, kept, source, text_after, visual_after,
+            text, visual_index.shape[1], left - text,
             BLOCK_S=setup["block"], BLOCK_O=setup["block"], num_warps=setup["warps"],
         )  # fmt: skip
-    return kept, source, *moved
+    return kept, source, text_after, visual_after

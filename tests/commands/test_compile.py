@@ -88,12 +88,15 @@ def test_a_dry_run_shows_plan_and_policy_and_writes_nothing(model, photo, tmp_pa
     facts = json.loads(run(*command, "--json", "--set", "before_layer=3", "--image", photo)[0])
     assert facts["policy"]["steps"][0]["at"] == "language.3"
     assert [layer["visual"] for layer in facts["plan"]["layers"]] == [16, 16, 16, 8, 8, 8]
+    half = json.loads(run(*command, "--json", "--budget", "25%")[0])
+    assert half["policy"]["steps"][0]["select"] == {"top": {"keep": "25%"}}
     assert list(tmp_path.iterdir()) == []
 
 
 def test_json_names_what_was_written(model, tmp_path):
     command = ("compile", model, "-p", "random", "-o", tmp_path / "out", "-t", "ort", "--no-verify", "--json")
-    facts = json.loads(run(*command)[0])
+    facts = json.loads(run(*command, "--budget", "50%")[0])
+    assert [layer["visual"] for layer in facts["plan"]["layers"]] == [8] * 6
     assert facts["output"] == str(tmp_path / "out")
     assert facts["target"] == "ort"
     assert facts["verification"] is None

@@ -66,6 +66,7 @@ SETTINGS = {
         "contextual_third=30%",
     ],
     "stc": ["keep=3"],
+    "fastvid": ["salient=25%", "context=20%", "scenes=2"],
     "pact": ["depth=2"],
     "recoverable": ["neighbours=4"],
     "mustdrop": ["alike=0.3", "guarded=2", "share=0.06", "least=0.2", "first=1", "second=2", "third=3", "fourth=4"],

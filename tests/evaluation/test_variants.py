@@ -55,6 +55,12 @@ def test_targets_of_a_merge_scale_with_the_budget():
     assert (step.select.keep.count, step.rest.targets.stride) == (31, 5)
 
 
+def test_what_is_published_for_a_budget_is_taken_as_it_is():
+    (one,) = [variant for variant in planned(["visionzip"], ["22%"]) if variant.label == "visionzip"]
+    assert one.settings == {"keep": "18.8%", "contextual": "3.5%"}
+    assert visual(one) == [27 + 5] * 8
+
+
 def test_averages_count_every_layer():
     got = {(one.label, one.budget): one for one in planned(["fastv"], ["50%", "25%"], average=True)}
     assert visual(got["fastv", "50%"]) == [144] * 2 + [48] * 6

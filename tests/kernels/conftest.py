@@ -12,7 +12,18 @@ ORACLES = (
     "oracles",
     *(
         f"oracles_{group}"
-        for group in ("folding", "encoder", "decoder", "pairs", "greedy", "frames", "windows", "recover", "modules")
+        for group in (
+            "folding",
+            "encoder",
+            "decoder",
+            "pairs",
+            "greedy",
+            "frames",
+            "windows",
+            "recover",
+            "modules",
+            "scenes",
+        )
     ),
 )
 

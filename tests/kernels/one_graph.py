@@ -12,9 +12,11 @@ from tvc.kernels.budget import Budget
 from tvc.kernels.combine_scores import combine
 from tvc.kernels.exit_select import exit_chosen
 from tvc.kernels.merge_bipartite import Bipartite
+from tvc.kernels.merge_scenes import Scenes
 from tvc.kernels.merge_windows import Windows
 from tvc.kernels.op import Attention, Scope
 from tvc.kernels.rest_absorb import Absorb
+from tvc.kernels.rest_anchor_frames import AnchorFrames
 from tvc.kernels.rest_cells import Cells
 from tvc.kernels.rest_cluster import Cluster
 from tvc.kernels.rest_fold import Fold
@@ -325,9 +327,11 @@ class MoreGraph(OneGraph):
         out["select.density"] = Density(keep=Budget(permille=600), cutoff=0.5).apply(score, scope, at.metric)
         out["select.medoids"] = Medoids(keep=Budget(count=3)).apply(None, scope, at.feature)
         out["score.peak"] = PeakScore().apply(bundle._replace(rows=at.rows))
+        out["score.peak.max"] = PeakScore(heads="max").apply(bundle._replace(rows=at.rows))
         either = Either(keep=Budget(count=1), share=0.2, least=0.3)
         out["score.either"] = either.joined([out["score.peak"], out["score.mean_query"], score], scope)
         out["select.either"] = either.apply(out["score.either"], scope)
+        self.scenes(at, scope, frames, out)
         share = Budget(permille=600)
         out["select.recover"] = Recover(keep=share, neighbours=2).apply(score, scope, at.feature, words)
         chosen = Top(keep=share).apply(score, scope)
@@ -337,6 +341,7 @@ class MoreGraph(OneGraph):
             "windows": Windows(side=2, above=-0.2, columns=3).apply(at.feature, at.size, scope),
             "recycle": Recycle(neighbours=2, around=2).apply(*tensors, at.metric, words),
             "within": near.apply(*tensors),
+            "halving": Merge(reduce="halving").apply(*tensors),
         }
         for label, parts in made.items():
             for name, part in zip(("index", "feature", "size"), parts, strict=True):
@@ -365,3 +370,19 @@ class MoreGraph(OneGraph):
         own = torch.nn.functional.pad(at.segment, (1, 0), value=-1).gather(1, chosen + 1)
         out["segment_attention"] = OP.segment_attention(kept, kept, kept, own)
         out["segment_pool"] = OP.segment_pool(at.feature[:, None, :, :4], at.feature, at.segment, at.counts, chosen)
+
+    def scenes(self, at: Inputs, scope: Scope, frames: Any, out: dict[str, torch.Tensor]) -> None:
+        rules: dict[str, Any] = {
+            "runs": {"by": {"runs": "50%", "neighbours": 2}, "keep": "50%", "spare": 1},
+            "windows": {"by": {"windows": 3}, "keep": "40%", "still": "every", "of": "video", "blend": 0.6},
+            "cuts": {"by": {"cuts": 2, "below": 0.1}, "keep": "60%", "neighbours": 3},
+        }
+        for label, rule in rules.items():
+            parts = Scenes.model_validate({"above": 0.1, **rule}).apply(at.feature, at.size, scope, frames)
+            for name, part in zip(("index", "feature", "size"), parts, strict=True):
+                out[f"scenes.{label}.{name}"] = part
+        chosen = Top(keep=Budget(permille=300)).apply(at.feature[:, :, 0], scope)
+        rest = AnchorFrames.model_validate({"by": {"cuts": 2}, "every": 2, "keep": "40%", "neighbours": 2})
+        parts = rest.apply(at.feature, at.size, chosen, None, scope, frames)
+        for name, part in zip(("index", "feature", "size"), parts, strict=True):
+            out[f"anchor_frames.{name}"] = part

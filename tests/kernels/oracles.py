@@ -304,6 +304,10 @@ def _merged(own: Row, own_size: float, rows: list[Row], sizes: Row, reduce: str)
         return [(x + sum(column)) / (1 + len(rows)) for x, column in zip(own, zip(*rows, strict=True), strict=True)]
     if reduce == "target_mean":
         return [x + sum(column) / len(rows) for x, column in zip(own, zip(*rows, strict=True), strict=True)]
+    if reduce == "halving":
+        for row in rows:
+            own = [(x + y) / 2 for x, y in zip(own, row, strict=True)]
+        return own
     whole = own_size + sum(sizes)
     weighed = [[size * x for x in row] for row, size in zip(rows, sizes, strict=True)]
     return [(own_size * x + sum(c)) / whole for x, c in zip(own, zip(*weighed, strict=True), strict=True)]

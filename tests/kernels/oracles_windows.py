@@ -37,7 +37,7 @@ def window_merge(
     return index, rows, [[0.0] * (width - len(left)) + [weight for _, weight in left.values()] for left in made]
 
 
-def peak_score(query: Any, key: Any, mask: Any, rows: Any, columns: Any, scale: float) -> list[Row]:
+def peak_score(query: Any, key: Any, mask: Any, rows: Any, columns: Any, scale: float, over: str = "mean") -> list[Row]:
     result = []
     for b, sample in enumerate(query):
         paid = []
@@ -46,7 +46,7 @@ def peak_score(query: Any, key: Any, mask: Any, rows: Any, columns: Any, scale: 
             for h, head in enumerate(sample):
                 keys = key[b][h * len(key[b]) // len(sample)]
                 heads.append(_weights(head[row], keys, scale, _allowed(mask, b, h, row, len(keys))))
-            paid.append([sum(values) / len(values) for values in zip(*heads, strict=True)])
+            paid += heads if over == "max" else [[sum(values) / len(values) for values in zip(*heads, strict=True)]]
         taken = [[n for n in group if n >= 0] for group in columns[b]]
         result.append([max((sum(one[n] for n in g) / max(1, len(g)) for one in paid), default=0.0) for g in taken])
     return result

@@ -386,6 +386,9 @@ def refused(name: str) -> Iterator[Case]:
     if name == "merge_clusters":
         none, pool = torch.zeros(1, 0, dtype=torch.int64), (1000, 20000, 16386, 1)
         yield "many", (torch.randn(1, 3, 2), torch.ones(1, 3), *scope, none, torch.randn(1, 3), *pool)
+    if name == "merge_nearest":
+        single = torch.randn(1, 3, 4)
+        yield "halving", (single, single, single[..., 0], *scope, rows, single[..., 0], "kept", 0, 0, "halving")
     if name == "bipartite_merge":
         long = torch.randn(1, 4097, 2)
         yield "many", (long, long, long[..., 0].abs(), *one_scope(1, 4097), 500, 0, 2049, "mean", False)

@@ -47,6 +47,8 @@ def step(at: str, rest: str = TOP) -> str:
     return f"at: {at}\n    {rest}"
 
 
+KEEP = 'version: 1\nparameters: {keep: 25%}\nsteps:\n  - at: language.2\n    select: {stride: "{keep}"}\n'
+
 # Found while reading: name -> (source, settings).
 READING: dict[str, tuple[object, object]] = {
     "empty": ("", ()),
@@ -155,6 +157,12 @@ READING: dict[str, tuple[object, object]] = {
     "parameter-unused": (policy(step("language.2"), head="version: 1\nparameters: {layer: 2}"), ()),
     "parameter-named-like-a-key": (policy(step("language.2"), head="version: 1\nparameters: {steps: 2}"), ()),
     "parameter-of-a-parameter": (policy(step("language.2"), head='version: 1\nparameters: {a: "{b}", b: 2}'), ()),
+    "budgets-not-a-mapping": (policy(step("language.2"), head="version: 1\nbudgets: [33%]"), ()),
+    "budget-without-parameters": (policy(step("language.2"), head="version: 1\nbudgets: {33%: 64}"), ()),
+    "budget-not-a-share": (KEEP + 'budgets: {"64": {keep: 64}}\n', ()),
+    "budget-twice": (KEEP + "budgets: {33%: {keep: 33%}, 33.0%: {keep: 34%}}\n", ()),
+    "budget-unknown-parameter": (KEEP + "budgets:\n  33%: {keap: 33%}\n", ()),
+    "budget-of-a-bad-value": (KEEP + "budgets:\n  50%: {keep: 50%}\n  33%: {keep: 0.33}\n", ()),
     "set-unknown-parameter": ("fastv", ["before_layr=3"]),
     "set-unknown-step": ("fastv", ["steps.1.at=language.3"]),
     "set-unknown-place": ("fastv", ["steps.0.selct.top.keep=3"]),

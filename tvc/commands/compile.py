@@ -10,6 +10,8 @@ from typing import Any
 
 import typer
 
+from tvc.commands.plan import BUDGET
+
 _POLICY = typer.Option(..., "--policy", "-p", help="A preset's name or a policy file.")
 _OUTPUT = typer.Option(..., "--output", "-o", help="The artifact directory to write.")
 _SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Replace a value: keep=25% or steps.0.select.top.keep=25%.")
@@ -26,6 +28,7 @@ def compile_command(
     output: pathlib.Path = _OUTPUT,
     target: str = typer.Option("torch", "--target", "-t", help="torch, ort, pt2 or torchscript."),
     settings: list[str] = _SET,
+    budget: str | None = typer.Option(None, "--budget", metavar="SHARE", help=BUDGET),
     image: pathlib.Path | None = _IMAGE,
     prompt: str | None = typer.Option(None, "--prompt", help="The question that goes with the photo."),
     device: str | None = typer.Option(None, "--device", help="Where to load the model: cpu, cuda or cuda:N."),
@@ -45,7 +48,7 @@ def compile_command(
     placement.device_of(device), placement.dtype_of(dtype)
     inputs, processor = _sample(model, image, prompt)
     if dry_run:
-        _show_plan(model, loaded, inputs, as_json)
+        _show_plan(model, loaded, budget, inputs, as_json)
         return
     manifest.check_place(output.absolute(), overwrite)
 
@@ -57,6 +60,7 @@ def compile_command(
         loaded,
         target,
         inputs=inputs,
+        budget=budget,
         verify=not no_verify,
         device=device,
         dtype=dtype,
@@ -145,13 +149,14 @@ def _sample(model: str, image: pathlib.Path | None, prompt: str | None) -> tuple
     return prepared(processor, photo, prompt or "describe the picture"), processor
 
 
-def _show_plan(model: str, loaded: Any, inputs: dict[str, Any] | None, as_json: bool) -> None:
-    from tvc.api import layout_of
+def _show_plan(model: str, loaded: Any, budget: str | None, inputs: dict[str, Any] | None, as_json: bool) -> None:
+    from tvc.api import at_budget, layout_of
     from tvc.policy import resolve
     from tvc.report.cost import one_image
     from tvc.report.schedule import plan_policy
 
     layout = one_image(layout_of(model, inputs=inputs))
+    loaded = at_budget(loaded, layout, budget)
     resolved = resolve(loaded, layout)
     made = plan_policy(loaded, layout)
     if as_json:

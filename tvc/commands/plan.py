@@ -8,6 +8,8 @@ import typer
 
 _SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Replace a value: keep=25% or steps.0.select.top.keep=25%.")
 
+BUDGET = "A share of the visual tokens: as published for it, else with all budgets scaled to it."
+
 
 def register(app: typer.Typer) -> None:
     app.command("plan")(plan)
@@ -16,6 +18,7 @@ def register(app: typer.Typer) -> None:
 def plan(
     model: str = typer.Argument(metavar="MODEL", help="A model directory or hub id; its weights are not read."),
     policy: str = typer.Option(..., "--policy", "-p", help="A preset's name or a policy file."),
+    budget: str | None = typer.Option(None, "--budget", metavar="SHARE", help=BUDGET),
     average_tokens: float | None = typer.Option(
         None, "--average-tokens", min=0, help="Scale the budgets so that the layers hold N visual tokens on average."
     ),
@@ -33,6 +36,7 @@ def plan(
         model,
         load_policy(policy, set=settings),
         text_tokens=text_tokens,
+        budget=budget,
         average_tokens=average_tokens,
         image_size=size,
     )

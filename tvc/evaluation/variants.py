@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tvc.errors import ArgumentError, SiteError, WeightsError
-from tvc.kernels.budget import Budget
 from tvc.policy import Policy, load_policy, resolve
 from tvc.policy.schema import score_data
 from tvc.policy.weights import check_weights
 from tvc.program import Layout
+from tvc.report.budget import settings_at, share_of
 from tvc.report.plan import Plan
-from tvc.report.schedule import plan_policy, solve_average, solve_kept
+from tvc.report.schedule import plan_policy
 
 DENSE = "dense"
 AS_WRITTEN = "as-written"
@@ -30,7 +30,7 @@ class Variant:
     seed: int | None
     policy: Policy
     plan: Plan
-    settings: dict[str, Any]  # the budgets that were solved for
+    settings: dict[str, Any]  # what the budget sets: what is published for it, or budgets that were solved for
     reached: float  # visual tokens: what the budget is measured in
 
     @property
@@ -55,24 +55,8 @@ def shares(budgets: Sequence[str]) -> list[str]:
     Raises:
         ArgumentError: one is neither a share of the visual tokens nor AS_WRITTEN.
     """
-    written = []
-    for text in budgets:
-        if text != AS_WRITTEN:
-            try:
-                budget = Budget.model_validate(text)
-            except ValueError:
-                budget = Budget(count=1)
-            if budget.permille is None:
-                raise ArgumentError(
-                    "a budget is no share of the visual tokens",
-                    where="--budgets",
-                    got=text,
-                    want=f"shares such as 50%,25%, or {AS_WRITTEN} for policies as they are",
-                    fix="write a share with a percent sign",
-                    slug="bad-budget",
-                )
-            text = str(budget)
-        written.append(text)
+    want = f"shares such as 50%,25%, or {AS_WRITTEN} for policies as they are"
+    written = [text if text == AS_WRITTEN else share_of(text, "--budgets", want) for text in budgets]
     return list(dict.fromkeys(written))
 
 
@@ -109,7 +93,7 @@ def variants(
     for label, policy in policies.items():
         for budget in budgets:
             try:
-                settings = _settings(policy, layout, budget, average)
+                settings = {} if budget == AS_WRITTEN else settings_at(policy, layout, budget, average=average)
                 chosen = policy.with_settings(settings)
                 check_weights(resolve(chosen, layout).steps, layout)
                 plan = plan_policy(chosen, layout, text_tokens=text_tokens, new_tokens=1)
@@ -120,15 +104,6 @@ def variants(
             for seed in _seeds(chosen, seeds):
                 seeded = chosen if seed is None else chosen.with_settings(_seed_settings(chosen, seed))
                 yield Variant(label, budget, seed, seeded, plan, settings, reached)
-
-
-def _settings(policy: Policy, layout: Layout, budget: str, average: bool) -> dict[str, Any]:
-    if budget == AS_WRITTEN:
-        return {}
-    permille = Budget.model_validate(budget).permille or 0
-    target = sum(layout.visual_tokens) * permille / 1000
-    solve = solve_average if average else solve_kept
-    return dict(solve(resolve(policy, layout), layout, target).settings)
 
 
 def _seeds(policy: Policy, count: int) -> Sequence[int | None]:

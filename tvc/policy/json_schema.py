@@ -61,6 +61,12 @@ def json_schema() -> dict[str, Any]:
             "unverified": {"type": "array", "items": {"type": "string"}},
             "extends": {"type": "string"},
             "parameters": {"type": "object"},
+            "budgets": {
+                "type": "object",
+                "propertyNames": {"pattern": r"^\d+(\.\d)?%$"},
+                "additionalProperties": {"type": "object"},
+                "description": "parameters by the share of the visual tokens that they are published for",
+            },
             "steps": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/step"}},
             "positions": {"anyOf": [{"enum": list(POSITIONS)}, {"$ref": "#/$defs/template"}], "default": "keep"},
         },

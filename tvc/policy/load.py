@@ -16,6 +16,7 @@ import tvc.policy.presets as preset_files
 from tvc.errors import PolicyError
 from tvc.policy.document import Document, Path, dotted, from_data, from_yaml, nearest
 from tvc.policy.parse import TOP_KEYS, parse, used_parameters
+from tvc.policy.published import without
 from tvc.policy.schema import Policy
 
 PolicySource = str | os.PathLike[str] | Mapping[str, Any] | Policy
@@ -147,13 +148,17 @@ def _flatten(document: Document, chain: tuple[str, ...]) -> Document:
 
 
 def _without_unused(document: Document, spare: Any) -> Document:
-    """The document less the parameters that its steps, having been replaced, no longer use; those in `spare` stay."""
+    """The document less the parameters that its steps, having been replaced, no longer use, and less the budgets that
+    set them; those in `spare` stay.
+    """
     data = document.data
     if not isinstance(data, dict) or not isinstance(data.get("parameters"), dict) or not isinstance(spare, Mapping):
         return document
     used = used_parameters([data.get("steps"), data.get("positions")])
     kept = {name: value for name, value in data["parameters"].items() if name in used or name in spare}
     trimmed = {**data, "parameters": kept} if kept else {k: v for k, v in data.items() if k != "parameters"}
+    if len(kept) < len(data["parameters"]):
+        trimmed = without(trimmed, kept)
     return dataclasses.replace(document, data=trimmed)
 
 

@@ -13,6 +13,7 @@ from tvc.kernels.op import PRIMITIVES, Kind, Primitive
 from tvc.kernels.weights import Trained, Weights
 from tvc.policy.document import Document, Path, nearest
 from tvc.policy.explain import build
+from tvc.policy.published import published
 from tvc.policy.schema import (
     COMPONENTS,
     NORMALIZE,
@@ -38,6 +39,7 @@ TOP_KEYS = (
     "unverified",
     "extends",
     "parameters",
+    "budgets",
     "steps",
     "positions",
 )
@@ -92,6 +94,7 @@ def parse(document: Document) -> Policy:
         deviations=_texts(document, top, "deviations"),
         unverified=_texts(document, top, "unverified"),
         parameters=top.get("parameters", {}),
+        budgets=published(document, parse) if "budgets" in top else {},
     )
 
 

@@ -77,7 +77,8 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
     data |= {key: list(value) for key in ("deviations", "unverified") if (value := getattr(policy, key))}
     data |= {"steps": steps_data(steps), "positions": policy.positions}
     document = from_data(data, f"resolved {policy.name}")
-    return ResolvedPolicy(dataclasses.replace(policy, steps=steps, parameters={}, document=document), policy)
+    settled_policy = dataclasses.replace(policy, steps=steps, parameters={}, budgets={}, document=document)
+    return ResolvedPolicy(settled_policy, policy)
 
 
 def _blocks(layout: Layout, component: str) -> int:

@@ -152,6 +152,7 @@ class Policy:
     deviations: tuple[str, ...] = ()
     unverified: tuple[str, ...] = ()
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    budgets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)  # by share
 
     def to_yaml(self) -> str:
         """The policy as YAML that loads back to an equal policy, parameters included; `extends` is written out."""

@@ -17,6 +17,7 @@ def in_words(policy: Policy) -> list[str]:
     paper = policy.reference.get("paper")
     lines += [f"Paper: {paper}."] if paper and paper != "none" else []
     lines += [f"Covers {policy.covers}"] if policy.covers else []
+    lines += [f"Published for budgets of {', '.join(policy.budgets)}."] if policy.budgets else []
     for number, step in enumerate(policy.steps, start=1):
         lines.append(f"{number}. Before {step.at}, {_SCOPES.get(step.scope, step.scope)}:")
         lines += [f"   {part:<7} {text}" for part, text in _parts(step)]

@@ -98,6 +98,7 @@ class Plan:
     exact: bool = True
     fired: Plan | None = None
     settings: tuple[tuple[str, str | int], ...] = ()  # what was solved for: budgets to give to `--set`
+    budget: str = ""  # the share that the policy was asked to work at
     operators: tuple[Operators, ...] = dataclasses.field(default=(), compare=False)
 
     @property
@@ -135,7 +136,9 @@ class Plan:
         height, width = self.image_size
         image = f", image {height}x{width}" if height else ""
         untouched = " + ".join(str(count) for count in self.visual_tokens)
-        lines = [f"{self.policy} on {self.model_type}: {untouched} visual + {self.text_tokens} text tokens{image}", ""]
+        at = f" at {self.budget}" if self.budget else ""
+        tokens = f"{untouched} visual + {self.text_tokens} text tokens"
+        lines = [f"{self.policy}{at} on {self.model_type}: {tokens}{image}", ""]
         lines += _table(("layers", "cut", "visual", "text", "KV length"), [_stage_row(stage) for stage in self.stages])
         lines += ["", *_table(("", "dense", "compiled", "unit", "ratio"), self._cost_rows())]
         total = sum(self.visual_tokens)

@@ -1,0 +1,57 @@
+"""A policy at a budget: a share of the visual tokens becomes settings, published or all scaled by one factor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvc.errors import ArgumentError
+from tvc.kernels.budget import Budget
+from tvc.policy import Policy, resolve
+from tvc.program import Layout
+from tvc.report.schedule import solve_average, solve_kept
+
+
+def share_of(text: str, where: str, want: str = "a share such as 25%") -> str:
+    """A share of the visual tokens in one spelling: `33.0 %` is `33%`.
+
+    Args:
+        where: the argument that it was written for.
+        want: what may be written there.
+
+    Raises:
+        ArgumentError: it is no share.
+    """
+    try:
+        budget = Budget.model_validate(text)
+    except ValueError:
+        budget = Budget(count=1)
+    if budget.permille is None:
+        raise ArgumentError(
+            "a budget is no share of the visual tokens",
+            where=where,
+            got=text,
+            want=want,
+            fix="write a share with a percent sign",
+            slug="bad-budget",
+        )
+    return str(budget)
+
+
+def settings_at(policy: Policy, layout: Layout, share: str, *, average: bool = False) -> dict[str, Any]:
+    """What to set in a policy so that it works at a budget, for `Policy.with_settings`.
+
+    A budget that the policy names gives the settings written there, whatever they leave in this model. For any other
+    all numbers of tokens are scaled by one factor, so that the last cut leaves the share.
+
+    Args:
+        share: of the visual tokens, as `share_of` spells it.
+        average: the mean over the decoder's layers shall be the share, a number to be met: always by scaling.
+
+    Raises:
+        SiteError: the model cannot do what the policy says. ArgumentError: no factor meets the budget.
+    """
+    if share in policy.budgets and not average:
+        return dict(policy.budgets[share])
+    target = sum(layout.visual_tokens) * (Budget.model_validate(share).permille or 0) / 1000
+    solve = solve_average if average else solve_kept
+    return dict(solve(resolve(policy, layout), layout, target).settings)
