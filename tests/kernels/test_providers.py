@@ -169,7 +169,8 @@ def _compare_on_gpu(name: str, arguments: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("name", sorted(PROVIDED))
 def test_provider_equals_reference_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    for _, arguments in (*OPS[name].cases(), *EXTRA[name]((1, 63, 500, 577))):
+    taken = [case for case in OPS[name].cases() if support(name, *case[1]).ok]
+    for _, arguments in (*taken, *EXTRA[name]((1, 63, 500, 577))):
         _compare_on_gpu(name, _moved(arguments, dtype))
 
 
