@@ -366,13 +366,14 @@ def main() -> None:
     if options.tune:
         tune(options)
     facts, copied, measured = environment(HERE), copy_bandwidth(), []
+    facts["copy_gb_per_s"] = copied / 1e6
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     for case in made(options):
         measured.append(row(case, copied, options))
         print(text(measured[-1:], COLUMNS), flush=True)
+        content = json.dumps({"environment": facts, "rows": measured}, indent=1)
+        options.output.write_text(content + "\n", encoding="utf-8")
     print(text(measured, COLUMNS))
-    facts["copy_gb_per_s"] = copied / 1e6
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"environment": facts, "rows": measured}, indent=1) + "\n", encoding="utf-8")
     print(options.output)
 
 
