@@ -62,6 +62,11 @@ CANDIDATES: dict[str, tuple[str, str, dict[str, tuple[int, ...]]]] = {
     "change_score": ("change_score", "frames", {"block_v": (4, 8, 16), "block_d": (128, 256, 512), "warps": (2, 4, 8)}),
     "threshold_keep": ("threshold_keep", "half", {"block": (1024, 4096, 8192), "warps": (4, 8, 16)}),
     "window_merge": ("window_merge", "3 x 3", {"block_d": (128, 256, 512, 1024), "warps": (2, 4, 8)}),
+    "novelty_score": (
+        "novelty_score",
+        "frames",
+        {"block_v": (4, 8, 16), "block_d": (128, 256, 512), "warps": (2, 4, 8)},
+    ),
     "density_keep.centres": ("density_keep", "55%", {"warps": (4, 8, 16)}),
     "apart": ("medoids_keep", "64", {"block": (32, 64, 128), "block_d": (16, 32, 64), "warps": (4, 8)}),
     "medoids_keep": ("medoids_keep", "64", {"block_v": (4, 16, 32), "block_k": (64, 128, 256), "warps": (4, 8)}),
@@ -138,6 +143,7 @@ def scores(at: Tokens) -> Made:
     yield "attention_score", lambda: attention(at.text)
     yield "attention_score", lambda: attention(at.number + at.text)
     yield "change_score", lambda: at.case("change_score", "frames", at.feature(), *at.scope, *frames, 0)
+    yield "novelty_score", lambda: at.case("novelty_score", "frames", at.feature(), *at.scope, frames[0])
 
 
 def selections(at: Tokens) -> Made:

@@ -302,6 +302,16 @@ def window_merge(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield "strided", (*(strided(a) for a in (*plain, *scopes(2, 42, 2, seed=6))), 5, 2, 0.0)
 
 
+def novelty_score(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for visual in sizes:
+        yield f"V{visual}", (torch.randn(2, visual, 300), *_frames(visual, 7)[:3])
+        yield f"V{visual}-one-channel", (torch.randn(2, visual, 1), *_frames(visual, 11)[:3])
+    endless = torch.randn(2, 40, 7).index_fill(1, torch.tensor([6, 30]), float("inf"))
+    yield "not-finite", (endless, *_frames(40, 5)[:3])
+    yield "all-pads", (torch.randn(2, 21, 6), *pads_alone(2, 21), torch.full((2, 21), -1))
+    yield "strided", tuple(strided(a) for a in (torch.randn(2, 40, 7), *_frames(40, 5)[:3]))
+
+
 def sized(cases: Iterable[Case]) -> Iterator[Case]:
     """Those of the cases whose names start with a size."""
     return (case for case in cases if re.match(r"[VNS]\d", case[0]))
@@ -319,8 +329,10 @@ def _of_another_dtype(name: str) -> Iterator[Case]:
         "bipartite_merge": (double, double, number, *scope, 500, 0, 2, "mean", False),
         "change_score": (double, *scope, places, torch.zeros_like(places), 0),
         "density_keep": (double, number, *scope, 500, 0, 0.5),
+        "medoids_keep": (double, *scope, 0, 1, 1, 100),
         "merge_clusters": (double, number, *scope, none, number, 300, 10, 1, 1),
         "merge_nearest": (double, double, number, *scope, rows, number, "kept", 0, 0, "mean"),
+        "novelty_score": (double, *scope, places),
         "segment_pool": (double[:, None], double, *scope, rows),
         "threshold_keep": (number, *scope, 0.5, False),
         "top_keep": (number, *scope, 500, 0, 1),
@@ -359,7 +371,7 @@ def refused(name: str) -> Iterator[Case]:
         yield "many", (torch.randn(1, 8193, 2), *many, 0, 1, 1)
         yield "many-samples", (torch.randn(5, 8000, 1), *one_scope(5, 8000), 0, 1, 1)
     if name == "medoids_keep":
-        yield "many", (torch.randn(1, 8193, 2), *many, 0, 1, 1, 0)
+        yield "many", (torch.randn(1, 8193, 2), *many, 0, 1, 1, 100)
         yield "many-samples", (torch.randn(5, 8000, 1), *one_scope(5, 8000), 0, 1, 1, 100)
     if name in ("max_sum_keep", "log_det_keep"):
         yield "many", (torch.randn(1, 8193, 2), torch.rand(1, 8193), *many, 0, 1, 1)
@@ -384,6 +396,7 @@ EXTRA: dict[str, Callable[..., Iterator[Case]]] = {
         medoids_keep,
         merge_clusters,
         merge_nearest,
+        novelty_score,
         segment_pool,
         threshold_keep,
         top_keep,
