@@ -67,6 +67,11 @@ CANDIDATES: dict[str, tuple[str, str, dict[str, tuple[int, ...]]]] = {
         "frames",
         {"block_v": (4, 8, 16), "block_d": (128, 256, 512), "warps": (2, 4, 8)},
     ),
+    "pagerank_score": (
+        "pagerank_score",
+        "all",
+        {"block_m": (32, 64, 128), "block_n": (32, 64, 128), "warps": (4, 8)},
+    ),
     "density_keep.centres": ("density_keep", "55%", {"warps": (4, 8, 16)}),
     "apart": ("medoids_keep", "64", {"block": (32, 64, 128), "block_d": (16, 32, 64), "warps": (4, 8)}),
     "medoids_keep": ("medoids_keep", "64", {"block_v": (4, 16, 32), "block_k": (64, 128, 256), "warps": (4, 8)}),
@@ -138,10 +143,18 @@ def scores(at: Tokens) -> Made:
         given = (query, key, mask, which, at.place[None, :, None], 128**-0.5, "mean")
         return at.case("attention_score", {1: "last", at.text: "text"}.get(rows, "all"), *given, unread=unread)
 
+    def walk() -> Case:
+        length = at.number + at.text
+        query, key = at.draw(1, length, 32, 128).transpose(1, 2), at.draw(1, length, 8, 128).transpose(1, 2)
+        mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril()[None, None]
+        rows = torch.arange(length, device=DEVICE)[None]
+        return at.case("pagerank_score", "all", query, key, mask, rows, at.place[None, :, None], 128**-0.5, 0.1, 5)
+
     frames = (at.place[None] // 144, at.place[None] % 144)
     yield "attention_score", lambda: attention(1)
     yield "attention_score", lambda: attention(at.text)
     yield "attention_score", lambda: attention(at.number + at.text)
+    yield "pagerank_score", walk
     yield "change_score", lambda: at.case("change_score", "frames", at.feature(), *at.scope, *frames, 0)
     yield "novelty_score", lambda: at.case("novelty_score", "frames", at.feature(), *at.scope, frames[0])
 

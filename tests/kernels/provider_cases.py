@@ -77,6 +77,23 @@ def attention_score(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield "no-visual-token", (query, key, mask, rows, columns[:, :0], 1.0, "mean")
 
 
+def pagerank_score(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for length in sizes:
+        queries = (length + 1) // 2  # the others are in the cache
+        query, key = torch.randn(2, 4, queries, 24), torch.randn(2, 2, length, 24)
+        mask = torch.rand(2, 1, queries, length) > 0.3
+        mask[:, :, :1] = False  # a row that may attend to nothing
+        rows = torch.where(torch.rand(2, queries) < 0.2, -1, torch.arange(queries))
+        columns = torch.randint(-1, length, (2, 5, 3))
+        yield f"N{length}", (query, key, mask, rows, columns, 24**-0.5, 0.5, 3)
+    query, key = torch.randn(2, 2, 9, 8), torch.randn(2, 1, 9, 8)
+    rows, columns = torch.arange(9).repeat(2, 1), torch.arange(9)[None, :, None].repeat(2, 1, 1)
+    yield "sharp", (query, key, torch.ones(9, 9, dtype=torch.bool).tril()[None, None], rows, columns, 1.0, 0.1, 5)
+    yield "no-mask", (strided(query), strided(key), None, strided(rows), strided(columns), 1.0, 0.5, 1)
+    yield "all-pads", (query, key, None, torch.full((2, 4), -1), columns, 1.0, 0.5, 2)
+    yield "no-rows", (query, key, None, rows[:, :0], columns, 1.0, 0.5, 2)
+
+
 def attend(sizes: tuple[int, ...]) -> Iterator[Case]:
     for length in sizes:
         for heads, groups, width, depth in ((4, 4, 24, 24), (7, 1, 64, 40)):
@@ -333,6 +350,7 @@ def _of_another_dtype(name: str) -> Iterator[Case]:
         "merge_clusters": (double, number, *scope, none, number, 300, 10, 1, 1),
         "merge_nearest": (double, double, number, *scope, rows, number, "kept", 0, 0, "mean"),
         "novelty_score": (double, *scope, places),
+        "pagerank_score": (query, key, None, rows, places[:, :, None], 1.0, 0.5, 2),
         "segment_pool": (double[:, None], double, *scope, rows),
         "threshold_keep": (number, *scope, 0.5, False),
         "top_keep": (number, *scope, 500, 0, 1),
@@ -356,6 +374,8 @@ def refused(name: str) -> Iterator[Case]:
     if name == "attention_score":
         yield "wide", (torch.randn(1, 1, 3, 300), torch.randn(1, 1, 3, 300), None, rows, column, 1.0, "mean")
         yield "many-keys", (query, key, None, rows, torch.zeros(1, 2, 65, dtype=torch.int64), 1.0, "mean")
+    if name == "pagerank_score":
+        yield "wide", (torch.randn(1, 1, 3, 300), torch.randn(1, 1, 3, 300), None, rows, column, 1.0, 0.5, 2)
     if name == "compact":
         yield "many", (torch.arange(4500)[None], torch.arange(4500, 9000)[None])
     if name == "merge_clusters":
@@ -397,6 +417,7 @@ EXTRA: dict[str, Callable[..., Iterator[Case]]] = {
         merge_clusters,
         merge_nearest,
         novelty_score,
+        pagerank_score,
         segment_pool,
         threshold_keep,
         top_keep,

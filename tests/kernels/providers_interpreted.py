@@ -17,7 +17,15 @@ from tvc.kernels.tolerances import TOLERANCES, tolerance
 # Their kernels have a program for each token that stays, or many small ones: slow where one thread does it all.
 SMALL, ODD, LARGE = (1, 63), (577,), (500, 1000, 2500)
 SLOW = frozenset(
-    {"bipartite_merge", "coverage_keep", "medoids_keep", "merge_clusters", "merge_nearest", "novelty_score"}
+    {
+        "bipartite_merge",
+        "coverage_keep",
+        "medoids_keep",
+        "merge_clusters",
+        "merge_nearest",
+        "novelty_score",
+        "pagerank_score",
+    }
 )
 SHORT = [torch.float32, torch.bfloat16]  # by default; kernels treat both halves alike
 HALVES = [dtype for dtype in TOLERANCES if dtype != torch.float32]
