@@ -66,6 +66,16 @@ CANDIDATES: dict[str, tuple[str, str, dict[str, tuple[int, ...]]]] = {
     "change_score": ("change_score", "frames", {"block_v": (4, 8, 16), "block_d": (128, 256, 512), "warps": (2, 4, 8)}),
     "threshold_keep": ("threshold_keep", "half", {"block": (1024, 4096, 8192), "warps": (4, 8, 16)}),
     "window_merge": ("window_merge", "3 x 3", {"block_d": (128, 256, 512, 1024), "warps": (2, 4, 8)}),
+    "novelty_score": (
+        "novelty_score",
+        "frames",
+        {"block_v": (4, 8, 16), "block_d": (128, 256, 512), "warps": (2, 4, 8)},
+    ),
+    "pagerank_score": (
+        "pagerank_score",
+        "all",
+        {"block_m": (32, 64, 128), "block_n": (32, 64, 128), "warps": (4, 8)},
+    ),
     "density_keep.centres": ("density_keep", "55%", {"warps": (4, 8, 16)}),
     "apart": ("medoids_keep", "64", {"block": (32, 64, 128), "block_d": (16, 32, 64), "warps": (4, 8)}),
     "medoids_keep": ("medoids_keep", "64", {"block_v": (4, 16, 32), "block_k": (64, 128, 256), "warps": (4, 8)}),
@@ -143,12 +153,21 @@ def scores(at: Tokens) -> Made:
         places = torch.arange(length, device=DEVICE)[None]
         return at.case("attend", "one query", query, key, value, places[:, -1:], places, None, 128**-0.5)
 
+    def walk() -> Case:
+        length = at.number + at.text
+        query, key = at.draw(1, length, 32, 128).transpose(1, 2), at.draw(1, length, 8, 128).transpose(1, 2)
+        mask = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril()[None, None]
+        rows = torch.arange(length, device=DEVICE)[None]
+        return at.case("pagerank_score", "all", query, key, mask, rows, at.place[None, :, None], 128**-0.5, 0.1, 5)
+
     frames = (at.place[None] // 144, at.place[None] % 144)
     yield "attend", one_query
     yield "attention_score", lambda: attention(1)
     yield "attention_score", lambda: attention(at.text)
     yield "attention_score", lambda: attention(at.number + at.text)
+    yield "pagerank_score", walk
     yield "change_score", lambda: at.case("change_score", "frames", at.feature(), *at.scope, *frames, 0)
+    yield "novelty_score", lambda: at.case("novelty_score", "frames", at.feature(), *at.scope, frames[0])
 
 
 def selections(at: Tokens) -> Made:

@@ -44,6 +44,22 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     yield "no-visual-token", (query, key, ahead, torch.arange(3).repeat(2, 1), columns[:, :0], 0.5, 1.0, 2)
 
 
+def at_places(values: torch.Tensor, rows: torch.Tensor, past: int, length: int) -> torch.Tensor:
+    """[B, N] float32: `values [B, R]` at the keys of the rows [B, R] (-1 pads) behind a cache of `past`; else 0."""
+    # Column 0 takes the pads and is cut off.
+    room = torch.zeros(rows.shape[0], length + 1, device=values.device)
+    return room.scatter(1, torch.where(rows < 0, 0, rows + past + 1), values)[:, 1:]
+
+
+def of_tokens(spread: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """[B, V] float32: the mean of `spread [B, N]` over the keys of each token, `columns [B, V, g]` (-1 pads)."""
+    taken = spread.gather(1, columns.clamp(min=0).flatten(1)).reshape(columns.shape)
+    present = (columns >= 0).float()
+    # Sums over g are matrix products: with V = 0 ONNX Runtime leaves a reduced axis in place.
+    ones = torch.ones(columns.shape[2], 1, device=columns.device)
+    return ((taken * present) @ ones / (present @ ones).clamp(min=1)).squeeze(2)
+
+
 @op(_cases)
 def pagerank_score(
     query: torch.Tensor,
@@ -67,15 +83,7 @@ def pagerank_score(
     for _ in range(rounds):
         chance = chance @ moves
     rank = chance.square().mean(1).squeeze(1).sqrt() * real  # [B, R]
-    # Column 0 takes the pads and is cut off.
-    spread = torch.zeros(batch, key.shape[2] + 1, device=query.device).scatter(
-        1, torch.where(rows < 0, 0, place + 1), rank
-    )
-    taken = spread[:, 1:].gather(1, columns.clamp(min=0).flatten(1)).reshape(columns.shape)
-    present = (columns >= 0).float()
-    # Sums over g are matrix products: with V = 0 ONNX Runtime leaves a reduced axis in place.
-    ones = torch.ones(columns.shape[2], 1, device=columns.device)
-    return ((taken * present) @ ones / (present @ ones).clamp(min=1)).squeeze(2)
+    return of_tokens(at_places(rank, rows, past, key.shape[2]), columns)
 
 
 @primitive

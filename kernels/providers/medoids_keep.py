@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from tvc.kernels.greedy import EQUAL
-from tvc.kernels.providers import Support
+from tvc.kernels.providers import Support, no
 from tvc.kernels.providers._apart import strip
+from tvc.kernels.providers._directions import FLOATS
 from tvc.kernels.providers._greedy import nothing, room, taken
 from tvc.kernels.providers._table import setting
 from tvc.kernels.providers._triton import cdiv, jit, tl
@@ -108,6 +109,8 @@ def supports(
     slots: int,
     rounds: int,
 ) -> Support:
+    if feature.dtype not in FLOATS:
+        return no(f"the feature is {feature.dtype}, not float32, float16 or bfloat16")
     return room(segment)
 
 

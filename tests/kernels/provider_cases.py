@@ -77,6 +77,23 @@ def attention_score(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield "no-visual-token", (query, key, mask, rows, columns[:, :0], 1.0, "mean")
 
 
+def pagerank_score(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for length in sizes:
+        queries = (length + 1) // 2  # the others are in the cache
+        query, key = torch.randn(2, 4, queries, 24), torch.randn(2, 2, length, 24)
+        mask = torch.rand(2, 1, queries, length) > 0.3
+        mask[:, :, :1] = False  # a row that may attend to nothing
+        rows = torch.where(torch.rand(2, queries) < 0.2, -1, torch.arange(queries))
+        columns = torch.randint(-1, length, (2, 5, 3))
+        yield f"N{length}", (query, key, mask, rows, columns, 24**-0.5, 0.5, 3)
+    query, key = torch.randn(2, 2, 9, 8), torch.randn(2, 1, 9, 8)
+    rows, columns = torch.arange(9).repeat(2, 1), torch.arange(9)[None, :, None].repeat(2, 1, 1)
+    yield "sharp", (query, key, torch.ones(9, 9, dtype=torch.bool).tril()[None, None], rows, columns, 1.0, 0.1, 5)
+    yield "no-mask", (strided(query), strided(key), None, strided(rows), strided(columns), 1.0, 0.5, 1)
+    yield "all-pads", (query, key, None, torch.full((2, 4), -1), columns, 1.0, 0.5, 2)
+    yield "no-rows", (query, key, None, rows[:, :0], columns, 1.0, 0.5, 2)
+
+
 def attend(sizes: tuple[int, ...]) -> Iterator[Case]:
     for length in sizes:
         for heads, groups, width, depth in ((4, 4, 24, 24), (7, 1, 64, 40)):
@@ -340,6 +357,16 @@ def window_merge(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield "strided", (*(strided(a) for a in (*plain, *scopes(2, 42, 2, seed=6))), 5, 2, 0.0)
 
 
+def novelty_score(sizes: tuple[int, ...]) -> Iterator[Case]:
+    for visual in sizes:
+        yield f"V{visual}", (torch.randn(2, visual, 300), *_frames(visual, 7)[:3])
+        yield f"V{visual}-one-channel", (torch.randn(2, visual, 1), *_frames(visual, 11)[:3])
+    endless = torch.randn(2, 40, 7).index_fill(1, torch.tensor([6, 30]), float("inf"))
+    yield "not-finite", (endless, *_frames(40, 5)[:3])
+    yield "all-pads", (torch.randn(2, 21, 6), *pads_alone(2, 21), torch.full((2, 21), -1))
+    yield "strided", tuple(strided(a) for a in (torch.randn(2, 40, 7), *_frames(40, 5)[:3]))
+
+
 def sized(cases: Iterable[Case]) -> Iterator[Case]:
     """Those of the cases whose names start with a size."""
     return (case for case in cases if re.match(r"[VNS]\d", case[0]))
@@ -358,8 +385,11 @@ def _of_another_dtype(name: str) -> Iterator[Case]:
         "bipartite_merge": (double, double, number, *scope, 500, 0, 2, "mean", False),
         "change_score": (double, *scope, places, torch.zeros_like(places), 0),
         "density_keep": (double, number, *scope, 500, 0, 0.5),
+        "medoids_keep": (double, *scope, 0, 1, 1, 100),
         "merge_clusters": (double, number, *scope, none, number, 300, 10, 1, 1),
         "merge_nearest": (double, double, number, *scope, rows, number, "kept", 0, 0, "mean"),
+        "novelty_score": (double, *scope, places),
+        "pagerank_score": (query, key, None, rows, places[:, :, None], 1.0, 0.5, 2),
         "segment_pool": (double[:, None], double, *scope, rows),
         "shorten": (none, double, None, *[places] * 3, none, none, none, none),
         "threshold_keep": (number, *scope, 0.5, False),
@@ -384,6 +414,8 @@ def refused(name: str) -> Iterator[Case]:
     if name == "attention_score":
         yield "wide", (torch.randn(1, 1, 3, 300), torch.randn(1, 1, 3, 300), None, rows, column, 1.0, "mean")
         yield "many-keys", (query, key, None, rows, torch.zeros(1, 2, 65, dtype=torch.int64), 1.0, "mean")
+    if name == "pagerank_score":
+        yield "wide", (torch.randn(1, 1, 3, 300), torch.randn(1, 1, 3, 300), None, rows, column, 1.0, 0.5, 2)
     if name == "merge_clusters":
         none, pool = torch.zeros(1, 0, dtype=torch.int64), (1000, 20000, 16386, 1)
         yield "many", (torch.randn(1, 3, 2), torch.ones(1, 3), *scope, none, torch.randn(1, 3), *pool)
@@ -400,7 +432,7 @@ def refused(name: str) -> Iterator[Case]:
         yield "many", (torch.randn(1, 8193, 2), *many, 0, 1, 1)
         yield "many-samples", (torch.randn(5, 8000, 1), *one_scope(5, 8000), 0, 1, 1)
     if name == "medoids_keep":
-        yield "many", (torch.randn(1, 8193, 2), *many, 0, 1, 1, 0)
+        yield "many", (torch.randn(1, 8193, 2), *many, 0, 1, 1, 100)
         yield "many-samples", (torch.randn(5, 8000, 1), *one_scope(5, 8000), 0, 1, 1, 100)
     if name in ("max_sum_keep", "log_det_keep"):
         yield "many", (torch.randn(1, 8193, 2), torch.rand(1, 8193), *many, 0, 1, 1)
@@ -430,6 +462,8 @@ EXTRA: dict[str, Callable[..., Iterator[Case]]] = {
         medoids_keep,
         merge_clusters,
         merge_nearest,
+        novelty_score,
+        pagerank_score,
         segment_pool,
         shorten,
         threshold_keep,

@@ -14,19 +14,33 @@ from tvc.kernels.providers import PROVIDED, dispatched, provider, support
 from tvc.kernels.providers._triton import INTERPRETED
 from tvc.kernels.tolerances import TOLERANCES, tolerance
 
-# Their kernels have a program for each token that stays, or read a matrix a round: slow where one thread does it all.
+# Their kernels have a program for each token that stays, or many small ones: slow where one thread does it all.
 SMALL, ODD, LARGE = (1, 63), (577,), (500, 1000, 2500)
-SLOW = frozenset({"bipartite_merge", "coverage_keep", "medoids_keep", "merge_clusters", "merge_nearest"})
+SLOW = frozenset(
+    {
+        "bipartite_merge",
+        "coverage_keep",
+        "medoids_keep",
+        "merge_clusters",
+        "merge_nearest",
+        "novelty_score",
+        "pagerank_score",
+    }
+)
+SHORT = [torch.float32, torch.bfloat16]  # by default; kernels treat both halves alike
+HALVES = [dtype for dtype in TOLERANCES if dtype != torch.float32]
 
 
-def _cases(names: Iterable[str], sizes: tuple[int, ...], own: bool = False) -> list[Any]:
+def _cases(names: Iterable[str], sizes: tuple[int, ...] | None, every: bool = False) -> list[Any]:
+    """Those of the file of cases that have a size, or `every` one; without `sizes` each op's own."""
     made = []
     for name in sorted(names):
         torch.manual_seed(0)
         # Of the op's own cases those that the provider takes; it has to take all that were made for it.
-        taken = [case for case in OPS[name].cases() if support(name, *case[1]).ok]
-        given = [*taken, *EXTRA[name](sizes)] if own else sized(EXTRA[name](sizes))
-        made += [pytest.param(name, arguments, id=f"{name}-{case}") for case, arguments in given]
+        taken = (case for case in OPS[name].cases() if support(name, *case[1]).ok)
+        given = taken if sizes is None else EXTRA[name](sizes)
+        chosen = given if every or sizes is None else sized(given)
+        made += [pytest.param(name, arguments, id=f"{name}-{case}") for case, arguments in chosen]
     return made
 
 
@@ -98,9 +112,21 @@ def test_kernels_are_interpreted() -> None:
     assert INTERPRETED
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
-@pytest.mark.parametrize(("name", "arguments"), _cases(PROVIDED, SMALL, own=True))
-def test_provider_equals_reference(name: str, arguments: tuple[Any, ...], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "arguments"), _cases(PROVIDED, None))
+def test_provider_equals_reference(name: str, arguments: tuple[Any, ...]) -> None:
+    _compare(name, arguments)
+
+
+@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize(("name", "arguments"), _cases(PROVIDED, SMALL, every=True))
+def test_provider_equals_reference_at_small_sizes(name: str, arguments: tuple[Any, ...], dtype: torch.dtype) -> None:
+    _compare(name, _converted(arguments, dtype))
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("name", "arguments"), [*_cases(PROVIDED, None), *_cases(PROVIDED, SMALL, every=True)])
+def test_provider_equals_reference_in_half_precision(name: str, arguments: tuple[Any, ...], dtype: torch.dtype) -> None:
     _compare(name, _converted(arguments, dtype))
 
 
