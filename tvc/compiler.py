@@ -101,6 +101,7 @@ def interface_of(program: Program, policy: ResolvedPolicy, survey: Survey) -> In
         visual_token_ids=survey.visual_token_ids,
         taps=taps,
         by_image="vision" in parts and parts["vision"].meta["by_image"],
+        words=parts["vision"].meta["words"] if "vision" in parts else {},
         windows=tuple(sorted({layer.window for layer in program.layout.language})),
     )
 
