@@ -256,7 +256,8 @@ def _borrowing(
         raise problem
     source = dataclasses.replace(source, meta=meta_copy(model))
     borrowed = Borrowed(model, f"torch.export cannot follow the vision path ({problem.got})")
-    return source, survey(source.meta, source.processor, inputs, image_size=image_size, borrowed=borrowed)
+    surveyed = survey(source.meta, source.processor, inputs, image_size=image_size, borrowed=borrowed)
+    return source, _with_constants(surveyed, model)
 
 
 def _needs_graph(layout: Layout, where: str) -> ExportError:
@@ -354,4 +355,12 @@ def load(
 def _survey(source: Source, inputs: Mapping[str, Any] | None) -> Survey:
     if inputs is not None:
         check_sample(inputs)
-    return survey(source.meta, source.processor, inputs)
+    surveyed = survey(source.meta, source.processor, inputs)
+    return surveyed if source.model is None else _with_constants(surveyed, source.model)
+
+
+def _with_constants(surveyed: Survey, model: torch.nn.Module) -> Survey:
+    """The survey with the model's own constants in its host: family code reads them while it is traced, too."""
+    own = dict(model.named_parameters())
+    surveyed.host.adopt_constants({name: own[name] for name in surveyed.host.constants()})
+    return surveyed

@@ -39,8 +39,6 @@ def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, prog
     shape = survey.shape(parameter.dtype, parameter.device)
     sites = [step.at for step in policy.steps if step.at.startswith("vision.")] if policy is not None else []
     components = {}
-    own = dict(model.named_parameters())  # what the family's code between encoder and projector reads of its own
-    survey.host.adopt_constants({name: own[name] for name in survey.host.constants()})
     if survey.boundary.traced:
         progress("trace vision")
         components["vision"] = capture_vision(model, survey.host, survey.sample, sites)
@@ -106,6 +104,7 @@ def interface_of(program: Program, policy: ResolvedPolicy, survey: Survey) -> In
         visual_token_ids=survey.visual_token_ids,
         taps=taps,
         by_image="vision" in parts and parts["vision"].meta["by_image"],
+        words=parts["vision"].meta["words"] if "vision" in parts else {},
         windows=tuple(sorted({layer.window for layer in program.layout.language})),
     )
 

@@ -13,7 +13,16 @@ from tvc.chunks import PAST_KEY, PAST_POSITIONS, PAST_STATE, PAST_VALUE, SPANS, 
 from tvc.errors import InputError
 from tvc.runtime.cache import StagedCache
 from tvc.runtime.chunk import Chunk, chunk_inputs, left_packed, ragged, take
-from tvc.runtime.inputs import check_call, check_handed_on, count_mismatch, no_video, placeholders, video_inside_encoder
+from tvc.runtime.inputs import (
+    check_call,
+    check_handed_on,
+    check_options,
+    check_traced,
+    count_mismatch,
+    no_video,
+    placeholders,
+    video_inside_encoder,
+)
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
 from tvc.trace.decoder import embedding_component
@@ -42,6 +51,7 @@ class Interface:
     taps: Mapping[str, int] = dataclasses.field(default_factory=dict)  # width of each tap; 0: one number a token
     windows: tuple[int, ...] = ()  # sliding windows of the decoder's layers; needed where the model has spans
     by_image: bool = False  # the vision graph takes one image at a time
+    words: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the encoder's options, as they were traced
 
     @property
     def stages(self) -> int:
@@ -73,6 +83,7 @@ class Interface:
             taps=dict(data["taps"]),
             windows=tuple(map(int, data["windows"])),
             by_image=bool(data["by_image"]),
+            words=dict(data.get("words", {})),
         )
 
 
@@ -129,6 +140,8 @@ class Engine:
 
     def _vision(self, pending: dict[str, Any]) -> list[torch.Tensor]:
         names = self.interface.inputs["vision"]
+        if self._state.given.get(VIDEO) is None:  # a video's way is compared with that of images beforehand
+            check_traced(pending, self.interface.words)
         prepared = prepare_vision_inputs(self.host.entry_module, pending)
         if any(name not in prepared for name in names):
             handed_on = keywords(self.host.owner.get_image_features, self._state.given)  # type: ignore[arg-type]
@@ -160,6 +173,8 @@ class Engine:
     ) -> Chunk:
         if inputs.get(VIDEO) is not None and (departs := video_departs(self.host, inputs)):
             raise no_video(departs)
+        if self.host.boundary.traced:
+            check_options(self.host.owner, inputs)
         self.host.feature_lengths = {}
         try:
             with self._masks_made(ids):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -125,6 +126,57 @@ def check_handed_on(given: Mapping[str, Any], names: Sequence[str]) -> None:
             want=f"{', '.join(dict.fromkeys(names))}, as in the sample that the model was compiled with",
             fix="compile with inputs=..., a sample that holds it too",
             slug="untraced-input",
+        )
+
+
+# Of no effect on features.
+_TELLING = ("return_dict", "output_hidden_states", "output_attentions", "use_cache")
+
+
+def check_options(owner: Any, given: Mapping[str, Any]) -> None:
+    """Refuses options of the vision path other than the configuration's: a graph has no choice about them.
+
+    Args:
+        owner: the module whose `get_image_features` the graph stands for.
+        given: the inputs of the call.
+
+    Raises:
+        InputError: there is one.
+    """
+    parameters = inspect.signature(owner.get_image_features).parameters
+    options = {
+        name: value
+        for name, value in given.items()
+        if name in parameters and isinstance(value, (bool, int, float, str, list, tuple))
+    }
+    _refuse_options(
+        {
+            name: value
+            for name, value in options.items()
+            if value not in (parameters[name].default, getattr(owner.config, name, None))
+        }
+    )
+
+
+def check_traced(pending: Mapping[str, Any], traced: Mapping[str, Any]) -> None:
+    """Refuses an encoder's arguments `pending` where they differ from the numbers and words that it was `traced` with.
+
+    Raises:
+        InputError: one does.
+    """
+    _refuse_options({name: value for name, value in pending.items() if name in traced and value != traced[name]})
+
+
+def _refuse_options(other: Mapping[str, Any]) -> None:
+    told = [f"{name}={value}" for name, value in other.items() if name not in _TELLING]
+    if told:
+        raise InputError(
+            "the vision path was traced with other options",
+            where="vision",
+            got=", ".join(told),
+            want="what the configuration says, as when the model was compiled",
+            fix="leave the option out, or set it in the model's configuration and compile that model",
+            slug="untraced-option",
         )
 
 

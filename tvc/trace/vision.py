@@ -288,5 +288,6 @@ def capture_vision(
     drop_checks(exported)
     count = len(exported.graph_signature.user_outputs)
     outputs = (OUTPUT, *(f"{OUTPUT}.{i}" for i in range(1, count)))
-    meta = {"by_image": inputs.by_image}
+    words = {name: value for name, value in inputs.constants.items() if isinstance(value, (bool, int, float, str))}
+    meta = {"by_image": inputs.by_image, "words": words}
     return Component("vision", exported, tuple(inputs.all), outputs, arguments, dynamic, meta=meta)
