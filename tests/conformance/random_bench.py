@@ -41,9 +41,9 @@ INTERNAL = (PassError, VerificationError)
 class Outcome:
     """What came of one case.
 
-    kind: passed | rounding (differs a little, as merges in many layers make it, or in a half type alone) | refused | failed (differs, or the
-      compiler says that it broke its own rules) | crashed (an error without a type of its own) | unusable (Hugging
-      Face's code refuses the inputs or the sizes)
+    kind: passed | rounding (differs a little, as merges in many layers make it, or in a half type alone) | refused |
+      failed (differs, or the compiler says that it broke its own rules) | crashed (an error without a type of its own)
+      | unusable (Hugging Face's code refuses the inputs or the sizes)
     """
 
     kind: str
