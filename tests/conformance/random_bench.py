@@ -132,10 +132,13 @@ class Bench:
         return found
 
     def _checks(self, one: Any, tensors: dict[str, torch.Tensor]) -> Iterator[Any]:
-        yield self._compared if _shows(tensors) else self._plain
+        if not _shows(tensors):
+            yield self._plain
+            return
+        yield self._compared
         if one.right and not bool(tensors["attention_mask"].all()):
             yield self._right
-        if one.turn and _shows(tensors):
+        if one.turn:
             yield functools.partial(self._later, one.turn)
 
     def _draft(self, policy: Any) -> Any:
