@@ -41,9 +41,9 @@ INTERNAL = (PassError, VerificationError)
 class Outcome:
     """What came of one case.
 
-    kind: passed | rounding (differs a little, as merges in many layers make it) | refused | failed (differs, or the
-      compiler says that it broke its own rules) | crashed (an error without a type of its own) | unusable (Hugging
-      Face's code refuses the inputs or the sizes)
+    kind: passed | rounding (differs a little, as merges in many layers make it, or in a half type alone) | refused |
+      failed (differs, or the compiler says that it broke its own rules) | crashed (an error without a type of its own)
+      | unusable (Hugging Face's code refuses the inputs or the sizes)
     """
 
     kind: str
@@ -132,10 +132,13 @@ class Bench:
         return found
 
     def _checks(self, one: Any, tensors: dict[str, torch.Tensor]) -> Iterator[Any]:
-        yield self._compared if _shows(tensors) else self._plain
+        if not _shows(tensors):
+            yield self._plain
+            return
+        yield self._compared
         if one.right and not bool(tensors["attention_mask"].all()):
             yield self._right
-        if one.turn and _shows(tensors):
+        if one.turn:
             yield functools.partial(self._later, one.turn)
 
     def _draft(self, policy: Any) -> Any:
@@ -178,9 +181,14 @@ class Bench:
 
     def _right(self, compiled: Any, tensors: dict[str, torch.Tensor]) -> Outcome:
         """Where the padding stands makes no difference."""
-        wanted = compiled(**tensors).logits[:, -1]
-        got = compiled(**random_inputs.padded_right(tensors)).logits[:, -1]
-        return _alike(got, wanted, 1.0, "padded on the right")
+        answer = compiled(**random_inputs.padded_right(tensors))
+        behind = (~tensors["attention_mask"].bool()).sum(1, keepdim=True)  # how far each sample moved
+        kept = {
+            site: torch.where(row < 0, -1, row + behind) if site.startswith("language.") else row
+            for site, row in answer.kept.items()
+        }
+        nothing = tensors["input_ids"][:, :0]
+        return self._defined(compiled, tensors, nothing, kept, answer.logits, "padded on the right")
 
     def _later(self, tokens: int, compiled: Any, tensors: dict[str, torch.Tensor]) -> Outcome:
         """A later turn is what the definition says of its tokens behind the prompt."""
@@ -194,10 +202,26 @@ class Bench:
             if value.shape == tensors["input_ids"].shape and name not in ("input_ids", "attention_mask")
         }
         second = compiled(input_ids=more, attention_mask=mask, past_key_values=first.past_key_values, **kinds)
-        axes = compiled.engine.interface.shape.axes
-        case = Case(tensors, more, first.kept, axes, visual_token_ids(self.model))
-        expected = expect(self.model, compiled.policy, case, TOLERANCES[compiled.dtype].relative)
-        return _alike(second.logits[:, -1], expected.logits[:, -1], expected.doubts[-1], "later turn")
+        return self._defined(compiled, tensors, more, first.kept, second.logits, "later turn")
+
+    def _defined(
+        self,
+        compiled: Any,
+        tensors: dict[str, torch.Tensor],
+        tokens: torch.Tensor,
+        kept: dict[str, torch.Tensor],
+        logits: torch.Tensor,
+        where: str,
+    ) -> Outcome:
+        """The outcome of comparing the logits of the last token with their definition."""
+        axes, slack = compiled.engine.interface.shape.axes, TOLERANCES[compiled.dtype].relative
+        case = Case(tensors, tokens, kept, axes, visual_token_ids(self.model))
+        expected = expect(self.model, compiled.policy, case, slack)
+        for _, site, outcomes in expected.outcomes:
+            for one in outcomes:
+                if not one.gap <= slack * one.scale:
+                    return Outcome("failed", "selection", f"{where}, {site}", one.gap, slack * one.scale, 1)
+        return _alike(logits[:, -1], expected.logits[:, -1], expected.doubts[-1], where)
 
 
 def _shows(tensors: dict[str, torch.Tensor]) -> bool:

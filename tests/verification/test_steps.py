@@ -135,8 +135,12 @@ def test_taking_in_one_of_two_that_are_equally_near_is_in_doubt(other, sure):
     def tap(_wanted, _primitive, current):
         return hidden[current.slots][None]
 
-    doubt = carry_out(made, sample([0, 0, 0]), hidden, tap, None, SLACK).doubt
-    assert doubt == 1.0 if sure else doubt > DOUBT
+    outcome = carry_out(made, sample([0, 0, 0]), hidden, tap, None, SLACK)
+    assert outcome.doubt == 1.0  # whichever it takes in, the sum is good
+    assert outcome.unsettled == 1.0 if sure else outcome.unsettled > DOUBT
+    both = torch.tensor([[6.4142, 1.4142], [6.4142, -1.4142]])  # scores are lengths
+    made = {int((both - draw.feature[0, :2]).abs().amax(1).argmin()) for draw in outcome.drawn}
+    assert made == ({0} if sure else {0, 1})
 
 
 def test_doubt_widens_what_is_allowed_up_to_a_bound():

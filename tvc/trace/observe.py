@@ -154,6 +154,17 @@ def cached_state(layer: Any) -> torch.Tensor | None:
 
 
 @contextlib.contextmanager
+def kept_offsets(model: torch.nn.Module) -> Iterator[None]:
+    """Some families remember position offsets of the last prompt; behind the block they are what they were."""
+    holders: list[tuple[Any, Any]] = [(m, m.rope_deltas) for m in model.modules() if hasattr(m, "rope_deltas")]
+    try:
+        yield
+    finally:
+        for module, value in holders:
+            module.rope_deltas = value
+
+
+@contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """The instance attribute `name` of `owner` is `value` for the length of the block."""
     had, before = name in vars(owner), vars(owner).get(name)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ import torch
 from tvc.errors import TraceError
 from tvc.kernels.op import Attention, Tap
 from tvc.trace.layout import blocks, has_attention, residual_argument
-from tvc.trace.observe import Observer, Seen, observed, plain_cache, replaced
+from tvc.trace.observe import Observer, Seen, kept_offsets, observed, plain_cache, replaced
 from tvc.trace.parts import feature_owner
 from tvc.verification.branches import changes, watched
 from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
+from tvc.verification.following import cached_values, followed, layer_of
 from tvc.verification.steps import Outcome, Sample, carry_out, frames_in, text_behind, text_that_rates
 
 UNTURNED = "at position 0"  # behind a layer's name: what its probe saw when no position turned it
@@ -35,6 +37,7 @@ class Expected:
     cache: Any = None  # the model's own, over all places
     held: list[torch.Tensor] = dataclasses.field(default_factory=list)  # per layer [B, S] bool: columns in its cache
     doubts: list[float] = dataclasses.field(default_factory=list)  # per layer, see `carry_out`
+    unsettled: float = 1.0  # how far rounding may move merged values where it settles choices otherwise
     outcomes: list[tuple[int, str, list[Outcome]]] = dataclasses.field(default_factory=list)  # step, site, per sample
 
 
@@ -47,6 +50,7 @@ class Case:
     kept: Mapping[str, torch.Tensor]  # the compiled model's
     axes: int  # rotary position axes; 0: plain positions
     visual_token_ids: tuple[int, ...]
+    cached: Callable[[int], torch.Tensor | None] = lambda _layer: None  # its values [B, H, S, d] of a layer, or NaN
 
     @property
     def prompt(self) -> int:
@@ -96,7 +100,7 @@ class _Oracle(Observer):
     def run(self) -> Expected:
         inputs = self._inputs()
         if self.sees_encoder:
-            with _kept_state(self.model):
+            with kept_offsets(self.model):
                 self.map = token_map(self.model, self.case.inputs)
         owner: Any = feature_owner(self.model)
 
@@ -110,7 +114,7 @@ class _Oracle(Observer):
 
         rotaries = [part for name, part in self.model.get_decoder().named_children() if "rotary" in name]
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_kept_state(self.model))
+            stack.enter_context(kept_offsets(self.model))
             for name in ("get_image_features", "get_video_features"):
                 if hasattr(owner, name):
                     stack.enter_context(replaced(owner, name, noting(name, getattr(owner, name))))
@@ -289,11 +293,8 @@ class _Oracle(Observer):
 
     def _enter_decoder(self) -> None:
         ids = self.case.inputs["input_ids"]
-        visual = torch.zeros_like(ids, dtype=torch.bool)
-        for token in self.case.visual_token_ids:
-            visual |= ids == token
         mask = self.case.inputs["attention_mask"].bool()
-        visual &= mask
+        visual = torch.isin(ids, torch.tensor(self.case.visual_token_ids, device=ids.device)) & mask
         owner = self._owners(ids, visual)
         for row in range(len(ids)):
             slots = visual[row].nonzero().flatten()
@@ -368,10 +369,23 @@ class _Oracle(Observer):
                     hidden[sample.row, outcome.sample.slots] = outcome.feature.to(hidden.dtype)
                 samples[index] = outcome.sample if site != "projector" else outcome.sample.entering()
             self._mark_alive(samples, alive)
-            self.doubt = max([self.doubt, *(outcome.doubt for outcome in outcomes)])
+            theirs, settled = self._cached(site, block, arguments) if last and not inside else None, False
+            if theirs is not None:
+                given = {**arguments, "attention_mask": self._narrowed(arguments["attention_mask"])}
+                values_of = functools.partial(cached_values, self.model, layer_of(site), block, given)
+                hidden, settled = followed(hidden, outcomes, values_of, theirs, self.slack)
+                samples[:] = [each.sample if site != "projector" else each.sample.entering() for each in outcomes]
+            self.expected.unsettled = max([self.expected.unsettled, *(o.unsettled for o in outcomes)])
+            self.doubt = max([self.doubt, *(o.doubt if settled else o.unsettled for o in outcomes)])
             self.proportional |= step.merge is not None and step.merge.proportional
             self.expected.outcomes.append((number, site, outcomes))
         return hidden
+
+    def _cached(self, site: str, block: torch.nn.Module, arguments: dict[str, Any]) -> torch.Tensor | None:
+        """What the compiled model's next block cached of the tokens that `site` left, where that can be said."""
+        between = site == "projector" and "language.0" in self.steps
+        known = not between and has_attention(block) and "past_key_values" in arguments
+        return self.case.cached(layer_of(site)) if known else None
 
     def _theirs(self, site: str, sample: Sample) -> torch.Tensor | None:
         """Columns of the visual tokens that the compiled model kept."""
@@ -384,8 +398,7 @@ class _Oracle(Observer):
             return torch.tensor(
                 [c for c in sample.slots.tolist() if int(owner[c]) in numbers], dtype=torch.int64, device=owner.device
             )
-        row = kept[sample.row]
-        row = row[row >= 0]
+        row = kept[sample.row][kept[sample.row] >= 0]
         return sample.slots[torch.isin(sample.number, row)] if site == "projector" else row
 
     def _global(self, kept: torch.Tensor) -> set[int]:
@@ -482,17 +495,5 @@ class _Oracle(Observer):
     def _visual_counts(self) -> list[int]:
         """Visual tokens of each sample before any step."""
         ids = self.case.inputs["input_ids"]
-        visual = sum(((ids == t).long() for t in self.case.visual_token_ids), torch.zeros_like(ids))
-        counts: list[int] = visual.sum(1).tolist()
-        return counts
-
-
-@contextlib.contextmanager
-def _kept_state(model: torch.nn.Module) -> Any:
-    """Some families remember position offsets of the last prompt; they find them as they were."""
-    holders = [(m, m.rope_deltas) for m in model.modules() if hasattr(m, "rope_deltas")]
-    try:
-        yield
-    finally:
-        for module, value in holders:
-            module.rope_deltas = value
+        visual = torch.isin(ids, torch.tensor(self.case.visual_token_ids, device=ids.device))
+        return [int(count) for count in visual.sum(1)]

@@ -10,7 +10,7 @@ import torch
 
 from tvc.kernels.combine_scores import combine
 from tvc.kernels.op import Scope, Tap
-from tvc.verification.ties import DRAWS, fallen_short, moved
+from tvc.verification.ties import SHARES, Drawn, doubts, explained, fallen_short, moved
 
 TapValue = Callable[[Tap, Any, "Sample"], Any]
 
@@ -70,7 +70,10 @@ class Outcome:
     different: int = 0  # tokens that the compiled model decided otherwise
     gap: float = 0.0  # how far their scores lie from the cut
     scale: float = 0.0  # the largest score
-    doubt: float = 1.0  # how many times more than elsewhere rounding may move its merged values
+    doubt: float = 1.0  # how many times more than elsewhere rounding may move its merged values, choices being equal
+    unsettled: float = 1.0  # the same where rounding may settle choices otherwise, too
+    drawn: tuple[Drawn, ...] = ()  # what else rounding may make of the merged values; see `stayed`
+    stayed: torch.Tensor | None = None  # [V] bool: those of the tokens that entered which stay
 
 
 def carry_out(
@@ -98,7 +101,10 @@ def carry_out(
     by_hand = _ByHand(step, sample, hidden, tap_value)
     outcome = _chosen(by_hand, theirs, slack)
     if outcome.feature is not None:
-        outcome.doubt = by_hand.doubt(slack, doubt)
+        stays = torch.isin(sample.slots, outcome.sample.slots)
+        own = Drawn.of(1.0, (stays.nonzero().flatten(), outcome.feature, outcome.sample.size), len(stays))
+        outcome.drawn, outcome.stayed = by_hand.drawn(slack * doubt, by_hand.again), stays
+        outcome.doubt, outcome.unsettled = doubts(own, outcome.drawn, slack, doubt)
     return outcome
 
 
@@ -136,6 +142,14 @@ def _chosen(by_hand: _ByHand, theirs: torch.Tensor | None, slack: float) -> Outc
             short, unsure, (index, feature, size) = found
             outcome.gap, outcome.scale = short, unsure / slack
             outcome.sample, outcome.feature = dataclasses.replace(sample.taking(index), size=size), feature
+    if outcome.gap > slack * outcome.scale:  # no ranking that could tell by how much: whether it can be at all
+        own = Drawn.of(1.0, by_hand.decide(score), len(wanted))
+        settled = explained(own, by_hand.drawn(slack, by_hand.decided_again), wanted)
+        if settled is not None:
+            made = sample.taking(wanted.nonzero().flatten())
+            outcome.gap, outcome.feature = 0.0, settled[0]
+            outcome.sample = dataclasses.replace(made, size=settled[1])
+            by_hand.again = by_hand.decided_again
     if not torch.equal(outcome.sample.slots, sample.slots[wanted]):  # reported; what follows is compared all the same
         outcome.sample, outcome.feature = sample.taking(wanted.nonzero().flatten()), None
     return outcome
@@ -176,9 +190,9 @@ class _ByHand:
         self.step, self.sample, self.hidden, self.tap_value = step, sample, hidden, tap_value
         self.feature = hidden[sample.slots][None]
         self.scope = sample.scope(step.scope)
-        self.ranked: torch.Tensor | None = None  # what the last decision was made of: the score,
-        self.chosen: torch.Tensor | None = None  # the tokens selected
-        self.merged: tuple[torch.Tensor, torch.Tensor] | None = None  # and what became of them: numbers, values
+        self.ranked: torch.Tensor | None = None  # what the last decision was made of: the score
+        self.chosen: torch.Tensor | None = None  # and the tokens selected
+        self.again = self.merged_again  # how it is made once more; from scratch where rounding settled it otherwise
 
     def _taps(self, primitive: Any) -> dict[str, Any]:
         return {name: self.tap_value(tap, primitive, self.sample) for name, tap in primitive.taps().items()}
@@ -204,9 +218,9 @@ class _ByHand:
         value: torch.Tensor = primitive.apply(scope=self.scope, **taps) if primitive.scoped else primitive.apply(**taps)
         return value
 
-    def shaken(self, score: torch.Tensor | None, slack: float) -> tuple[_ByHand, torch.Tensor | None]:
+    def shaken(self, score: torch.Tensor | None, slack: float, seed: int = 0) -> tuple[_ByHand, torch.Tensor | None]:
         """The same with features, taps and score moved by as much as rounding may."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
 
         def tap_value(tap: Tap, primitive: Any, sample: Sample) -> Any:
             return moved(self.tap_value(tap, primitive, sample), slack, generator)
@@ -217,27 +231,25 @@ class _ByHand:
             score = score + slack * score.abs().max() * noise
         return other, score
 
-    def doubt(self, slack: float, before: float) -> float:
-        """How many times `slack` rounding may move a merged value: more than once where neighbours are nearly alike.
+    def decided_again(self, slack: float, seed: int) -> Any:
+        """What `decide` gives on inputs that are moved by `slack`."""
+        other, score = self.shaken(self.ranked, slack, seed)
+        return other.decide(score)
 
-        Which of two tokens that are almost equally near is merged, and what is left of a sum that nearly cancels, hang
-        on the last digits of what enters. So the merge of the last decision is made once more on what enters when it is
-        moved by `slack`, `before` times where it was in doubt already.
-        """
-        if self.merged is None:
-            return before
-        other, score = self.shaken(self.ranked, slack * before)
-        index, feature, _ = other.merge_of(self.chosen, score)
-        own, values = self.merged
-        both = own[torch.isin(own, index)]
-        one, again = values[torch.isin(own, both)].float(), feature[torch.isin(index, both)].float()
-        change = (one - again).abs().amax(1) / one.abs().amax(1).clamp(min=1e-30)
-        return max(before, float(change.max()) / (DRAWS * slack)) if len(both) else before
+    def merged_again(self, slack: float, seed: int) -> Any:
+        """The same, the tokens that are selected being those of the last decision."""
+        other, score = self.shaken(self.ranked, slack, seed)
+        return other.merge_of(self.chosen, score)
+
+    def drawn(self, slack: float, again: Callable[[float, int], Any]) -> tuple[Drawn, ...]:
+        """What `again` gives on inputs that are moved in several ways, by `slack` at most."""
+        visual = len(self.sample.slots)
+        return tuple(Drawn.of(share, again(share * slack, seed), visual) for seed, share in enumerate(SHARES))
 
     def decide(self, score: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """(numbers of the visual tokens that stay, their merged values [K, D], their sizes [K])."""
         step, size = self.step, self.sample.size
-        self.ranked, self.chosen, self.merged = score, None, None
+        self.ranked, self.chosen = score, None
         if step.merge is not None:
             return self.merge_of(None, score)
         if step.exit is not None:
@@ -262,7 +274,6 @@ class _ByHand:
             return index, None, size[index]
         real = made[0][0] >= 0
         index, feature, sizes = made[0][0][real], made[1][0][real], made[2][0][real]
-        self.merged = (index, feature)
         return index, feature, sizes
 
 
