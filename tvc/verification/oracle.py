@@ -427,6 +427,8 @@ class _Oracle(Observer):
             number = int(layer.removeprefix("language."))
             there = self.expected.held[number][sample.row, : self.case.prompt].nonzero().flatten()
             return changes(self.transitions[number], sample, there)[None]
+        if tap.kind == "spent":
+            return sample.spent(int(layer.removeprefix("language.")))
         if tap.kind == "frame":
             return tuple(values[sample.number][None] for values in self.frames[sample.row])
         if not inside and layer.startswith("vision."):
