@@ -299,7 +299,7 @@ def _anchored(
     wanted = [t for t in range(len(window)) if (len(window) - 1 - t) % every == 0]
     made: dict[int, tuple[Row, float]] = {}
     for t in wanted:
-        number = len(window[t]) * permille // 1000 * len(window) // len(wanted)
+        number = sum(len(tokens) * permille // 1000 for tokens in window) // len(wanted)
         if not frames[t] or not number:
             continue
         centres, _ = density_peaks([rows[token] for token in frames[t]], number, neighbours)

@@ -154,6 +154,11 @@ def test_layers_are_counted_by_stages() -> None:
 def test_depth_is_the_models_and_the_site_the_steps() -> None:
     step = steps_of(layers=12)[-1]
     assert (step.select.depth, step.select.before) == (12, 3)
+    again = resolve(load_policy(resolve(load_policy("framefusion"), layout()).to_yaml()), layout())
+    assert again.steps[-1].select.depth == 12
+    with pytest.raises(SiteError) as caught:
+        resolve(load_policy("framefusion", set=["steps.1.select.afford={cost: 30%, depth: 28}"]), layout())
+    assert caught.value.slug == "other-depth"
     assert [one.merge.before for one in steps_of(layers=12)[:-1]] == [0, 1, 2]
     with pytest.raises(PolicyError, match="no number of layers"):
         Afford(cost=Budget(permille=300)).apply(torch.ones(1, 2), Scope(*[torch.zeros(1, 2).long()] * 2, 1), ((), ()))

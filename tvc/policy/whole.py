@@ -19,8 +19,8 @@ def check_frames(policy: Policy, site: SiteName, path: Path, primitive: Primitiv
     """Refuses a primitive that looks at the frames of videos where these are not known, or no longer whole."""
     own = policy.steps[int(path[1])]
     earlier = [step.at for step in policy.steps[: int(path[1])] if step.exit is None]
-    # Of a step at several sites the first one leaves gaps.
-    earlier += [own.at] if parse_sites(own.at) is not None else []
+    ranged = parse_sites(own.at) is not None
+    earlier += [own.at] if ranged else []  # the first of its sites
     if site.component == "language" and (primitive.gaps or not earlier):
         return
     raise refusal(
@@ -30,7 +30,7 @@ def check_frames(policy: Policy, site: SiteName, path: Path, primitive: Primitiv
         + (", and an earlier step leaves gaps in them" if earlier else ", which only the decoder's positions tell"),
         got=f"{primitive.key} behind a step at {earlier[-1]}" if earlier else f"{primitive.key} at {site}",
         want="the first reduction of the policy, at a language site",
-        fix="move it in front" if earlier else "write at: language.0",
+        fix="move it in front" if earlier and not ranged else "write at: language.0",
         slug="no-frames",
     )
 
@@ -49,7 +49,20 @@ def with_depth(policy: Policy, layout: Layout, site: SiteName, path: Path, primi
             fix="write at: language.0",
             slug="decoder-only",
         )
-    return {"depth": len(layout.language), "before": site.index}
+    found = {"depth": len(layout.language), "before": site.index}
+    for name, number in found.items():
+        written = getattr(primitive, name)
+        if written not in (None, number):
+            raise refusal(
+                policy,
+                (*path, name),
+                f"`{primitive.key}` has another number than the model and its site give",
+                got=f"{name}: {written} at {site} of {len(layout.language)} layers",
+                want=f"{name}: {number}",
+                fix="leave it out",
+                slug="other-depth",
+            )
+    return found
 
 
 def with_columns(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> dict[str, Any]:
