@@ -53,9 +53,9 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     chosen = torch.arange(0, 63, 5)[None]
     uneven = torch.tensor([[0] * 9 + [1] * 2 + [2] + [3] * 4 + [4] * 12])
     alone = (torch.randn(1, 28, 5), torch.ones(1, 28), torch.zeros_like(uneven), torch.tensor([[28]]))
-    for every in (2, 3):
+    for apart in (2, 3):
         scenes = (uneven, torch.zeros_like(uneven))
-        yield f"uneven-frames-{every}", (*alone, torch.tensor([[0, 9, 27]]), *scenes, every, 400, 3, 0.6)
+        yield f"uneven-frames-{apart}", (*alone, torch.tensor([[0, 9, 27]]), *scenes, apart, 400, 3, 0.6)
     yield "film", (*film, chosen, frame, torch.zeros_like(frame), 4, 300, 4, 0.6)
     yield "film-in-parts", (*film, chosen, frame, (frame + 4) // 5, 2, 300, 4, 0.6)
     yield "all-equal", (torch.ones(1, 63, 5), *film[1:], chosen, frame, torch.zeros_like(frame), 4, 300, 4, 0.6)
