@@ -85,10 +85,12 @@ class Tap:
           `ordinal`   [B, V] int64 running number of each visual token of the sample, -1 pads
           `weights`   tensors by name, which `tensors` reads (see kernels/weights.py)
           `frame`     a `(frame, place)` pair, each [B, V] int64 with -1 pads (see kernels/frames.py)
+          `spent`     a `(entered, spent)` pair, each [B, N] int64: visual tokens of each image at the decoder's entry,
+                      and their sum over the layers in front of `layer`, the step's own
     of: the rows of `attention`; `behind` of `text`: what stands behind the last visual token, all text if nothing does
     """
 
-    kind: Literal["feature", "key", "attention", "text", "ordinal", "transition", "weights", "frame"]
+    kind: Literal["feature", "key", "attention", "text", "ordinal", "transition", "weights", "frame", "spent"]
     layer: str | None = None
     of: tuple[str, ...] = ()
     tensors: Callable[[], dict[str, torch.Tensor]] | None = None
@@ -125,6 +127,7 @@ class Primitive(BaseModel):
     key: ClassVar[str]
     shorthand: ClassVar[str | None] = None
     components: ClassVar[tuple[str, ...]] = ("vision", "language")  # whose layers its taps may be taken from
+    gaps: ClassVar[bool] = False  # copes with frames of which an earlier step has taken tokens
 
     def taps(self) -> dict[str, Tap]:
         """The values of the graph that `apply` takes, by argument name."""

@@ -5,9 +5,9 @@ Shapes:  feature [B, V, D] float, size [B, V] float, segment [B, V] int64 (-1 pa
          -> index [B, K2] int64 ascending, pads (-1) first; feature [B, K2, D] and size [B, K2] like the inputs, pads 0;
             K2 = the most that any sample of the batch is left with (an unbacked size)
 Frames:  of a scene of L frames the last one and every `every`-th in front of it are anchor frames, A = ceil(L / every).
-Anchors: a frame of P tokens is due c = P * permille // 1000; an anchor frame has c * L // A anchors, all of its tokens
-         that were not chosen where these are fewer: those with the highest density * lead among them
-         (kernels/peaks.py, with `neighbours` neighbours).
+Anchors: a frame of P tokens is due P * permille // 1000, a scene the sum c of that over its frames. An anchor frame has
+         c // A anchors, all of its tokens that were not chosen where these are fewer: those with the highest density *
+         lead among them (kernels/peaks.py, with `neighbours` neighbours).
 Merging: every token of a scene that was not chosen goes to one anchor of each of its anchor frames, the one with the
          highest cosine (an anchor to itself, the lower index among equals). With n tokens, itself among them, an anchor
          becomes w times itself and 1 - w times their mean, w = max(1 / (n + 1), blend). Sums are float32. A token's
@@ -51,6 +51,11 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     frame = torch.arange(9).repeat_interleave(7)[None]
     film = (torch.randn(1, 63, 5), torch.ones(1, 63), torch.zeros_like(frame), torch.tensor([[63]]))
     chosen = torch.arange(0, 63, 5)[None]
+    uneven = torch.tensor([[0] * 9 + [1] * 2 + [2] + [3] * 4 + [4] * 12])
+    alone = (torch.randn(1, 28, 5), torch.ones(1, 28), torch.zeros_like(uneven), torch.tensor([[28]]))
+    for apart in (2, 3):
+        scenes = (uneven, torch.zeros_like(uneven))
+        yield f"uneven-frames-{apart}", (*alone, torch.tensor([[0, 9, 27]]), *scenes, apart, 400, 3, 0.6)
     yield "film", (*film, chosen, frame, torch.zeros_like(frame), 4, 300, 4, 0.6)
     yield "film-in-parts", (*film, chosen, frame, (frame + 4) // 5, 2, 300, 4, 0.6)
     yield "all-equal", (torch.ones(1, 63, 5), *film[1:], chosen, frame, torch.zeros_like(frame), 4, 300, 4, 0.6)
@@ -86,7 +91,10 @@ def anchor_frames_merge(
     first, frames = extent(frame, scene, histogram(scene, tokens))
     back = first + frames - 1 - frame  # frames of the scene behind a token's own
     parts = (frames + every - 1) // every
-    due = lengths(frame).gather(1, frame + 1) * permille // 1000 * frames // parts.clamp(min=1)
+    opens = frame != torch.nn.functional.pad(frame, (1, 0), value=-1)[:, :tokens]
+    own = torch.where(opens, lengths(frame).gather(1, frame + 1) * permille // 1000, 0)
+    room = torch.zeros(scene.shape[0], tokens + 1, dtype=torch.int64, device=scene.device)
+    due = room.scatter_add(1, scene + 1, own).gather(1, scene + 1) // parts.clamp(min=1)
     group = torch.where(left, frame, -1)
     members = histogram(group, tokens)
     peaks = Peaks(feature, group)

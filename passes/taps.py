@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch.fx as fx
 
 from tvc.chunks import TAP
 from tvc.errors import SiteError
-from tvc.graphs import Block, annotate, backward_closure, clone, identifier
+from tvc.graphs import Block, annotate, backward_closure, clone, first_node, identifier
 from tvc.kernels.frames import first_of
 from tvc.kernels.op import Tap
 from tvc.kernels.segments import follow, ranks, take_rows
@@ -53,6 +54,14 @@ def text_rows(residual: torch.Tensor, text_index: torch.Tensor) -> tuple[torch.T
 def running_number(segment: torch.Tensor, origin: torch.Tensor) -> torch.Tensor:
     """[B, V] int64 place of each visual token among those that entered the decoder, -1 pads."""
     return torch.where(segment >= 0, origin, -1)
+
+
+def token_layers(counts: list[torch.Tensor], layers: list[int]) -> torch.Tensor:
+    """[B, N] int64: visual tokens of each image summed over layers, `layers` of them at a time with `counts [B, N]`."""
+    total = counts[0] * layers[0]
+    for count, number in zip(counts[1:], layers[1:], strict=True):
+        total = total + count * number
+    return total
 
 
 def last_rows(query: torch.Tensor) -> torch.Tensor:
@@ -219,6 +228,11 @@ class DecoderTaps:
                 self.call(running_number, state.segment, self.call(_still_there, self.call(part, pair), state.origin))
                 for part in (_first, _second)
             )
+        if tap.kind == "spent":
+            starts = [0, *(cut.layer for cut in self.cuts), int(site.removeprefix("language."))]
+            counts = [self._counts(stage) for stage in range(len(self.states))]
+            layers = [end - start for start, end in itertools.pairwise(starts)]
+            return counts[0], self.call(token_layers, counts, layers)
         if tap.kind == "ordinal":
             return self.call(running_number, state.segment, state.origin)
         layer = int((tap.layer or "").removeprefix("language."))
@@ -261,6 +275,14 @@ class DecoderTaps:
         for later in self.states[stage + 1 :]:
             node = self.call(carried, node, later.chosen)
         return node
+
+    def _counts(self, stage: int) -> fx.Node:
+        """[B, N] tokens of each image in a stage, noted where it opens: behind the next cut `counts` means what is left
+        there.
+        """
+        opens = self.cuts[stage - 1].first if stage else first_node(self.graph, self.blocks[0])
+        with self.graph.inserting_before(opens):
+            return self.call(torch.clone, self.states[stage].counts)
 
     def _slots_in(self, stage: int) -> fx.Node:
         """[B, V] where the visual tokens that are left now stood in the chunk of an earlier stage."""

@@ -153,6 +153,7 @@ SLOW = pytest.mark.conformance
         pytest.param("dycoke", {}, [[23, 14], [5, 10]], marks=SLOW),
         pytest.param("evs", {}, [[12, 10], [4, 8]], marks=SLOW),
         pytest.param("stc", {"keep": 3}, [[24, 15], [6, 9]], marks=SLOW),
+        pytest.param("framefusion", {"above": 0.1, "cost": "50%"}, [[24, 20], [5, 13]], marks=SLOW),
         pytest.param("prunevid", {"depth": 2, "scenes": "50%"}, [[48, 40], [8, 24]], marks=SLOW),
         # Nearly all places pass for still ones.
         pytest.param("holitom", {"depth": 4, "still": -0.2, "keep": "30%"}, [[6, 12], [2, 7]], marks=SLOW),
@@ -170,6 +171,24 @@ def test_video_presets_see_frames(prepared: Any, preset: str, settings: dict[str
             assert int(video[places[places >= 0]].sum()) == numbers[row]
     for inputs in (longer, image_and_video("qwen2_5_vl", model, image_first=False)):
         assert tvc.verify(compiled, model, inputs, steps=2).passed
+
+
+def test_what_a_step_affords_counts_every_layer_in_front(prepared: Any) -> None:
+    """Six layers that hold 50% on average: two whole ones, one of 60%, and what is left for the last three."""
+    model, traced = prepared("qwen2_5_vl")
+    steps = [
+        {"at": "language.2", "score": "norm", "select": {"top": "60%"}},
+        {"at": "language.3", "score": "norm", "select": {"afford": "50%"}},
+    ]
+    compiled = traced.compile({"version": 1, "steps": steps}, verify=False)
+    inputs = two_videos(model)
+    kept = compiled(**inputs).kept
+    for row, places in enumerate(kept["language.3"]):
+        video = inputs["input_ids"][row] == model.config.video_token_id
+        whole = int(video.sum())
+        first = whole * 60 // 100
+        assert int(video[kept["language.2"][row]][kept["language.2"][row] >= 0].sum()) == first
+        assert int(video[places[places >= 0]].sum()) == (3 * whole - 2 * whole - first) // 3
 
 
 @pytest.fixture(scope="module")

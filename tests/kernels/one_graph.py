@@ -12,6 +12,7 @@ from tvc.kernels.budget import Budget
 from tvc.kernels.combine_scores import combine
 from tvc.kernels.exit_select import exit_chosen
 from tvc.kernels.merge_bipartite import Bipartite
+from tvc.kernels.merge_repeats import Repeats
 from tvc.kernels.merge_scenes import Scenes
 from tvc.kernels.merge_windows import Windows
 from tvc.kernels.op import Attention, Scope
@@ -33,6 +34,7 @@ from tvc.kernels.score_pagerank import PageRankScore
 from tvc.kernels.score_peak import PeakScore
 from tvc.kernels.score_random import RandomScore
 from tvc.kernels.score_uniform import UniformScore
+from tvc.kernels.select_afford import Afford
 from tvc.kernels.select_anchors import Anchors
 from tvc.kernels.select_chunks import Chunks
 from tvc.kernels.select_coverage import Coverage
@@ -386,3 +388,10 @@ class MoreGraph(OneGraph):
         parts = rest.apply(at.feature, at.size, chosen, None, scope, frames)
         for name, part in zip(("index", "feature", "size"), parts, strict=True):
             out[f"anchor_frames.{name}"] = part
+        spent = {"frames": frames, "spent": (at.counts, at.counts * 2)}
+        repeats = Repeats.model_validate({"above": 0.1, "cost": "60%", "depth": 8, "before": 2})
+        afford = Afford.model_validate({"cost": "50%", "depth": 8, "before": 2})
+        out["select.afford"] = afford.apply(at.feature[:, :, 0], scope, spent["spent"])
+        parts = repeats.apply(at.feature, at.size, scope, **spent)
+        for name, part in zip(("index", "feature", "size"), parts, strict=True):
+            out[f"repeats.{name}"] = part

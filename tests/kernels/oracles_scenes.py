@@ -299,7 +299,7 @@ def _anchored(
     wanted = [t for t in range(len(window)) if (len(window) - 1 - t) % every == 0]
     made: dict[int, tuple[Row, float]] = {}
     for t in wanted:
-        number = len(window[t]) * permille // 1000 * len(window) // len(wanted)
+        number = sum(len(tokens) * permille // 1000 for tokens in window) // len(wanted)
         if not frames[t] or not number:
             continue
         centres, _ = density_peaks([rows[token] for token in frames[t]], number, neighbours)
@@ -317,7 +317,41 @@ def _anchored(
     return made
 
 
+def repeats_merge(
+    feature: Any, size: Any, segment: Any, counts: Any, frame: Any, place: Any, room: Any, above: float
+) -> Any:
+    made = []
+    for b, rows in enumerate(feature):
+        lines: dict[tuple[int, int], list[int]] = {}
+        for token in sorted(range(len(rows)), key=lambda i, b=b: frame[b][i]):
+            if segment[b][token] >= 0:
+                lines.setdefault((segment[b][token], place[b][token]), []).append(token)
+        near = {
+            later: _dot(_unit(rows[token]), _unit(rows[later]))
+            for line in lines.values()
+            for token, later in itertools.pairwise(line)
+        }
+        joins: set[int] = set()
+        for video, number in enumerate(counts[b]):
+            alike = [i for i, value in near.items() if value >= above and segment[b][i] == video]
+            # Rounding makes the cosines of copies differ in the last bits.
+            alike.sort(key=lambda i, near=near: (-round(near[i], 6), i))
+            joins |= set(alike[: max(0, number - room[b][video])])
+        left = {}
+        for line in lines.values():
+            runs: list[list[int]] = []
+            for token in line:
+                if token in joins:
+                    runs[-1].append(token)
+                else:
+                    runs.append([token])
+            left |= {run[0]: (_mean([rows[i] for i in run]), sum(size[b][i] for i in run)) for run in runs}
+        made.append(left)
+    return _packed(made, feature)
+
+
 ORACLES |= {
+    "repeats_merge": repeats_merge,
     "anchor_frames_merge": anchor_frames_merge,
     "scene_cuts": scene_cuts,
     "scene_runs": scene_runs,

@@ -174,6 +174,12 @@ READING: dict[str, tuple[object, object]] = {
 
 # Found against a model: name -> (policy, layout).
 RESOLVING: dict[str, tuple[str, Layout]] = {
+    "frames-at-several-sites": (policy(step("language.0..1", "score: change\n    select: {frames: 50%}")), layout()),
+    "depth-of-another-model": (
+        policy(step("language.2", "score: norm\n    select: {afford: {cost: 30%, depth: 28}}")),
+        layout(),
+    ),
+    "cost-before-the-decoder": (policy(step("projector", "score: norm\n    select: {afford: 30%}")), layout()),
     "layer-beyond-the-last": (policy(step("language.12")), layout()),
     "layer-before-the-first": (policy(step("vision.-7", "select: {stride: 3}")), layout()),
     "tap-layer-beyond-the-last": (

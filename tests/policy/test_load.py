@@ -35,6 +35,7 @@ KNOWN = (
     "flash-latents",
     "fopru-rank",
     "fopru-row",
+    "framefusion",
     "hiprune",
     "holitom",
     "holov",

@@ -36,7 +36,7 @@ LEFT = {
     "vispruner": {"50%": [288], "33%": [192], "25%": [144], "22%": [128], "11%": [64], "10%": [58], "5%": [29]},
 }
 # Thresholds and scenes, whose counts depend on the picture, and shares of a model with 28 layers.
-ELSEWHERE = {"holitom", "mustdrop", "vflowopt"}
+ELSEWHERE = {"framefusion", "holitom", "mustdrop", "vflowopt"}
 
 
 def image(language: int = 32):

@@ -25,7 +25,7 @@ from tvc.policy.schema import (
     steps_data,
 )
 from tvc.policy.weights import settled
-from tvc.policy.whole import check_frames, refusal, with_columns
+from tvc.policy.whole import check_frames, refusal, with_columns, with_depth
 from tvc.program import Layout
 
 
@@ -286,7 +286,7 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
     """The primitive with its `layer` concrete and its `of` decided."""
     here: Path = (*path, primitive.key)
     changes = with_columns(policy, layout, site, here, primitive) | _since(policy, layout, site, here, primitive)
-    changes |= settled(policy, int(path[1]), site, primitive)
+    changes |= settled(policy, int(path[1]), site, primitive) | with_depth(policy, layout, site, here, primitive)
     for tap in primitive.taps().values():
         layer = _layer(policy, layout, site, (*here, "layer"), primitive, tap)
         if layer is not None and layer.component not in primitive.components:
@@ -403,7 +403,7 @@ def _layer(
     policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive, tap: Tap
 ) -> SiteName | None:
     """The layer a tap is taken from, or None where it is the site's own value."""
-    if tap.kind in ("ordinal", "weights") or (tap.layer is None and tap.kind != "key"):
+    if tap.kind in ("ordinal", "weights", "spent") or (tap.layer is None and tap.kind != "key"):
         return None
     written = tap.layer or "self"
     if written in ("self", "previous"):

@@ -7,7 +7,7 @@ from typing import Any
 from tvc.errors import SiteError
 from tvc.kernels.op import Primitive
 from tvc.policy.document import Path
-from tvc.policy.schema import Policy, SiteName
+from tvc.policy.schema import Policy, SiteName, parse_sites
 from tvc.program import Layout
 
 
@@ -17,8 +17,11 @@ def refusal(policy: Policy, path: Path, summary: str, *, got: object, want: obje
 
 def check_frames(policy: Policy, site: SiteName, path: Path, primitive: Primitive) -> None:
     """Refuses a primitive that looks at the frames of videos where these are not known, or no longer whole."""
+    own = policy.steps[int(path[1])]
     earlier = [step.at for step in policy.steps[: int(path[1])] if step.exit is None]
-    if site.component == "language" and not earlier:
+    ranged = parse_sites(own.at) is not None
+    earlier += [own.at] if ranged else []  # the first of its sites
+    if site.component == "language" and (primitive.gaps or not earlier):
         return
     raise refusal(
         policy,
@@ -27,9 +30,39 @@ def check_frames(policy: Policy, site: SiteName, path: Path, primitive: Primitiv
         + (", and an earlier step leaves gaps in them" if earlier else ", which only the decoder's positions tell"),
         got=f"{primitive.key} behind a step at {earlier[-1]}" if earlier else f"{primitive.key} at {site}",
         want="the first reduction of the policy, at a language site",
-        fix="move it in front" if earlier else "write at: language.0",
+        fix="move it in front" if earlier and not ranged else "write at: language.0",
         slug="no-frames",
     )
+
+
+def with_depth(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> dict[str, Any]:
+    """What a primitive that counts the tokens of all decoder layers has to know of them, and of its own place."""
+    if "depth" not in type(primitive).model_fields:
+        return {}
+    if site.component != "language":
+        raise refusal(
+            policy,
+            path,
+            f"`{primitive.key}` counts the tokens of the decoder's layers",
+            got=f"{primitive.key} at {site}",
+            want="a language site",
+            fix="write at: language.0",
+            slug="decoder-only",
+        )
+    found = {"depth": len(layout.language), "before": site.index}
+    for name, number in found.items():
+        written = getattr(primitive, name)
+        if written not in (None, number):
+            raise refusal(
+                policy,
+                (*path, name),
+                f"`{primitive.key}` has another number than the model and its site give",
+                got=f"{name}: {written} at {site} of {len(layout.language)} layers",
+                want=f"{name}: {number}",
+                fix="leave it out",
+                slug="other-depth",
+            )
+    return found
 
 
 def with_columns(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> dict[str, Any]:

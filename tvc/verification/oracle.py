@@ -1,8 +1,7 @@
 """The definition of a compiled model: the untouched one, in which a dropped token is masked from its layer on.
 
-One call of the untouched model over the prompt and everything that was generated gives every step's logits. Hooks in
-front of its blocks narrow the model's own mask to the tokens that are still there, put merged values in the place of
-their targets and carry out every policy step by hand.
+One call of the untouched model over the prompt and all that was generated gives every step's logits. Hooks in front of
+its blocks narrow its own mask to the tokens that are left, put merged values in place and carry out the steps by hand.
 """
 
 from __future__ import annotations
@@ -440,6 +439,8 @@ class _Oracle(Observer):
             number = int(layer.removeprefix("language."))
             there = self.expected.held[number][sample.row, : self.case.prompt].nonzero().flatten()
             return changes(self.transitions[number], sample, there)[None]
+        if tap.kind == "spent":
+            return sample.spent(int(layer.removeprefix("language.")))
         if tap.kind == "frame":
             return tuple(values[sample.number][None] for values in self.frames[sample.row])
         if not inside and layer.startswith("vision."):

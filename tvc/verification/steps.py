@@ -30,13 +30,14 @@ class Sample:
     size: torch.Tensor  # [V] float32 originals per token
     origin: torch.Tensor  # [V] int64 number among the tokens that entered the component
     number: torch.Tensor  # [V] int64 number among all visual tokens of the sample
+    past: tuple[tuple[int, torch.Tensor], ...] = ()  # (decoder layer, [images] tokens from there on) at entry and cuts
 
     @classmethod
     def fresh(cls, row: int, text: torch.Tensor, slots: torch.Tensor, segment: torch.Tensor) -> Sample:
         numbers = torch.arange(len(slots), device=slots.device)
         images = int(segment.max()) + 1 if len(segment) else 0
         size = torch.ones(len(slots), device=slots.device)
-        return cls(row, text, slots, segment, images, size, numbers, numbers)
+        return cls(row, text, slots, segment, images, size, numbers, numbers).passing(0)
 
     def taking(self, index: torch.Tensor) -> Sample:
         return dataclasses.replace(
@@ -50,7 +51,21 @@ class Sample:
 
     def entering(self) -> Sample:
         """The same tokens, numbered afresh: they enter another component."""
-        return dataclasses.replace(self, origin=torch.arange(len(self.slots), device=self.slots.device))
+        origin = torch.arange(len(self.slots), device=self.slots.device)
+        return dataclasses.replace(self, origin=origin, past=()).passing(0)
+
+    def passing(self, layer: int) -> Sample:
+        """The same, with a note of how many tokens each image has from a decoder layer on."""
+        counts = torch.bincount(self.segment, minlength=self.images)
+        return dataclasses.replace(self, past=(*self.past, (layer, counts)))
+
+    def spent(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """([1, images] tokens of each image at the entry, [1, images] their sum over the layers before `layer`)."""
+        starts = [start for start, _ in self.past]
+        total = torch.zeros_like(self.past[0][1])
+        for (start, counts), end in zip(self.past, [*starts[1:], layer], strict=True):
+            total += counts * (end - start)
+        return self.past[0][1][None], total[None]
 
     def scope(self, name: str) -> Scope:
         counts = torch.bincount(self.segment, minlength=self.images)[None]
@@ -105,6 +120,8 @@ def carry_out(
         own = Drawn.of(1.0, (stays.nonzero().flatten(), outcome.feature, outcome.sample.size), len(stays))
         outcome.drawn, outcome.stayed = by_hand.drawn(slack * doubt, by_hand.again), stays
         outcome.doubt, outcome.unsettled = doubts(own, outcome.drawn, slack, doubt)
+    if step.site.component == "language":
+        outcome.sample = outcome.sample.passing(step.site.index)
     return outcome
 
 
