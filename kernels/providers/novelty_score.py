@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from tvc.kernels.frames import extent, lengths
+from tvc.kernels.frames import extent, first_of, lengths
 from tvc.kernels.greedy import directions
 from tvc.kernels.providers import YES, Support, no
 from tvc.kernels.providers._directions import FLOATS
@@ -143,9 +143,7 @@ def launch(feature: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor, f
     if number == 0:
         return torch.zeros(batch, visual, device=feature.device)
     feature, frame = feature if feature.stride(2) == 1 else feature.contiguous(), frame.contiguous()
-    length = lengths(frame)[:, : number + 1]
-    begin = (length.cumsum(1) - length)[:, 1:].contiguous()
-    length = length[:, 1:].contiguous()
+    begin, length = (table[:, 1 : number + 1].contiguous() for table in (first_of(frame), lengths(frame)))
     chosen = setting("novelty_score", visual)
     blocks = {"BLOCK_V": chosen["block_v"], "BLOCK_D": chosen["block_d"], "num_warps": chosen["warps"]}
     frames = (number, cdiv(width, chosen["block_d"]), batch)
