@@ -162,8 +162,7 @@ def launch(feature: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor, f
     first = torch.zeros(batch, number + 1, dtype=torch.int64, device=frame.device).scatter(1, frame + 1, first)[:, 1:]
     total = torch.nn.functional.pad(mean.cumsum(1), (0, 0, 1, 0))
     so_far = total[:, 1:] - total.gather(1, first[:, :, None].expand(mean.shape))
-    seen = (torch.arange(number, device=frame.device) - first + 1).clamp(min=1)[:, :, None]
-    memory = directions(so_far / seen * counted.view(mean.shape))
+    memory = directions(so_far * counted.view(mean.shape))  # how many frames a sum is of shows in no direction
     score = torch.empty_like(inverse)
     _novelty_kernel[tiles](
         feature, inverse, counted, frame, middle, memory, score, visual, number, width, *steps,
