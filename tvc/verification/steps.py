@@ -49,8 +49,9 @@ class Sample:
         )
 
     def entering(self) -> Sample:
-        """The same tokens, numbered afresh: they enter another component."""
-        return dataclasses.replace(self, origin=torch.arange(len(self.slots), device=self.slots.device))
+        """The same tokens, numbered and counted afresh: they enter another component, which takes each for one."""
+        numbers = torch.arange(len(self.slots), device=self.slots.device)
+        return dataclasses.replace(self, origin=numbers, size=torch.ones_like(self.size))
 
     def scope(self, name: str) -> Scope:
         counts = torch.bincount(self.segment, minlength=self.images)[None]
