@@ -138,7 +138,8 @@ class Bench:
         yield self._compared
         if one.right and not bool(tensors["attention_mask"].all()):
             yield self._right
-        if one.turn:
+        # Called without positions a model counts padding in front, which `generate` and the definition do not.
+        if one.turn and (self.prepared.survey.axes or bool(tensors["attention_mask"].all())):
             yield functools.partial(self._later, one.turn)
 
     def _draft(self, policy: Any) -> Any:

@@ -121,6 +121,9 @@ def record(rows: list[Row], path: pathlib.Path) -> str:
         "minutes": round(sum(row["seconds"] for row in rows) / 60),
         "outcomes": dict(collections.Counter(row["outcome"] for row in rows)),
         "bad": _bad(rows),
+        "mended": {
+            f"{row['seed']}:{row['number']}": f"{row['was']}, now {row['outcome']}" for row in rows if row.get("was")
+        },
         "runs": [
             {
                 "seed": seed,

@@ -2,10 +2,12 @@
 
     python tests/conformance/random_sweep.py --cases N [--seed S] [--minutes M] [--families llava,...]
     python tests/conformance/random_sweep.py --again NUMBER [--seed S] [--smaller]
+    python tests/conformance/random_sweep.py --retry [--minutes M]
     python tests/conformance/random_sweep.py --record
 
 Every case is written to out/random-sweep.jsonl as it is done, and cases found there are not run again. `--again` runs
 one of them once more, with its traceback; `--smaller` then looks for the smallest policy with the same outcome.
+`--retry` runs all that failed once more, with the code as it is now.
 `--record` writes what was run, by outcome and by what was in it, to benchmarks/results/random-sweep.json.
 """
 
@@ -103,7 +105,9 @@ def case_of(seed: int, number: int, model: Any, bench: Bench) -> Case:
 
 
 def read() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RESULTS.read_text("utf-8").splitlines()] if RESULTS.is_file() else []
+    """The rows of the file, of each case the last one."""
+    lines = RESULTS.read_text("utf-8").splitlines() if RESULTS.is_file() else []
+    return list({(row["seed"], row["number"]): row for row in map(json.loads, lines)}.values())
 
 
 def sweep(cases: int, seed: int, minutes: float, families: tuple[str, ...]) -> None:
@@ -126,11 +130,25 @@ def sweep(cases: int, seed: int, minutes: float, families: tuple[str, ...]) -> N
             if time.monotonic() > end:
                 break
             case = case_of(seed, number, model, bench)
-            outcome = bench.run(case.policy, list(case.given), case.target)
-            if outcome.kind == "failed" and model.dtype != "float32":
-                outcome = _in_half(outcome, model, case)
-            _write(number, seed, model, case, outcome, started)
+            _write(number, seed, model, case, _outcome(bench, model, case), started)
             started = time.perf_counter()
+
+
+def retry(minutes: float) -> None:
+    """Runs what failed once more, after what was wrong is mended; `was` keeps what came of it then."""
+    end = time.monotonic() + 60 * minutes
+    for row in [row for row in read() if row["outcome"] in ("failed", "crashed") and "policy" in row]:
+        if time.monotonic() > end:
+            break
+        model, case, started = random_cases.Model(**row["model"]), Case.from_json(row), time.perf_counter()
+        outcome = _outcome(Bench(model), model, case)
+        was = row.get("was") or f"{row['outcome']} {row['what']} at {row.get('commit', '')}"
+        _write(row["number"], row["seed"], model, case, outcome, started, was)
+
+
+def _outcome(bench: Bench, model: Any, case: Case) -> Outcome:
+    outcome = bench.run(case.policy, list(case.given), case.target)
+    return _in_half(outcome, model, case) if outcome.kind == "failed" and model.dtype != "float32" else outcome
 
 
 def _in_half(outcome: Outcome, model: Any, case: Case) -> Outcome:
@@ -146,11 +164,14 @@ def _of_model(outcome: Outcome) -> Outcome:
     return dataclasses.replace(outcome, kind="unusable") if foreign else outcome
 
 
-def _write(number: int, seed: int, model: Any, case: Case | None, outcome: Outcome, started: float) -> None:
+def _write(
+    number: int, seed: int, model: Any, case: Case | None, outcome: Outcome, started: float, was: str = ""
+) -> None:
     row = {"number": number, "seed": seed, "model": dataclasses.asdict(model), **(case.to_json() if case else {})}
     found = {key: value for key, value in dataclasses.asdict(outcome).items() if key != "kind"}
     seconds = round(time.perf_counter() - started, 1)
     row |= {"outcome": outcome.kind, **found, "worst": _finite(outcome.worst), "seconds": seconds, "commit": commit()}
+    row |= {"was": was} if was else {}
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
@@ -250,6 +271,7 @@ def main() -> int:
     parser.add_argument("--families", default=",".join(random_cases.TURNS))
     parser.add_argument("--again", type=int, metavar="NUMBER")
     parser.add_argument("--smaller", action="store_true")
+    parser.add_argument("--retry", action="store_true")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -257,6 +279,9 @@ def main() -> int:
     torch.set_num_threads(1)
     if options.again is not None:
         again(options.again, options.seed, options.smaller, min(options.minutes, 60.0))
+        return 0
+    if options.retry:
+        retry(options.minutes)
         return 0
     if options.record:
         print(random_report.record(read(), RECORD))

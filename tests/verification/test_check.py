@@ -277,3 +277,15 @@ def test_the_next_layer_is_asked_on_the_positions_that_it_will_see(positions):
     compiled = tvc.compile(model, policy, inputs=support.inputs("llava", 2), verify=False)
     for batch in (1, 3):
         assert compare(compiled, model, support.inputs("llava", batch), steps=3).passed
+
+
+@pytest.mark.conformance
+def test_a_component_takes_each_token_that_enters_for_one():
+    """What was folded in front of the decoder is one token to a merge by sizes inside it."""
+    fold = {"at": "projector", "score": "norm", "select": {"top": {"keep": "60%"}}, "rest": "fold"}
+    merge = {"at": "language.2", "merge": {"bipartite": {"remove": 3, "reduce": "size_weighted"}}}
+    model = support.build_model("llava")
+    policy = {"version": 1, "name": "twice", "steps": [fold, merge]}
+    compiled = tvc.compile(model, policy, inputs=support.inputs("llava", 2), verify=False)
+    report = compare(compiled, model, support.inputs("llava", 2), steps=2)
+    assert report.passed, report.text()

@@ -50,9 +50,9 @@ class Sample:
         )
 
     def entering(self) -> Sample:
-        """The same tokens, numbered afresh: they enter another component."""
+        """The same tokens, numbered and counted afresh: they enter another component, which takes each for one."""
         origin = torch.arange(len(self.slots), device=self.slots.device)
-        return dataclasses.replace(self, origin=origin, past=()).passing(0)
+        return dataclasses.replace(self, origin=origin, size=torch.ones_like(self.size), past=()).passing(0)
 
     def passing(self, layer: int) -> Sample:
         """The same, with a note of how many tokens each image has from a decoder layer on."""
