@@ -250,11 +250,10 @@ def _rounded(rows: Any) -> bool:
 class _Drafts(compiler.GraphRunner):
     """Runs what the passes left, also before it is exported again."""
 
-    def __post_init__(self) -> None:
-        parts = self.program.components
-        self._modules = {name: part.draft or open_draft(part) for name, part in parts.items()}
-        for module in self._modules.values():
-            module.recompile()
+    def _opened(self, part: Any, text_only: bool) -> Any:
+        module = part.draft or open_draft(part)
+        module.recompile()
+        return module
 
 
 def told(problem: Exception) -> Outcome:

@@ -168,6 +168,8 @@ class OneGraph(torch.nn.Module):
         runs = out["attention_runs"] = OP.attention_runs(at.key_positions)
         places = (at.query_positions, at.key_positions, runs)
         out["attend"] = OP.attend(at.query, at.key, at.value, *places, HEAD_WIDTH**-0.5)
+        rated = (*places[:2], at.rows, at.columns, HEAD_WIDTH**-0.5)
+        out["attend_score"] = OP.attend_score(at.query, at.key, *rated, "mean")
         out["packed_attention"] = OP.packed_attention(at.vectors, at.vectors, at.vectors, at.boundaries, 0.25)
         scores = self.scores(at, mask, out)
         self.selections(at, scores, scope, out)
