@@ -251,7 +251,9 @@ def minimise(case: Case, bench: Bench, minutes: float = 10.0) -> Case:
 
 def again(number: int, seed: int, smaller: bool, minutes: float) -> None:
     """Runs a case of the file once more and prints all that is known of it."""
-    row = next(row for row in read() if (row["seed"], row["number"]) == (seed, number))
+    row = next((row for row in read() if (row["seed"], row["number"]) == (seed, number)), None)
+    if row is None:
+        sys.exit(f"case {number} of seed {seed} is not in {RESULTS}; run it with --cases first")
     model = random_cases.Model(**row["model"])
     bench, case = Bench(model), Case.from_json(row)
     outcome = bench.run(case.policy, list(case.given), case.target)
