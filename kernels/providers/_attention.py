@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from tvc.kernels.providers import YES, Support, no
 from tvc.kernels.providers._table import setting
 from tvc.kernels.providers._triton import cdiv, fitting, jit, power, tl, widened
 
@@ -103,6 +104,17 @@ def whole(p_high, p_total, o_line, m_line, parts, BLOCK_S: tl.constexpr):
     b_top = tl.max(b_high, 1)
     b_sum = tl.sum(b_total * tl.exp(b_high - b_top[:, None]), 1)
     return b_top, tl.where(m_line, b_sum, 1.0)
+
+
+def room(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> Support:
+    """Whether tiles of logits can be made of these operands."""
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16) or key.dtype != query.dtype:
+        return no(f"query and key are {query.dtype} and {key.dtype}, not one of float32, float16 and bfloat16")
+    if query.shape[3] > 256:
+        return no(f"heads are {query.shape[3]} wide; a tile has room for 256")
+    if mask is not None and mask.dtype != torch.bool:
+        return no(f"the mask is {mask.dtype}, not bool")
+    return YES
 
 
 class Softmax:

@@ -15,8 +15,8 @@ from typing import Literal
 
 import torch
 
-from tvc.kernels.providers import YES, Support, no
-from tvc.kernels.providers._attention import Softmax, logits, whole
+from tvc.kernels.providers import Support, no
+from tvc.kernels.providers._attention import Softmax, logits, room, whole
 from tvc.kernels.providers._table import setting
 from tvc.kernels.providers._triton import cdiv, fitting, jit, power, tl
 
@@ -146,15 +146,9 @@ def supports(
     scale: float,
     heads: str,
 ) -> Support:
-    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16) or key.dtype != query.dtype:
-        return no(f"query and key are {query.dtype} and {key.dtype}, not one of float32, float16 and bfloat16")
-    if query.shape[3] > 256:
-        return no(f"heads are {query.shape[3]} wide; a tile has room for 256")
-    if mask is not None and mask.dtype != torch.bool:
-        return no(f"the mask is {mask.dtype}, not bool")
     if columns.shape[2] > 64:
         return no(f"a visual token has {columns.shape[2]} keys; a tile has room for 64")
-    return YES
+    return room(query, key, mask)
 
 
 def launch(

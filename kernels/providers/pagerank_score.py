@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from tvc.kernels.providers import YES, Support, no
-from tvc.kernels.providers._attention import Softmax, logits, whole
-from tvc.kernels.providers._directions import FLOATS
+from tvc.kernels.providers import Support
+from tvc.kernels.providers._attention import Softmax, logits, room, whole
 from tvc.kernels.providers._table import setting
 from tvc.kernels.providers._triton import cdiv, fitting, jit, power, tl
 from tvc.kernels.score_pagerank import at_places, of_tokens
@@ -57,13 +56,7 @@ def supports(
     temperature: float,
     rounds: int,
 ) -> Support:
-    if query.dtype not in FLOATS or key.dtype != query.dtype:
-        return no(f"query and key are {query.dtype} and {key.dtype}, not one of float32, float16 and bfloat16")
-    if query.shape[3] > 256:
-        return no(f"heads are {query.shape[3]} wide; a tile has room for 256")
-    if mask is not None and mask.dtype != torch.bool:
-        return no(f"the mask is {mask.dtype}, not bool")
-    return YES
+    return room(query, key, mask)
 
 
 def launch(
