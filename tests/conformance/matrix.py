@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import json
 import logging
@@ -88,15 +89,21 @@ class Cell:
     seconds: float
 
 
+@functools.lru_cache(maxsize=1)  # presets are the inner loop
+def prepare(family: str, device: str) -> tuple[api.Prepared, dict[int, dict[str, torch.Tensor]]]:
+    """The family's model, surveyed once for all presets, and what it is asked: one sample, and a padded batch."""
+    model, processor = support.build(family)
+    sample = None if processor is not None else support.inputs(family, 2)
+    inputs = {
+        batch: {name: value.to(device) for name, value in support.inputs(family, batch).items()} for batch in (1, 3)
+    }
+    return api.Prepared(model.to(device), processor=processor, inputs=sample), inputs
+
+
 def verify_cells(
     family: str, preset: str, targets: tuple[str, ...] = TARGETS, steps: int = STEPS, device: str = "cpu"
 ) -> list[Cell]:
     """Traces and reduces once, then lowers, opens and verifies for every target."""
-    model, processor = support.build(family)
-    model = model.to(device)
-    inputs = {
-        batch: {name: value.to(device) for name, value in support.inputs(family, batch).items()} for batch in (1, 3)
-    }
     started = time.perf_counter()
     policy = load_policy(preset, SETTINGS.get(preset, ()))
     weights = tempfile.TemporaryDirectory(prefix="tvc-weights-")
@@ -106,8 +113,8 @@ def verify_cells(
         return Cell(family, preset, target, "refused", 0.0, 0.0, refusal.render(), 0, spent)
 
     try:
-        sample = None if processor is not None else support.inputs(family, 2)
-        prepared = api.Prepared(model, processor=processor, inputs=sample)
+        prepared, inputs = prepare(family, device)
+        model = prepared.source.model
         policy = support.with_weights(policy, prepared.survey.layout, pathlib.Path(weights.name))
         program, resolved = prepared.reduce(policy)
     except TvcError as refusal:
