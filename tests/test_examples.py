@@ -81,6 +81,24 @@ def test_the_readme_tells_the_accuracies_that_were_measured() -> None:
     assert told.strip() == script.summary()
 
 
+def test_what_kept_tokens_show_is_counted() -> None:
+    script = support.script("benchmarks/seen.py")
+    box = (0, 0, scenes.SIDE // 2, scenes.SIDE // 2)  # the upper left quarter
+    drawn = scenes.Scene(
+        np.zeros((scenes.SIDE, scenes.SIDE, 3), np.uint8), (scenes.Thing("1", "red", box),), None, None
+    )
+    asked = scenes.Question("what", "what is red?", "1", (box,))
+    kept = np.array([[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]], bool)
+    seen = script.look(drawn, asked, kept.ravel(), script.View(4, 4))
+    assert seen == script.Seen(
+        left=3, things=pytest.approx(2 / 3), known=1, asked=0.5, blind=0, clumped=pytest.approx((1 / 3 + 1 / 5) / 3)
+    )
+    assert script.look(drawn, asked, ~kept.ravel(), script.View(2, 8)).blind == 0
+    unseen = kept.copy()
+    unseen[0] = False
+    assert script.look(drawn, asked, unseen.ravel(), script.View(4, 4)).blind == 1
+
+
 def test_the_readme_policy_loads() -> None:
     from tvc.policy.load import load_policy
 
