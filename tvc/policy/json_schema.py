@@ -49,8 +49,8 @@ def json_schema() -> dict[str, Any]:
                     {"type": "string", "pattern": f"^(?:{SITE_PATTERN})$"},
                     {"type": "string", "pattern": r"\{[A-Za-z_][A-Za-z0-9_]*\}"},
                 ],
-                "description": "what the step drops leaves the caches of earlier layers as well, of all or from language.K "
-                "on, once the chunk has been read; default: it stays there",
+                "description": "once the chunk has been read, what the step drops leaves caches of earlier layers, "
+                "too: of all, or of those from language.K on; default: it stays there",
             },
         },
     }
