@@ -93,8 +93,9 @@ class Change:
 
 @dataclasses.dataclass
 class Stage:
-    """Decoder layers that share one sequence length, one past length and one `key_positions`: those between two cuts, or
-    a part of them, where a later cut takes what it drops out of the caches of some alone.
+    """Decoder layers that share one sequence length, one past length and one `key_positions`.
+
+    Those between two cuts, or a part of them where a later cut takes what it drops out of the caches of some alone.
     """
 
     index: int
