@@ -177,11 +177,11 @@ class _StageOutputs:
         self.changes: list[Change] = []
 
     def write(self) -> list[Change]:
-        places, entered = [], {}
+        places: list[fx.Node] = []
+        entered: dict[str, fx.Node] = {}
         caches = [name for name in self.component.outputs if name.startswith(("key.", "value.", "state."))]
-        opened = {id(cut.after): cut for cut in self.cuts} | {
-            id(parting.state): parting for parting in self.component.meta["partings"]
-        }
+        opened: dict[int, Cut | Parting] = {id(cut.after): cut for cut in self.cuts}
+        opened |= {id(parting.state): parting for parting in self.component.meta["partings"]}
         with self.graph.inserting_before(self.output):
             for stage, state in zip(self.stages, self.component.meta["stages"], strict=True):
                 border = opened.get(id(state))
