@@ -42,6 +42,17 @@ class Cut:
     first: fx.Node
     before: ChunkState
     after: ChunkState
+    evicts: int | None = None  # the first layer whose cache loses what is dropped here; None: no earlier one does
+
+
+@dataclasses.dataclass
+class Parting:
+    """From `layer`, whose first node is `first`, on caches are of another length, though the chunk stays as it is."""
+
+    where: str
+    layer: int
+    first: fx.Node
+    state: ChunkState
 
 
 SHORTENED = (

@@ -19,7 +19,7 @@ from tvc.errors import SiteError, TraceError
 from tvc.graphs import annotate, find_blocks, first_node, identifier, open_draft, placeholders
 from tvc.passes.base import Pass
 from tvc.passes.branches import branches
-from tvc.passes.cuts import RESULTS, ChunkState, Cut, cut_function, gather_tokens, start_sizes
+from tvc.passes.cuts import RESULTS, ChunkState, Cut, Parting, cut_function, gather_tokens, start_sizes
 from tvc.passes.insert_projector import add_projector
 from tvc.passes.insert_vision import VisionInsertion
 from tvc.passes.taps import DecoderTaps, crosses, crossing, frames_of, rater_mask, tap_name, transitions
@@ -48,7 +48,7 @@ class InsertReductions(Pass):
             changes += add_projector(program, steps["projector"][0])
         component = program.components["decoder"]
         component.draft = open_draft(component)
-        component.meta = {**component.meta, "cuts": [], "tap_widths": {}}
+        component.meta = {**component.meta, "cuts": [], "partings": [], "stages": [], "tap_widths": {}}
         return changes + _DecoderInsertion(component, program, self._renumber(component, steps["language"])).insert(
             steps["language"]
         )
@@ -123,23 +123,43 @@ class _DecoderInsertion:
         state = self._start()
         states = [state]
         stages = [Stage(0, range(len(self.blocks)), None)]
+        openings = [state]  # the chunk as it is in each stage
         for number, step in enumerate(steps):
-            layer = int(step.at.removeprefix("language."))
+            layer = _layer(step.at)
+            for start in sorted({_layer(one.evict) for one in steps if one.evict}):
+                if stages[-1].layers.start < start < layer:
+                    state = states[-1] = self._parted(start, state, stages, step.where)
+                    openings.append(state)
             first = first_node(self.graph, self.blocks[layer])
             state = states[-1] = dataclasses.replace(state, residual=self._residual(first))
             if layer > 0:
-                stages[-1].layers = range(stages[-1].layers.start, layer)
-                stages.append(Stage(len(stages), range(layer, len(self.blocks)), step.at))
-                key_positions = self._placeholder(f"{PAST_POSITIONS}{len(stages) - 1}", state.key_positions)
+                key_positions = self._stage(layer, step.at, state, stages)
             else:  # no block runs before the cut: the first stage opens with it
                 stages[-1].site, key_positions = step.at, state.key_positions
+                openings.pop()
             after = self._insert_step(step, number, state, key_positions, first, states)
-            cut = Cut(step.at, step.where, layer, first, state, after)
-            self.component.meta["cuts"].append(cut)
+            evicts = _layer(step.evict) if step.evict else None
+            self.component.meta["cuts"].append(Cut(step.at, step.where, layer, first, state, after, evicts))
             state = after
             states.append(state)
+            openings.append(state)
         self.program.stages[:] = stages
+        self.component.meta["stages"] = openings
         return self.changes
+
+    def _stage(self, layer: int, site: str | None, state: ChunkState, stages: list[Stage]) -> fx.Node:
+        """Opens a stage in front of `layer`; returns the places of the tokens that it has cached."""
+        stages[-1].layers = range(stages[-1].layers.start, layer)
+        stages.append(Stage(len(stages), range(layer, len(self.blocks)), site))
+        return self._placeholder(f"{PAST_POSITIONS}{len(stages) - 1}", state.key_positions)
+
+    def _parted(self, layer: int, state: ChunkState, stages: list[Stage], where: str) -> ChunkState:
+        """The chunk in a stage that opens without a cut, as later cuts leave its layers' caches shorter."""
+        state = dataclasses.replace(state, key_positions=self._stage(layer, None, state, stages))
+        first = first_node(self.graph, self.blocks[layer])
+        self.component.meta["partings"].append(Parting(where, layer, first, state))
+        self.changes.append(Change("decoder", first.name, f"caches of their own from language.{layer} on", where))
+        return state
 
     def _start(self) -> ChunkState:
         named = self.inputs
@@ -304,6 +324,10 @@ class _DecoderInsertion:
         taps = [n for n in self.component.inputs if n.startswith(TAP)]
         last = identifier(taps[-1] if taps else "visual_counts")
         return self._placeholder(name, next(n for n in self.graph.nodes if n.op == "placeholder" and n.target == last))
+
+
+def _layer(site: str) -> int:
+    return int(site.removeprefix("language."))
 
 
 def _not_before(node: fx.Node, first: fx.Node) -> bool:

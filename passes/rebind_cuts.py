@@ -3,17 +3,24 @@
 Of the values that cross a cut, those computed from positions alone (rotary tables, masks) are recomputed from the
 reduced positions, so that runtimes still see the pattern they fuse; the hidden states were reduced by the cut itself;
 whatever else has a token axis is gathered along it; sizes of the token axis become the new size.
+
+What a cut drops may leave the caches of earlier layers as well. They run on it all the same: only what they hand on of
+their caches is without it, and the places that they hand on.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.fx as fx
 
+from tvc.chunks import ENTERED
 from tvc.graphs import annotate, backward_closure, clone
+from tvc.kernels.segments import follow
 from tvc.passes.base import Pass
-from tvc.passes.cuts import ChunkState, Cut, gather_tokens
-from tvc.program import Change, Component, Program
+from tvc.passes.cuts import ChunkState, Cut, Parting, gather_tokens
+from tvc.program import Change, Component, Program, Stage
 
 A = torch.ops.aten
 
@@ -28,10 +35,13 @@ class RebindCuts(Pass):
     def run(self, program: Program) -> list[Change]:
         component = program.components["decoder"]
         changes: list[Change] = []
-        for cut in component.meta["cuts"]:
-            changes += _Rebinding(component, cut).run()
-        _stage_outputs(component)
-        return changes
+        borders = [*component.meta["cuts"], *component.meta["partings"]]
+        for border in sorted(borders, key=lambda one: one.layer):
+            if isinstance(border, Cut):
+                changes += _Rebinding(component, border).run()
+            else:
+                changes += _parted(component, border)
+        return changes + _StageOutputs(component, program.stages).write()
 
 
 class _Rebinding:
@@ -131,21 +141,88 @@ def _made_by_cut(node: fx.Node, state: ChunkState) -> bool:
     )
 
 
-def _stage_outputs(component: Component) -> None:
-    """Every stage hands its key positions on: the cached ones and the chunk's."""
+def _parted(component: Component, parting: Parting) -> list[Change]:
+    """Masks behind a parting are made of the places that the caches there hold."""
     graph: fx.Graph = component.draft.graph  # type: ignore[union-attr]
-    output = next(node for node in graph.nodes if node.op == "output")
-    values = dict(zip(component.outputs, output.args[0], strict=True))  # type: ignore[arg-type]
-    stages: list[fx.Node] = [values["key_positions.0"]]
-    with graph.inserting_before(output):
-        for cut in component.meta["cuts"]:
-            joined = graph.call_function(A.cat.default, ([cut.after.key_positions, cut.after.query_positions], 1))
-            annotate(joined, f"RebindCuts: {cut.where}")
-            if cut.layer == 0:
-                stages[-1] = joined
-            else:
-                stages.append(joined)
-    layers = [name for name in component.outputs if name.startswith(("key.", "value.", "state."))]
-    names = ("logits", *(f"key_positions.{s}" for s in range(len(stages))), *layers)
-    output.args = ((values["logits"], *stages, *(values[name] for name in layers)),)
-    component.outputs = names
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    start, changes = order[parting.first], []
+    for node in [n for n in order if n.target is torch.ops.tvc.attention_mask.default and order[n] < start]:
+        users = [user for user in node.users if order[user] >= start]
+        if not users:
+            continue
+        with graph.inserting_before(parting.first):
+            keys = graph.call_function(A.cat.default, ([parting.state.key_positions, node.args[0]], 1))
+            mask = graph.call_function(node.target, (node.args[0], keys, *node.args[2:]))
+        mask.meta["val"] = node.meta["val"]
+        for made in (keys, mask):
+            annotate(made, f"RebindCuts: {parting.where}")
+        for user in users:
+            user.replace_input_with(node, mask)
+        changes.append(Change("decoder", node.name, f"recomputed from language.{parting.layer} on", parting.where))
+    return changes
+
+
+class _StageOutputs:
+    """Every stage hands its key positions on, and its layers their caches: what was there and the chunk's, or, where
+    later cuts evict what they drop, what these left of the chunk.
+    """
+
+    def __init__(self, component: Component, stages: list[Stage]):
+        self.component, self.stages = component, stages
+        self.graph: fx.Graph = component.draft.graph  # type: ignore[union-attr]
+        self.output = next(node for node in self.graph.nodes if node.op == "output")
+        outputs = self.output.args[0]
+        self.values: dict[str, fx.Node] = dict(zip(component.outputs, outputs, strict=True))  # type: ignore[arg-type]
+        self.cuts: list[Cut] = component.meta["cuts"]
+        self.changes: list[Change] = []
+
+    def write(self) -> list[Change]:
+        places: list[fx.Node] = []
+        entered: dict[str, fx.Node] = {}
+        caches = [name for name in self.component.outputs if name.startswith(("key.", "value.", "state."))]
+        opened: dict[int, Cut | Parting] = {id(cut.after): cut for cut in self.cuts}
+        opened |= {id(parting.state): parting for parting in self.component.meta["partings"]}
+        with self.graph.inserting_before(self.output):
+            for stage, state in zip(self.stages, self.component.meta["stages"], strict=True):
+                border = opened.get(id(state))
+                joined = self.values["key_positions.0"]
+                if border is not None:
+                    joined = self._call(border.where, A.cat.default, [state.key_positions, state.query_positions], 1)
+                evicting = self._evicting(stage)
+                if evicting:
+                    joined = self._evict(stage, state, evicting, joined)
+                    if stage.site is not None:
+                        entered[f"{ENTERED}{stage.index}"] = state.query_positions
+                places.append(joined)
+        names = ("logits", *(f"key_positions.{s}" for s in range(len(places))), *caches, *entered)
+        values = (self.values["logits"], *places, *(self.values[name] for name in caches), *entered.values())
+        self.output.args = (values,)
+        self.component.outputs = names
+        return self.changes
+
+    def _evicting(self, stage: Stage) -> list[Cut]:
+        """The cuts behind a stage that take what they drop out of its caches: from the nearest one on."""
+        behind = [cut for cut in self.cuts if cut.layer >= stage.layers.stop]
+        return [cut for cut in behind if cut.evicts is not None and cut.evicts <= stage.layers.start]
+
+    def _evict(self, stage: Stage, state: ChunkState, evicting: list[Cut], places: fx.Node) -> fx.Node:
+        """The stage's places without what is evicted; its caches go the same way."""
+        where = evicting[-1].where
+        kept: fx.Node = evicting[0].after.kept  # type: ignore[assignment]
+        for cut in evicting[1:]:
+            kept = self._call(where, follow, kept, cut.after.kept)
+
+        def left(held: fx.Node) -> fx.Node:
+            return self._call(where, torch.ops.tvc.evict.default, held, kept, state.query_positions)
+
+        for layer in stage.layers:
+            for name in (f"key.{layer}", f"value.{layer}"):
+                if name in self.values:  # a layer may hold a state, or read another's cache
+                    self.values[name] = left(self.values[name])
+                    self.changes.append(Change("decoder", self.values[name].name, "without what is evicted", where))
+        return left(places)
+
+    def _call(self, where: str, function: Any, *arguments: Any) -> fx.Node:
+        node = self.graph.call_function(function, arguments)
+        annotate(node, f"RebindCuts: {where}")
+        return node

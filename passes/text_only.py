@@ -13,7 +13,7 @@ import torch.fx as fx
 
 from tvc.graphs import join_equal
 
-SHORTEN = torch.ops.tvc.shorten.default
+SHORTEN, EVICT = torch.ops.tvc.shorten.default, torch.ops.tvc.evict.default
 _SAME = (1, 3, 4, 5, 6, 7, 8, 9)  # the argument of `shorten` that each result but the last is, where nothing goes
 
 
@@ -38,6 +38,8 @@ def without_cuts(draft: fx.GraphModule) -> fx.GraphModule:
                 with graph.inserting_before(result):
                     every = graph.call_function(_every_slot, (positions,))
                 result.replace_all_uses_with(every)
+    for node in [copies[node] for node in draft.graph.nodes if node.target is EVICT]:
+        node.replace_all_uses_with(cast("fx.Node", node.args[0]))
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     # Positions behind a cut are now those in front of it, and so is all that is made of them.
     join_equal(graph)

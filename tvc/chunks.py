@@ -14,6 +14,11 @@ tap.*                  [B, V] or [B, V, d] what the vision path says of each vis
 past_key_positions.s   [B, P_s] int64 places of the tokens cached by stage s, -1 pads
 past_key.i past_value.i  [B, G, P_s, d] the cache of layer i, as long as its stage's
 past_state.i           [B, C, L] the cache of a layer without attention: the last L inputs of its convolution
+
+Every past_ input is an output without `past_`. Beside these and the logits there may be:
+
+entered.s              [B, S_s] int64 places of the chunk's tokens that ran through stage s, -1 pads; where later cuts
+                       take some of them out of its caches again
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ PAST_KEY, PAST_VALUE, PAST_STATE = "past_key.", "past_value.", "past_state."
 TAP = "tap."
 SPANS = "query_spans"
 EXTRA = "extra."
+ENTERED = "entered."
 
 
 @dataclasses.dataclass(frozen=True)

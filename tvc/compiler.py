@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from tvc.chunks import ENTERED
 from tvc.export.base import target as find_target
 from tvc.graphs import join_equal, open_draft, operators
 from tvc.kernels.op import OPS
@@ -30,7 +31,7 @@ from tvc.trace.survey import Survey
 from tvc.trace.vision import capture_vision
 
 Progress = Callable[[str], None]
-CUTS = frozenset({"shorten"})  # whole, so that a chunk without visual tokens can go without them
+CUTS = frozenset({"shorten", "evict"})  # whole, so that a chunk without visual tokens can go without them
 
 
 def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, progress: Progress = print) -> Program:
@@ -68,7 +69,7 @@ def kept(target: str, device: torch.device) -> frozenset[str]:
     own = find_target(target).keeps
     if target != "torch":
         return own
-    return own | (PROVIDED if device.type == "cuda" else CUTS)
+    return own | CUTS | (PROVIDED if device.type == "cuda" else frozenset())
 
 
 def run(program: Program, passes: list[Pass], progress: Progress) -> Program:
@@ -90,7 +91,8 @@ def interface_of(program: Program, policy: ResolvedPolicy, survey: Survey) -> In
             sites[step.at] = component
     for stage in program.stages:
         if stage.site is not None:
-            sites[stage.site] = f"key_positions.{stage.index}"
+            entered = f"{ENTERED}{stage.index}"  # what stays from a cut on, where later ones take some of it away
+            sites[stage.site] = entered if entered in parts["decoder"].outputs else f"key_positions.{stage.index}"
     stage_of_layer = tuple(stage.index for stage in program.stages for _ in stage.layers)
     taps = {**parts["decoder"].meta.get("tap_widths", {})}
     if "projector" in parts:
@@ -123,11 +125,11 @@ def called(module: fx.GraphModule, kernels: bool) -> fx.GraphModule:
     Args:
         kernels: for CUDA, where ops run their kernels; else they run their references.
     """
-    whole = {op.overload: op for op in OPS.values() if op.name in PROVIDED}
+    whole = {op.overload: op for op in OPS.values() if op.name in PROVIDED | CUTS}
     for node in module.graph.nodes:
         op = whole.get(node.target)
         if op is not None:
-            node.target = dispatched(op.name, op.reference) if kernels else op.reference
+            node.target = dispatched(op.name, op.reference) if kernels and op.name in PROVIDED else op.reference
     module.recompile()
     return module
 

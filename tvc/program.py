@@ -93,11 +93,14 @@ class Change:
 
 @dataclasses.dataclass
 class Stage:
-    """Decoder layers between two cuts: they share one sequence length, one past length and one `key_positions`."""
+    """Decoder layers that share one sequence length, one past length and one `key_positions`.
+
+    Those between two cuts, or a part of them where a later cut takes what it drops out of the caches of some alone.
+    """
 
     index: int
     layers: range
-    site: str | None  # the cut that opens the stage; None for stage 0
+    site: str | None  # the cut that opens the stage; None where none does
 
 
 @dataclasses.dataclass

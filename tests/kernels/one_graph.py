@@ -240,6 +240,8 @@ class OneGraph(torch.nn.Module):
             parts = OP.shorten(chosen, residual, merged, *chunk)
             for number, part in enumerate(parts):
                 out[f"shorten.{label}.{number}"] = part
+            out[f"evict.places.{label}"] = OP.evict(at.key_positions, parts[-1], slots)
+            out[f"evict.keys.{label}"] = OP.evict(at.key, parts[-1], slots)
 
     def merges(self, at: Inputs, score: torch.Tensor, scope: Scope, out: dict[str, torch.Tensor]) -> None:
         rules: dict[str, Any] = {

@@ -62,6 +62,19 @@ def shorten(
     return made[0], turned if axes is ids else turned[0], *made[1:]
 
 
+def evict(held: Any, kept: list[Row], slots: list[Row]) -> Any:
+    def left(entries: Row, places: bool, staying: Row, chunk: int) -> Row:
+        past = len(entries) - chunk
+        new = [-1 if places and slot < 0 else entries[past + max(slot, 0)] for slot in staying]
+        return entries[:past] + new
+
+    places = all(not isinstance(entry, list) for row in held for entry in row)
+    return [
+        left(own, True, staying, len(chunk)) if places else [left(head, False, staying, len(chunk)) for head in own]
+        for own, staying, chunk in zip(held, kept, slots, strict=True)
+    ]
+
+
 def _softmax(values: list[float], allowed: list[bool]) -> list[float]:
     """Rows that may attend to nothing spread evenly; no rule depends on them."""
     if not any(allowed):
@@ -390,6 +403,7 @@ ORACLES = {
         attend_score,
         attention_score,
         shorten,
+        evict,
         cosine_score,
         exit_keep,
         merge_nearest,

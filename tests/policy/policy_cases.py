@@ -106,6 +106,9 @@ READING: dict[str, tuple[object, object]] = {
     "unused-score": (policy(step("language.2", "score: uniform\n    select: {stride: {keep: 25%}}")), ()),
     "score-beside-exit": (policy(step("language.2", "score: uniform\n    exit: {when: always}")), ()),
     "rest-beside-exit": (policy(step("language.2", "rest: drop\n    exit: {when: always}")), ()),
+    "evict-no-layer-of-the-decoder": (policy(step("language.2", TOP + "\n    evict: vision.2")), ()),
+    "evict-no-word": (policy(step("language.2", TOP + "\n    evict: true")), ()),
+    "evict-before-the-decoder": (policy(step("projector", "select: {stride: 3}\n    evict: earlier")), ()),
     "exit-without-when": (policy(step("language.2", "exit: {}")), ()),
     "exit-unknown-key": (policy(step("language.2", "exit: {wen: always}")), ()),
     "gate-without-score": (policy(step("language.2", "exit: {when: {above: 0.5}}")), ()),
@@ -207,6 +210,25 @@ RESOLVING: dict[str, tuple[str, Layout]] = {
     "previous-of-the-projector": (policy(step("projector")), layout()),
     "self-of-the-projector": (
         policy(step("projector", "score: {norm: {of: key}}\n    select: {top: 3}")),
+        layout(),
+    ),
+    "evict-at-the-entry": (policy(step("language.0", "select: {stride: 3}\n    evict: earlier")), layout()),
+    "evict-from-a-later-layer": (policy(step("language.2", TOP + "\n    evict: language.2")), layout()),
+    "evict-beyond-the-last-layer": (policy(step("language.2", TOP + "\n    evict: language.12")), layout()),
+    "evict-past-a-step-that-does-not": (
+        policy(step("language.2"), step("language.4", TOP + "\n    evict: language.1")),
+        layout(),
+    ),
+    "evict-further-than-the-step-before": (
+        policy(step("language.2", TOP + "\n    evict: language.1"), step("language.4", TOP + "\n    evict: earlier")),
+        layout(),
+    ),
+    "evict-inside-a-stage": (
+        policy(
+            step("language.2"),
+            step("language.5", TOP + "\n    evict: language.3"),
+            head="version: 1\npositions: renumber",
+        ),
         layout(),
     ),
     "later-layer": (

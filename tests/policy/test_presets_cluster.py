@@ -223,8 +223,11 @@ def test_mustdrop_acts_where_the_paper_does_and_leaves_the_number_open() -> None
     assert [step.at for step in steps] == ["language.0", *(f"language.{k}" for k in (3, 7, 11, 15))]
     assert [step.score[0].primitive.layer for step in steps[1:]] == [f"language.{k}" for k in (2, 6, 10, 14)]  # type: ignore[attr-defined]
     assert [left for _, _, left in leaving(steps, model)] == [[576]] * 5
+    assert [step.evict for step in steps] == ["", *["language.2"] * 4]
     plan = make_plan(resolve(load_policy("mustdrop"), model), model)
     assert plan.fired is not None
+    assert [layer.visual for layer in plan.fired.layers] == [64] * 3 + [0] * 29
+    assert [layer.held - layer.text for layer in plan.fired.layers] == [64] * 2 + [0] * 30
     merge = steps[0].merge
     assert merge is not None
     assert merge.fewest([576]) == [64]

@@ -180,7 +180,7 @@ def test_prunevid_of_a_film_of_noise_leaves_half_of_each_frame() -> None:
 
 def test_prunevid_asks_the_head_and_the_word_that_look_hardest() -> None:
     _, step = steps_of("prunevid")
-    assert step.at == "language.11"
+    assert (step.at, step.evict) == ("language.11", "language.0")
     torch.manual_seed(0)
     query, key = torch.randn(1, 4, 9, 8), torch.randn(1, 2, 9, 8)
     given = Attention(query, key, None, torch.tensor([[6, 7, 8]]), torch.arange(6)[None, :, None], 8**-0.5)

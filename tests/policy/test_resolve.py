@@ -190,3 +190,25 @@ def test_names_of_one_site_coincide_only_where_the_model_makes_them(one: str, ot
     loaded = load_policy(text)
     with pytest.raises(SiteError, match="same-site"):
         resolve(loaded, layout(language=4))
+
+
+@pytest.mark.parametrize(
+    ("written", "first"),
+    [
+        ("earlier", "language.0"),
+        ("language.-9", "language.3"),
+        ("language.17%", "language.2"),
+        ("language.40%", "language.3"),  # a share that comes to the step's own layer means the one before
+    ],
+)
+def test_caches_are_cut_from_a_layer_that_the_model_has(written: str, first: str) -> None:
+    text = policy(step("language.4", f"select: {{stride: 3}}\n    evict: {written}"))
+    resolved = resolve(load_policy(text), layout())
+    assert resolved.steps[0].evict == first
+    assert resolve(load_policy(resolved.to_yaml()), layout()).policy == resolved.policy
+
+
+def test_steps_that_only_keep_their_caches_say_nothing_of_it() -> None:
+    plain = load_policy(policy(step("language.4", "select: {stride: 3}")))
+    assert "evict" not in resolve(plain, layout()).to_yaml()
+    assert plain.digest() == load_policy(policy(step("language.4", "select: {stride: 3}\n    evict:"))).digest()

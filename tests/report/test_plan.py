@@ -71,6 +71,7 @@ class Step:
     exit: Gate | None = None
     scope: str = "image"
     merge: Merging | None = None
+    evict: str = ""
     number: int = 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvc.kernels.op import PRIMITIVES, Kind, Primitive
+from tvc.policy.evictions import EARLIER
 from tvc.policy.schema import NORMALIZE, POSITIONS, SCOPES, SITE_PATTERN, SPAN_PATTERN, VERSION
 
 _TEMPLATE = {"type": "string", "pattern": r"^\{[A-Za-z_][A-Za-z0-9_]*\}$", "description": "a parameter's value"}
@@ -41,6 +42,15 @@ def json_schema() -> dict[str, Any]:
                 "additionalProperties": False,
                 "required": ["when"],
                 "properties": {"when": _gate(choices["when"])},
+            },
+            "evict": {
+                "anyOf": [
+                    {"const": EARLIER},
+                    {"type": "string", "pattern": f"^(?:{SITE_PATTERN})$"},
+                    {"type": "string", "pattern": r"\{[A-Za-z_][A-Za-z0-9_]*\}"},
+                ],
+                "description": "once the chunk has been read, what the step drops leaves caches of earlier layers, "
+                "too: of all, or of those from language.K on; default: it stays there",
             },
         },
     }

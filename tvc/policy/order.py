@@ -12,6 +12,13 @@ def rank(site: SiteName) -> tuple[int, int]:
     return COMPONENTS.index(site.component), site.index or 0
 
 
+def behind(one: SiteName, two: SiteName) -> bool:
+    """Whether the first site comes after the second in every model; both are of one component."""
+    comparable = one.index is not None and two.index is not None and one.percent == two.percent
+    signs = comparable and ((one.index or 0) < 0) == ((two.index or 0) < 0)
+    return signs and (one.index or 0) > (two.index or 0)
+
+
 def ranges(names: Iterable[str]) -> str:
     """`language.0..3, projector` for a list of site names."""
     by_component: dict[str, list[int]] = {}

@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 from tvc.kernels.op import PRIMITIVES, Kind, Primitive
 from tvc.kernels.weights import Trained, Weights
 from tvc.policy.document import Document, Path, nearest
+from tvc.policy.evictions import written
 from tvc.policy.explain import build
+from tvc.policy.order import behind
 from tvc.policy.published import published
 from tvc.policy.schema import (
     COMPONENTS,
@@ -22,7 +24,6 @@ from tvc.policy.schema import (
     VERSION,
     Exit,
     Policy,
-    SiteName,
     Step,
     WeightedScore,
     parse_site,
@@ -43,7 +44,7 @@ TOP_KEYS = (
     "steps",
     "positions",
 )
-STEP_KEYS = ("at", "exit", "merge", "name", "rest", "scope", "score", "select")
+STEP_KEYS = ("at", "evict", "exit", "merge", "name", "rest", "scope", "score", "select")
 ACTIONS = ("select", "merge", "exit")
 SITES = "vision.K, projector or language.K (K a block, 0-based; -1 the last; 25% by depth; 1..-2 or all for several)"
 WORDS: dict[Kind, str] = {
@@ -237,6 +238,7 @@ def _step(document: Document, path: Path, raw: Any) -> Step:
         "at": _at(document, path, step),
         "scope": _choice(document, (*path, "scope"), step.get("scope", "image"), SCOPES),
         "name": _text(document, (*path, "name"), step.get("name", "")),
+        "evict": written(document, path, step),
         "where": document.where(path),
         "number": path[-1],
     }
@@ -403,7 +405,7 @@ def _build(document: Document, path: Path, settings: Any, kind: Kind, key: str) 
 def _ordered(document: Document, steps: tuple[Step, ...]) -> None:
     """Refuses two steps at one site, steps out of pipeline order, and steps behind an exit that always happens."""
     for i, step in enumerate(steps):
-        if _behind(step.span.first, step.span.last):
+        if behind(step.span.first, step.span.last):
             raise document.error(
                 ("steps", i, "at"),
                 f"step {i} acts at a range of blocks that ends before it starts",
@@ -425,7 +427,7 @@ def _ordered(document: Document, steps: tuple[Step, ...]) -> None:
                 slug="same-site",
             )
         ranks = COMPONENTS.index(one.component), COMPONENTS.index(two.component)
-        if ranks[0] > ranks[1] or (ranks[0] == ranks[1] and _behind(one, two)):
+        if ranks[0] > ranks[1] or (ranks[0] == ranks[1] and behind(one, two)):
             raise document.error(
                 (*path, "at"),
                 f"step {i + 1} acts before step {i}: steps are not in the order in which tokens pass them",
@@ -443,13 +445,6 @@ def _ordered(document: Document, steps: tuple[Step, ...]) -> None:
                 fix="remove the later steps, or give the exit a threshold",
                 slug="unreachable-step",
             )
-
-
-def _behind(one: SiteName, two: SiteName) -> bool:
-    """Whether the first site comes after the second in every model; both are of one component."""
-    comparable = one.index is not None and two.index is not None and one.percent == two.percent
-    signs = comparable and ((one.index or 0) < 0) == ((two.index or 0) < 0)
-    return signs and (one.index or 0) > (two.index or 0)
 
 
 # Small checks ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from typing import Any
 from tvc.kernels.op import Primitive, Tap
 from tvc.policy.budgets import check_nothing_emptied, with_averages, with_spreads
 from tvc.policy.document import Path, from_data
+from tvc.policy.evictions import check_evictions, start
+from tvc.policy.evictions import settled as evicted
 from tvc.policy.order import closest, ranges, rank
 from tvc.policy.schema import (
     Policy,
@@ -70,6 +72,7 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
     )
     _ordered(policy, steps)
     _behind_cuts(policy, steps)
+    check_evictions(policy, steps)
     steps = with_averages(policy, with_spreads(steps, layout), layout)
     check_nothing_emptied(policy, steps, layout)
     data: dict[str, Any] = {"version": policy.version, "name": policy.name}
@@ -172,6 +175,8 @@ def _step(policy: Policy, layout: Layout, number: int, step: Step) -> Step:
             gate=_taps(policy, layout, site, when, step.exit.gate),
             score=scores(step.exit.score, (*when, "score"), isinstance(policy.document.get((*when, "score")), list)),
         )
+    if step.evict:
+        resolved["evict"] = evicted(policy, path, step, site, _concrete(policy, layout, (*path, "evict"), start(step)))
     merge = resolved["merge"]
     if merge is not None and merge.proportional and site.component != "vision":
         raise refusal(

@@ -97,6 +97,7 @@ class Exit:
 class Step:
     """One reduction: `select` and `rest`, or `merge`, or `exit`.
 
+    `evict`: the first decoder layer whose cache loses what the step drops, "earlier" for the first of all; "" for none.
     `where` is its place in the policy's text, for messages; `number` counts the steps as they were written, of which
     several may come where a step was written for a range of sites.
     """
@@ -108,6 +109,7 @@ class Step:
     rest: Rest | None = None
     exit: Exit | None = None
     merge: Merging | None = None
+    evict: str = ""
     name: str = ""
     where: str = dataclasses.field(default="", compare=False)
     number: int = dataclasses.field(default=0, compare=False)
@@ -251,5 +253,7 @@ def steps_data(steps: tuple[Step, ...], names: bool = True) -> list[dict[str, An
             entry["merge"] = primitive_data(step.merge)
         if step.exit is not None:
             entry["exit"] = exit_data(step.exit)
+        if step.evict:
+            entry["evict"] = step.evict
         written.append(entry)
     return written

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 
 from tvc.kernels.op import Primitive
+from tvc.policy.evictions import EARLIER
 from tvc.policy.schema import Policy, Step, WeightedScore
 
 _SCOPES = {"image": "in each image", "sequence": "in all images of a prompt together"}
@@ -33,6 +34,9 @@ def _parts(step: Step) -> Iterator[tuple[str, str]]:
     if step.exit is not None:
         yield from _scores("score", step.exit.score)
         yield "exit", _phrase(step.exit.gate)
+    if step.evict:
+        caches = "all earlier layers" if step.evict == EARLIER else f"{step.evict} and the layers behind it"
+        yield "evict", f"{step.evict}: What is dropped leaves the caches of {caches} once the chunk has been read."
 
 
 def _scores(name: str, terms: Sequence[WeightedScore]) -> Iterator[tuple[str, str]]:

@@ -67,11 +67,13 @@ def decoder_flops(layout: Layout, queries: Sequence[int], keys: Sequence[int]) -
     return blocks + 2 * layout.head_linear
 
 
-def price(layout: Layout, tokens: Sequence[int], vision: int, new_tokens: int) -> Cost:
-    """The cost of a prompt that is `tokens[i]` long in decoder layer i, and of `new_tokens` more."""
+def price(layout: Layout, tokens: Sequence[int], held: Sequence[int], vision: int, new_tokens: int) -> Cost:
+    """The cost of a prompt of which `tokens[i]` run through decoder layer i, which holds `held[i]` of them afterwards,
+    and of `new_tokens` more.
+    """
     one = [1] * len(tokens)
-    steps = [decoder_flops(layout, one, [count + step for count in tokens]) for step in range(1, new_tokens + 1)]
-    cached = sum(kv_bytes(layer, n, layout.element_size) for layer, n in zip(layout.language, tokens, strict=True))
+    steps = [decoder_flops(layout, one, [count + step for count in held]) for step in range(1, new_tokens + 1)]
+    cached = sum(kv_bytes(layer, n, layout.element_size) for layer, n in zip(layout.language, held, strict=True))
     return Cost(vision, decoder_flops(layout, tokens, tokens), sum(steps) / len(steps), cached)
 
 
@@ -86,6 +88,7 @@ def plan_costs(
     policy: str = "",
     sites: Mapping[int, tuple[str, ...]] | None = None,
     exact: bool = True,
+    evicted: Sequence[int] | None = None,
 ) -> Plan:
     """The plan of given token counts.
 
@@ -99,6 +102,7 @@ def plan_costs(
         policy: its name, for the reader.
         sites: decoder layer -> names of the cuts before it.
         exact: False where counts depend on content.
+        evicted: visual tokens that leave the cache of each decoder layer when the prompt has been read; default: none.
     """
     dense_tiles = tile_lengths(layout)
     depth = len(layout.vision)
@@ -108,11 +112,12 @@ def plan_costs(
         lengths.append(current)
     lengths = lengths[:vision_blocks]
     plan_layers = []
-    for index, (layer, visual) in enumerate(zip(layout.language, visual_tokens_per_layer, strict=True)):
+    gone = [0] * len(layout.language) if evicted is None else evicted
+    for index, (layer, visual, left) in enumerate(zip(layout.language, visual_tokens_per_layer, gone, strict=True)):
         count = visual + text_tokens
         flops = 2 * layer.linear * count + attention_flops(layer, count, count)
-        cached = kv_bytes(layer, count, layout.element_size)
-        plan_layers.append(PlanLayer(index, (sites or {}).get(index, ()), visual, text_tokens, flops, cached))
+        cached = kv_bytes(layer, count - left, layout.element_size)
+        plan_layers.append(PlanLayer(index, (sites or {}).get(index, ()), visual, text_tokens, flops, cached, left))
     untouched = [sum(layout.visual_tokens) + text_tokens] * len(plan_layers)
     dense_vision = vision_flops(layout, [dense_tiles] * depth, _projected(layout, dense_tiles))
     vision = vision_flops(layout, lengths, _projected(layout, current))
@@ -126,8 +131,10 @@ def plan_costs(
         layers=tuple(plan_layers),
         vision_tokens=tuple(sum(tiles) for tiles in lengths),
         vision_sites=tuple((block, f"vision.{block}") for block in sorted(vision_reductions or {})),
-        dense=price(layout, untouched, dense_vision, new_tokens),
-        compiled=price(layout, [layer.tokens for layer in plan_layers], vision, new_tokens),
+        dense=price(layout, untouched, untouched, dense_vision, new_tokens),
+        compiled=price(
+            layout, [layer.tokens for layer in plan_layers], [layer.held for layer in plan_layers], vision, new_tokens
+        ),
         exact=exact,
     )
 

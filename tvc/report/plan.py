@@ -42,11 +42,17 @@ class PlanLayer:
     text: int
     flops: int  # prefill
     kv_bytes: int
+    evicted: int = 0  # visual tokens that leave the layer's cache when the prompt has been read
 
     @property
     def tokens(self) -> int:
-        """Visual and text tokens: the layer's KV length after prefill."""
+        """Visual and text tokens that run through the layer."""
         return self.visual + self.text
+
+    @property
+    def held(self) -> int:
+        """The layer's KV length after prefill."""
+        return self.tokens - self.evicted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +65,16 @@ class PlanStage:
     last: int
     visual: int  # language: visual tokens; vision: all tokens of all tiles
     text: int
+    evicted: int = 0  # visual tokens that leave the caches when the prompt has been read
 
     @property
     def tokens(self) -> int:
         return self.visual + self.text
+
+    @property
+    def held(self) -> int:
+        """The KV length after prefill."""
+        return self.tokens - self.evicted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +129,15 @@ class Plan:
         cuts: dict[int, tuple[str, ...]] = {}
         for block, site in self.vision_sites:
             cuts[block] = (*cuts.get(block, ()), site)
-        vision = _runs("vision", [(cuts.get(i, ()), count, 0) for i, count in enumerate(self.vision_tokens)])
-        return vision + _runs("language", [(layer.sites, layer.visual, layer.text) for layer in self.layers])
+        vision = _runs("vision", [(cuts.get(i, ()), count, 0, 0) for i, count in enumerate(self.vision_tokens)])
+        layers = [(layer.sites, layer.visual, layer.text, layer.evicted) for layer in self.layers]
+        return vision + _runs("language", layers)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, derived numbers included, as JSON values."""
         values = dataclasses.asdict(self)
-        values["layers"] = [{**dataclasses.asdict(layer), "tokens": layer.tokens} for layer in self.layers]
-        values["stages"] = [{**dataclasses.asdict(stage), "tokens": stage.tokens} for stage in self.stages]
+        for name, parts in (("layers", self.layers), ("stages", self.stages)):
+            values[name] = [{**dataclasses.asdict(part), "tokens": part.tokens, "held": part.held} for part in parts]
         values["average_visual_tokens"] = self.average_visual_tokens
         values["ratio"] = self.ratio
         values["settings"] = dict(self.settings)
@@ -185,15 +198,15 @@ def scale_of(value: float, base: int) -> tuple[float, str]:
     return (1e9, "GFLOPs") if value >= 1e9 else (1e6, "MFLOPs")
 
 
-def _runs(part: str, entries: Sequence[tuple[tuple[str, ...], int, int]]) -> tuple[PlanStage, ...]:
-    """Consecutive (sites, visual, text) entries as stages: a new one opens where there is a site or another count."""
+def _runs(part: str, entries: Sequence[tuple[tuple[str, ...], int, int, int]]) -> tuple[PlanStage, ...]:
+    """Consecutive (sites, visual, text, evicted) entries as stages: each opens at a site or at another count."""
     stages: list[PlanStage] = []
-    for index, (sites, visual, text) in enumerate(entries):
+    for index, (sites, *counts) in enumerate(entries):
         last = stages[-1] if stages else None
-        if last is not None and not sites and (last.visual, last.text) == (visual, text):
+        if last is not None and not sites and [last.visual, last.text, last.evicted] == counts:
             stages[-1] = dataclasses.replace(last, last=index)
         else:
-            stages.append(PlanStage(part, sites, index, index, visual, text))
+            stages.append(PlanStage(part, sites, index, index, *counts))
     return tuple(stages)
 
 
@@ -202,7 +215,7 @@ def _stage_row(stage: PlanStage) -> tuple[str, ...]:
     sites = ", ".join(stage.sites) or "-"
     if stage.part == "vision":
         return name, sites, str(stage.visual), "", ""
-    return name, sites, str(stage.visual), str(stage.text), str(stage.tokens)
+    return name, sites, str(stage.visual), str(stage.text), str(stage.held)
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:

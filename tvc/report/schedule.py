@@ -26,6 +26,7 @@ class _Track:
     counts: list[int]  # visual tokens per image (per tile inside the vision encoder)
     vision: dict[int, list[int]] = dataclasses.field(default_factory=dict)  # block -> tokens per tile
     language: dict[int, int] = dataclasses.field(default_factory=dict)  # layer -> visual tokens from there on
+    evicted: dict[int, int] = dataclasses.field(default_factory=dict)  # layer -> visual tokens that leave its cache
     sites: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     exact: bool = True
     decided_late: bool = False  # some count is settled at run time
@@ -38,7 +39,8 @@ def make_plan(
     """The plan of a resolved policy for one model and its sample images.
 
     Args:
-        policy: a resolved policy: `name` and `steps`, each with `site`, `scope`, `select`, `rest`, `merge` and `exit`.
+        policy: a resolved policy: `name` and `steps`, each with `site`, `scope`, `select`, `rest`, `merge`, `exit` and
+            `evict`.
         layout: the model.
         text_tokens: text tokens of the prompt.
         new_tokens: how many new tokens the decode cost is averaged over.
@@ -87,6 +89,7 @@ def _priced(policy: Any, layout: Layout, track: _Track, text_tokens: int, new_to
         policy=policy.name,
         sites=track.sites,
         exact=track.exact,
+        evicted=[track.evicted.get(index, 0) for index in range(len(layout.language))],
     )
 
 
@@ -123,9 +126,11 @@ def _follow(steps: Sequence[Any], layout: Layout, *, fires: bool) -> _Track:
         track.sites[0] = (*track.sites.get(0, ()), str(step.site))
     track.language[-1] = sum(track.counts)
     for step in (s for s in ordered if _place(s.site)[0] == "language"):
-        index = _place(step.site)[1]
+        index, entering = _place(step.site)[1], sum(track.counts)
         _apply(step, track, fires=fires)
         track.language[index] = sum(track.counts)
+        for layer in range(_place(step.evict)[1], index) if step.evict else ():
+            track.evicted[layer] = track.evicted.get(layer, 0) + entering - sum(track.counts)
         name = str(step.site)
         track.sites[index] = tuple(dict.fromkeys((*track.sites.get(index, ()), name)))
     return track

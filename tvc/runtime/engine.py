@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tvc.chunks import PAST_KEY, PAST_POSITIONS, PAST_STATE, PAST_VALUE, SPANS, TAP, DecoderShape, Extra
+from tvc.chunks import ENTERED, PAST_KEY, PAST_POSITIONS, PAST_STATE, PAST_VALUE, SPANS, TAP, DecoderShape, Extra
 from tvc.errors import InputError
 from tvc.runtime.cache import StagedCache
 from tvc.runtime.chunk import Chunk, chunk_inputs, left_packed, ragged, take
@@ -44,7 +44,7 @@ class Interface:
 
     inputs: Mapping[str, tuple[str, ...]]  # per component
     outputs: Mapping[str, tuple[str, ...]]
-    sites: Mapping[str, str]  # cut site -> component or `key_positions.s` output that tells what stays
+    sites: Mapping[str, str]  # cut site -> component, or output `key_positions.s` or `entered.s`, that tells what stays
     stage_of_layer: tuple[int, ...]
     shape: DecoderShape
     visual_token_ids: tuple[int, ...]
@@ -317,6 +317,8 @@ class Engine:
             if source.startswith("key_positions."):
                 before = inputs[f"past_{source}"].shape[1]
                 kept[site] = outputs[source][:, before:]
+            elif source.startswith(ENTERED):
+                kept[site] = outputs[source]
         return Answer(outputs["logits"], cache, kept)
 
 

@@ -26,7 +26,8 @@ def followed(
     """([B, S, D] the hidden states, with the values that come closest to `theirs`; whether the choices are settled).
 
     Sizes in `outcomes` go with the values. Choices are not settled where tokens differ that rounding may make something
-    else of, and none of the decisions at hand does it: there are more than can be tried.
+    else of, and none of the decisions at hand does it: there are more than can be tried. Nor are they where such tokens
+    have left the cache again.
 
     Args:
         hidden: behind the step.
@@ -57,6 +58,9 @@ def followed(
             hidden[row, slots] = torch.where(closer[:, None], tried[row, slots], hidden[row, slots])
             apart[row, slots] = torch.where(closer, now[row, slots], apart[row, slots])
             one.sample = dataclasses.replace(one.sample, size=torch.where(closer, size, one.sample.size))
+    told = ~theirs.isnan().all((1, 3))  # [B, S]
+    if any(bool((open_to & ~told[one.sample.row, one.sample.slots]).any()) for one, open_to in unsure):
+        return hidden, False
     left = [(apart[one.sample.row, one.sample.slots] > allowed, open_to) for one, open_to in unsure]
     return hidden, not any(bool(far.any()) for far, _ in left) or any(bool((far & ~to).any()) for far, to in left)
 

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from tvc.trace.parts import feature_owner
 from tvc.verification.branches import changes, watched
 from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
 from tvc.verification.following import cached_values, followed, layer_of
+from tvc.verification.masks import evicted, in_window, narrowed, running
 from tvc.verification.steps import Outcome, Sample, carry_out, frames_in, text_behind, text_that_rates
 
 UNTURNED = "at position 0"  # behind a layer's name: what its probe saw when no position turned it
@@ -58,15 +59,21 @@ class Case:
 
 def expect(model: Any, policy: Any, case: Case, slack: float) -> Expected:
     """Runs the untouched `model` on `case`; `policy` is resolved, `slack` see `carry_out`."""
-    oracle = _Oracle(model, policy, case, slack)
     with torch.no_grad():
-        return oracle.run()
+        expected = _Oracle(model, policy, case, slack).run()
+        if any(step.evict for step in policy.steps):
+            # What leaves earlier caches is known when the last cut has been made: once more, with that masked.
+            lost = evicted(policy.steps, expected.held)
+            expected = _Oracle(model, policy, case, slack, lost).run()
+            expected.held = [held & ~gone for held, gone in zip(expected.held, lost, strict=True)]
+        return expected
 
 
 class _Oracle(Observer):
-    def __init__(self, model: Any, policy: Any, case: Case, slack: float):
+    def __init__(self, model: Any, policy: Any, case: Case, slack: float, lost: Sequence[torch.Tensor] = ()):
         self.model, self.policy, self.case, self.slack = model, policy, case, slack
-        self.depth = len(blocks(model)[0])
+        self.depth, self.layer = len(blocks(model)[0]), 0
+        self.lost = lost  # per decoder layer what `evicted` says
         self.primitives = [p for step in policy.steps for p in step.primitives()]
         self.steps: dict[str, list[tuple[int, Any]]] = {}
         for number, step in enumerate(policy.steps):
@@ -162,6 +169,7 @@ class _Oracle(Observer):
             arguments[name] = self._steps_at(f"vision.{index}", hidden, block, arguments)
             self.seen.pop(f"vision.{index}", None)  # a probe of this block
             return
+        self.layer = index
         if index == 0:
             self._enter_decoder()
             hidden = self._steps_at("projector", hidden, block, arguments)
@@ -187,7 +195,7 @@ class _Oracle(Observer):
         if component == "vision" and self.tiles and (name != "vision.0" or name in self.steps):
             seen.mask = self._tile_mask(seen)
         if component == "language" and seen.window and seen.mask is not None:
-            seen.mask = self._in_window(seen.mask, seen.window)
+            seen.mask = in_window(seen.mask, seen.window, self.case.prompt)
         if name in self.tapped:
             self.seen.setdefault(name, []).append(dataclasses.replace(seen))
         return seen.mask
@@ -212,21 +220,11 @@ class _Oracle(Observer):
 
     def _narrowed(self, own: torch.Tensor | None) -> torch.Tensor:
         """The model's own mask without the keys that were dropped."""
-        if own is None:
-            size = self.alive.shape[1]
-            own = torch.ones(size, size, dtype=torch.bool, device=self.alive.device).tril()[None, None]
-        if own.dtype != torch.bool:
-            own = own >= 0
-        # Tokens that were generated came one by one: no token has seen them before they were there.
-        places = torch.arange(own.shape[3], device=own.device)
-        there = (places < self.case.prompt) | (places <= places[-own.shape[2] :, None])
-        return own & there & self.alive[:, None, None, :]
+        return narrowed(own, self.alive, self._lost(), self.case.prompt)
 
-    def _in_window(self, mask: torch.Tensor, window: int) -> torch.Tensor:
-        """The mask of a layer, whose window holds for tokens that were generated whatever spans there are before it."""
-        places = torch.arange(mask.shape[3], device=mask.device)
-        rows = places[-mask.shape[2] :, None]
-        return mask & ((rows < self.case.prompt) | (places > rows - window))
+    def _lost(self) -> torch.Tensor:
+        """[B, S] bool: what leaves the cache of the block at hand."""
+        return self.lost[self.layer] if self.lost else torch.zeros_like(self.alive)
 
     def _cut_before(self, index: int) -> bool:
         sites = [at for at in self.steps if at.startswith("language.")]
@@ -235,12 +233,8 @@ class _Oracle(Observer):
     def _renumber(self, index: int, arguments: dict[str, Any]) -> None:
         """Puts running numbers in the place of a block's positions, if there is a cut at `index` or before it."""
         if self.policy.positions == "renumber" and self._cut_before(index):
-            arguments["position_embeddings"] = self._renumbered()
-            arguments["position_ids"] = (self.alive.long().cumsum(1) - 1).clamp(min=0)
-
-    def _renumbered(self) -> Any:
-        """Position embeddings, of the kind that the block was given, for the running numbers of what is left."""
-        return self._rotary_at((self.alive.long().cumsum(1) - 1).clamp(min=0))
+            numbers = running(self.alive, self._lost(), self.case.prompt)
+            arguments["position_embeddings"], arguments["position_ids"] = self._rotary_at(numbers), numbers
 
     def _rotary_at(self, positions: torch.Tensor) -> Any:
         """Position embeddings, of the kind that the block was given, for `positions`."""
