@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tvc.errors import ArgumentError
+from tvc.trace.crossing import image_function
 from tvc.trace.parts import PIXEL_NAMES, VIDEO, decoder_weight, feature_owner, keywords
 from tvc.trace.sample import default_size, pixel_inputs, visual_token_ids, with_text
 from tvc.verification.encoder import feature_parts
@@ -36,7 +37,7 @@ def placed(inputs: Mapping[str, Any], model: Any) -> Inputs:
 def image_lengths(model: Any, inputs: Mapping[str, Any]) -> list[int]:
     """Visual tokens of each image (or tile), or of each video where the inputs hold videos, by the model's own code."""
     owner: Any = feature_owner(model)
-    function = owner.get_image_features if inputs.get(VIDEO) is None else owner.get_video_features
+    function = image_function(owner) if inputs.get(VIDEO) is None else owner.get_video_features
     return [len(part) for part in feature_parts(function(**keywords(function, inputs)))]
 
 
