@@ -9,8 +9,8 @@ visual_segment         [B, V] int64 image of the sample that each visual token b
 visual_counts          [B, N] int64 visual tokens of each image, 0 pads; N = 0 where no image came with the chunk
 query_spans            [B, S, 2] int64 first and last place of the span that a slot attends to in both directions, only
                        for models that have such spans (see kernels/attention_mask.py)
-cross_states           [B, V', D] visual tokens that are in no slot, for models whose text reads them by cross-attention;
-                       one column of zeros where the chunk brings none
+cross_states           [B, V', D] visual tokens that are in no slot, for models whose text reads them by
+                       cross-attention; one column of zeros where the chunk brings none
 cross_mask             [B, S, P_c + V'] bool which of them, cached ones first, each slot reads
 cross_rows             [B, S] 1 where a slot reads any of them, else 0
 extra.*                [B, S, ...] what else the model hands to its decoder for every slot (see `Extra`)

@@ -44,9 +44,7 @@ def rows_at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return values.gather(1, index.clamp(min=0).unsqueeze(2).expand(-1, -1, values.shape[2]))
 
 
-def put_back(
-    values: torch.Tensor, index: torch.Tensor, features: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def put_back(values: torch.Tensor, index: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """values [B, S, D] with `features` [B, W, D] at index [B, W], pads left out; and [B, S] bool where they went."""
     index = torch.where(index < 0, values.shape[1], index)  # pads write to a row that is cut off
     room = torch.cat([values, values[:, :1]], 1)

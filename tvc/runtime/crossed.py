@@ -2,7 +2,7 @@
 
 They have no place in the sequence. Each has a number among all that its sample was given, by which the model's own mask
 says which slot of the text reads it; a cache keeps the numbers of what it holds. Padding (tiles that an image lacks,
-images that a sample lacks) is read by the slots that read no image, as the untouched model has it: no cut takes it away.
+images that a sample lacks) is read by slots that read no image, as the untouched model has it: no cut takes it away.
 """
 
 from __future__ import annotations

@@ -84,7 +84,10 @@ def across(arguments: Mapping[str, Any], batch: int) -> tuple[str, torch.Tensor]
     found = {
         name: value.reshape(batch, -1, value.shape[-1])
         for name, value in arguments.items()
-        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() == 3 and name != "inputs_embeds"
+        if name != "inputs_embeds"
+        and isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and value.dim() == 3
     }
     if len(found) != 1:
         raise ModelError(
@@ -148,7 +151,10 @@ def seen_by(given: Mapping[str, Any], crossing: Crossing) -> torch.Tensor | None
 
 
 def images_of(inputs: Mapping[str, torch.Tensor]) -> int:
-    """Images of a sample at most, where a tower takes samples of several: pixels [B, images, tiles, C, H, W]; else 0."""
+    """Images of a sample at most, where a tower takes samples of several, else 0.
+
+    Their pixels are [B, images, tiles, C, H, W].
+    """
     pixels = [inputs[name] for name in PIXEL_NAMES if name in inputs]
     return pixels[0].shape[1] if pixels and pixels[0].dim() > 5 else 0
 
@@ -160,9 +166,7 @@ def each_image_apart(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     return {name: tensor.flatten(0, 1).unsqueeze(1) for name, tensor in inputs.items()}
 
 
-def images_together(
-    outputs: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def images_together(outputs: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What a graph made of `each_image_apart(inputs)`, by samples again."""
     images = images_of(inputs)
     if not images:

@@ -140,10 +140,9 @@ def _survey(
     ids = sample["input_ids"]
     valid = sample["attention_mask"].bool() if "attention_mask" in sample else torch.ones_like(ids, dtype=torch.bool)
     visual = sum((ids == token for token in tokens), torch.zeros_like(ids, dtype=torch.bool)) & valid
-    crossing = None
-    if host.reads_across:
-        crossing, visual = read_crossing(call.extra, *ids.shape), torch.zeros_like(visual)
-        lengths = _read_tokens(call, crossing)
+    crossing = read_crossing(call.extra, *ids.shape) if host.reads_across else None
+    if crossing is not None:
+        visual, lengths = torch.zeros_like(visual), _read_tokens(call, crossing)
     extras = read_extras(beside(call.extra, crossing), visual)
     caches, told, crossing = _decoder_shapes(meta, call, extras, visual, crossing)
     fields["language"] = _told_windows(_marked(fields["language"], crossing), told)
@@ -155,17 +154,14 @@ def _survey(
     images = host.boundary.images or len(lengths)
     first = entering[0] if entering else torch.Size((images, shape[:-1].numel() // images, 1))
     untraced = borrowed.reason if borrowed is not None else ""
-    resampled = _resampled(meta, host.boundary) if borrowed is None else ""
-    reason = untraced or resampled
-    if not reason and entry_inputs(host, sample).by_image:
+    resampled = reason = _resampled(meta, host.boundary, crossing) if borrowed is None else ""
+    if not (reason or untraced) and entry_inputs(host, sample).by_image:
         reason = "the encoder takes images of several sizes one by one"
-    if crossing is not None and not reason:
-        reason = resampled = "what the encoder says of its tokens is not followed to what the text reads across"
-    layout = _layout(meta, fields, first, shape, identity, lengths, size, reason)
+    layout = _layout(meta, fields, first, shape, identity, lengths, size, untraced or reason)
     layout = _with_shared_caches(layout, caches, getattr(meta.get_decoder().config, "layer_types", None))
     layout = dataclasses.replace(layout, untraced=untraced, resampled=resampled)
-    nesting = structure(beside(call.extra, crossing))
-    return Survey(layout, host, sample, caches, axes, tokens, spans, extras, nesting, crossing)
+    found = (caches, axes, tokens, spans, extras, structure(beside(call.extra, crossing)), crossing)
+    return Survey(layout, host, sample, *found)
 
 
 # What positions and windows say. Other kinds (chunks, sparse selections) hide keys by rules of their own.
@@ -388,7 +384,7 @@ def _layout(
     crossed = [k for k, layer in enumerate(fields["language"]) if layer.crosses]
     beyond = (
         f"no visual token is in the decoder's sequence: blocks {', '.join(map(str, crossed))} read them by "
-        "cross-attention, all of them what is left at the projector"
+        "cross-attention, whose keys and values are made once, of what is left at the projector"
         if crossed
         else ""
     )
@@ -408,9 +404,11 @@ def _layout(
     )
 
 
-def _resampled(meta: torch.nn.Module, boundary: Boundary) -> str:
+def _resampled(meta: torch.nn.Module, boundary: Boundary, crossing: Crossing | None) -> str:
     """Why no visual token stands for a token of the encoder, or for some; empty where each does."""
     found = resampler(meta, boundary.entry, boundary.vision[1:])
+    if not found and crossing is not None:
+        return "tokens of the encoder are not followed to what the text reads by cross-attention"
     return (
         f"{found} makes each visual token of all tokens of the encoder, so that it stands for none of them"
         if found
