@@ -159,7 +159,6 @@ def test_a_question_that_the_graph_has_no_place_for_is_refused() -> None:
 @pytest.mark.parametrize(
     ("family", "slug", "reason"),
     [
-        ("mllama", "cross-attention", "2 modules MllamaTextCrossAttention"),
         ("florence2", "no-decoder", "an encoder and a decoder of text"),
         ("llama4", "unknown-attention", "chunked_attention"),
     ],

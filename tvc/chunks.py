@@ -9,10 +9,15 @@ visual_segment         [B, V] int64 image of the sample that each visual token b
 visual_counts          [B, N] int64 visual tokens of each image, 0 pads; N = 0 where no image came with the chunk
 query_spans            [B, S, 2] int64 first and last place of the span that a slot attends to in both directions, only
                        for models that have such spans (see kernels/attention_mask.py)
+cross_states           [B, V', D] visual tokens that are in no slot, for models whose text reads them by
+                       cross-attention; one column of zeros where the chunk brings none
+cross_mask             [B, S, P_c + V'] bool which of them, cached ones first, each slot reads
+cross_rows             [B, S] 1 where a slot reads any of them, else 0
 extra.*                [B, S, ...] what else the model hands to its decoder for every slot (see `Extra`)
 tap.*                  [B, V] or [B, V, d] what the vision path says of each visual token
 past_key_positions.s   [B, P_s] int64 places of the tokens cached by stage s, -1 pads
 past_key.i past_value.i  [B, G, P_s, d] the cache of layer i, as long as its stage's
+                       (P_c tokens in layers with cross-attention, which cache visual tokens alone)
 past_state.i           [B, C, L] the cache of a layer without attention: the last L inputs of its convolution
 
 Every past_ input is an output without `past_`. Beside these and the logits there may be:
@@ -43,6 +48,7 @@ TAP = "tap."
 SPANS = "query_spans"
 EXTRA = "extra."
 ENTERED = "entered."
+CROSS_STATES, CROSS_MASK, CROSS_ROWS = "cross_states", "cross_mask", "cross_rows"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +69,23 @@ class Extra:
 
 
 @dataclasses.dataclass(frozen=True)
+class Crossing:
+    """How a decoder reads visual tokens that are not in its sequence: by cross-attention in some of its layers.
+
+    Attributes:
+        layers: Those layers. Their keys and values are the visual tokens' and nothing else's.
+        states: The decoder's argument with the visual tokens, [B, V', D].
+        mask: The argument with what is added to the logits, [B, 1, S, V'].
+        rows: The argument with 1 for slots that read any visual token and 0 for others, [B, 1, S, 1]; "" for none.
+    """
+
+    layers: tuple[int, ...]
+    states: str
+    mask: str
+    rows: str
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderShape:
     """The fixed sizes of a decoder's inputs."""
 
@@ -74,11 +97,18 @@ class DecoderShape:
     device: torch.device
     spans: bool = False  # some tokens attend to later ones
     extras: tuple[Extra, ...] = ()
+    crossing: Crossing | None = None
 
     @property
     def chunk_inputs(self) -> tuple[str, ...]:
         """The inputs that describe the chunk, caches and taps apart."""
-        return (*CHUNK_INPUTS, *([SPANS] if self.spans else []), *(extra.name for extra in self.extras))
+        spans = (SPANS,) if self.spans else ()
+        crossing = (CROSS_STATES, CROSS_MASK, CROSS_ROWS) if self.crossing is not None else ()
+        return (*CHUNK_INPUTS, *spans, *crossing, *(extra.name for extra in self.extras))
+
+    def crosses(self, layer: int) -> bool:
+        """Whether the layer's keys and values are those of visual tokens that are not in the sequence."""
+        return self.crossing is not None and layer in self.crossing.layers
 
     def holds_state(self, layer: int) -> bool:
         """Whether the layer keeps a state of fixed length in the place of keys and values."""
@@ -104,6 +134,8 @@ def varying_axes(name: str, shape: DecoderShape) -> tuple[int, ...]:
         return (0,)
     if name.startswith((PAST_KEY, PAST_VALUE)):
         return (0, 2)
+    if name == CROSS_MASK:
+        return (0, 1, 2)
     return (1, 2) if name == "position_ids" and shape.axes else (0, 1)
 
 
@@ -120,6 +152,7 @@ def sample_inputs(
     visual: int = 16,
     text: int = 12,
     past: int = 12,
+    crossed: int = 20,
 ) -> tuple[torch.Tensor, ...]:
     """Tensors to trace with, by name: two samples of two images, no varying size below 2."""
     batch, slots, half = 2, visual + text, visual // 2
@@ -133,6 +166,9 @@ def sample_inputs(
         "visual_segment": (torch.arange(visual) >= half).long().repeat(batch, 1),
         "visual_counts": torch.tensor([half, visual - half]).repeat(batch, 1),
         SPANS: positions.unsqueeze(2).repeat(1, 1, 2),
+        CROSS_STATES: torch.zeros(batch, crossed, shape.width, dtype=shape.dtype),
+        CROSS_MASK: torch.ones(batch, slots, crossed + _crossed_past(past), dtype=torch.bool),
+        CROSS_ROWS: torch.ones(batch, slots, dtype=shape.dtype),
         **{extra.name: blank(extra, batch, slots, shape.dtype) for extra in shape.extras},
     }
 
@@ -144,6 +180,13 @@ def sample_inputs(
         if name.startswith(TAP):
             tap = torch.rand(batch, visual, max(tap_widths[name], 1))
             return tap if tap_widths[name] else tap[..., 0].clone()
-        return shape.empty_cache(name, batch, past + 3 * stage_of_layer[int(name.split(".")[1])])
+        layer = int(name.split(".")[1])
+        held = _crossed_past(past) if shape.crosses(layer) else past + 3 * stage_of_layer[layer]
+        return shape.empty_cache(name, batch, held)
 
     return tuple(make(name).to(shape.device) for name in names)
+
+
+def _crossed_past(past: int) -> int:
+    """A number of cached visual tokens that no other size of the sample has."""
+    return past + 100

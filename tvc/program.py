@@ -33,6 +33,7 @@ class Layer:
     kv_heads: int
     head_dim: int
     window: int = 0  # 0: attends to everything; else the number of tokens that one token attends to at most
+    crosses: bool = False  # attends to visual tokens that are not in the decoder's sequence, and to nothing else
 
 
 @dataclasses.dataclass(frozen=True)

@@ -304,14 +304,17 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
                 fix="write at: language.2, and layer: previous",
                 slug="decoder-only",
             )
+        crossed = any(block.crosses for block in layout.language)
         if layer is not None and layer.component == "vision" and layout.apart:
             raise refusal(
                 policy,
                 (*here, "layer"),
                 f"the vision encoder of {layout.model_type} has no value that could be taken for a visual token",
                 got=f"{layer}: {layout.apart}",
-                want="a layer of the decoder",
-                fix="write at: language.2, and layer: previous",
+                want="features alone" if crossed else "a layer of the decoder",
+                fix="score features (norm, random) or choose among them (greedy)"
+                if crossed
+                else "write at: language.2, and layer: previous",
                 slug="untraced-vision" if layout.untraced else "resampled-vision",
             )
         blind = layer is not None and layer.component == "language" and not layout.language[layer.index or 0].heads

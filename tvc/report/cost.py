@@ -60,21 +60,48 @@ def vision_flops(layout: Layout, lengths: Sequence[Sequence[int]], projected: in
     return total
 
 
-def decoder_flops(layout: Layout, queries: Sequence[int], keys: Sequence[int]) -> int:
-    """FLOPs of a decoder call, one row of logits included: in layer i, `queries[i]` tokens attend to `keys[i]`."""
-    pairs = zip(layout.language, queries, keys, strict=True)
-    blocks = sum(2 * layer.linear * q + attention_flops(layer, q, k) for layer, q, k in pairs)
-    return blocks + 2 * layout.head_linear
-
-
-def price(layout: Layout, tokens: Sequence[int], held: Sequence[int], vision: int, new_tokens: int) -> Cost:
-    """The cost of a prompt of which `tokens[i]` run through decoder layer i, which holds `held[i]` of them afterwards,
-    and of `new_tokens` more.
+def block_flops(layout: Layout, layer: Layer, queries: int, keys: int, read: int) -> int:
+    """FLOPs of a decoder block in which `queries` tokens attend to `keys`; where it reads visual tokens by
+    cross-attention, it makes keys and values of `read` of them and of nothing else.
     """
-    one = [1] * len(tokens)
-    steps = [decoder_flops(layout, one, [count + step for count in held]) for step in range(1, new_tokens + 1)]
-    cached = sum(kv_bytes(layer, n, layout.element_size) for layer, n in zip(layout.language, held, strict=True))
-    return Cost(vision, decoder_flops(layout, tokens, tokens), sum(steps) / len(steps), cached)
+    made = 2 * layout.hidden_size * layer.kv_heads * layer.head_dim if layer.crosses else 0
+    return 2 * (layer.linear - made) * queries + 2 * made * read + attention_flops(layer, queries, keys)
+
+
+def decoder_flops(layout: Layout, queries: Sequence[int], keys: Sequence[int], prefill: bool = True) -> int:
+    """FLOPs of a decoder call, one row of logits included: in layer i, `queries[i]` tokens attend to `keys[i]`.
+
+    Args:
+        prefill: the call brings the image, so that layers with cross-attention make keys and values.
+    """
+    triples = zip(layout.language, queries, keys, strict=True)
+    return sum(block_flops(layout, layer, q, k, k * prefill) for layer, q, k in triples) + 2 * layout.head_linear
+
+
+def held(layout: Layout, visual: Sequence[int], text: int) -> list[tuple[int, int]]:
+    """(visual, text) tokens whose keys and values each decoder layer holds, of `visual[i]` that reach layer i.
+
+    Where some layers read visual tokens by cross-attention, these hold them alone, and the others text alone.
+    """
+    if not any(layer.crosses for layer in layout.language):
+        return [(count, text) for count in visual]
+    pairs = zip(layout.language, visual, strict=True)
+    return [(count, 0) if layer.crosses else (0, text) for layer, count in pairs]
+
+
+def price(
+    layout: Layout, tokens: Sequence[int], kept: Sequence[int], vision: int, new_tokens: int, text_tokens: int
+) -> Cost:
+    """The cost of a prompt of which decoder layer i attends to `tokens[i]` tokens and holds `kept[i]` of them
+    afterwards, and of `new_tokens` more.
+    """
+    layers = list(zip(layout.language, kept, strict=True))
+    queries = [text_tokens if layer.crosses else count for layer, count in zip(layout.language, tokens, strict=True)]
+    one = [1] * len(layers)
+    keys = ([count if layer.crosses else count + step for layer, count in layers] for step in range(1, new_tokens + 1))
+    steps = [decoder_flops(layout, one, each, prefill=False) for each in keys]
+    cached = sum(kv_bytes(layer, count, layout.element_size) for layer, count in layers)
+    return Cost(vision, decoder_flops(layout, queries, tokens), sum(steps) / len(steps), cached)
 
 
 def plan_costs(
@@ -112,13 +139,15 @@ def plan_costs(
         lengths.append(current)
     lengths = lengths[:vision_blocks]
     plan_layers = []
+    parts = held(layout, visual_tokens_per_layer, text_tokens)
     gone = [0] * len(layout.language) if evicted is None else evicted
-    for index, (layer, visual, left) in enumerate(zip(layout.language, visual_tokens_per_layer, gone, strict=True)):
-        count = visual + text_tokens
-        flops = 2 * layer.linear * count + attention_flops(layer, count, count)
+    for index, (layer, (visual, text), left) in enumerate(zip(layout.language, parts, gone, strict=True)):
+        count = visual + text
+        flops = block_flops(layout, layer, text_tokens if layer.crosses else count, count, count)
         cached = kv_bytes(layer, count - left, layout.element_size)
-        plan_layers.append(PlanLayer(index, (sites or {}).get(index, ()), visual, text_tokens, flops, cached, left))
-    untouched = [sum(layout.visual_tokens) + text_tokens] * len(plan_layers)
+        plan_layers.append(PlanLayer(index, (sites or {}).get(index, ()), visual, text, flops, cached, left))
+    every = [sum(layout.visual_tokens)] * len(plan_layers)
+    untouched = [visual + text for visual, text in held(layout, every, text_tokens)]
     dense_vision = vision_flops(layout, [dense_tiles] * depth, _projected(layout, dense_tiles))
     vision = vision_flops(layout, lengths, _projected(layout, current))
     return Plan(
@@ -131,9 +160,14 @@ def plan_costs(
         layers=tuple(plan_layers),
         vision_tokens=tuple(sum(tiles) for tiles in lengths),
         vision_sites=tuple((block, f"vision.{block}") for block in sorted(vision_reductions or {})),
-        dense=price(layout, untouched, untouched, dense_vision, new_tokens),
+        dense=price(layout, untouched, untouched, dense_vision, new_tokens, text_tokens),
         compiled=price(
-            layout, [layer.tokens for layer in plan_layers], [layer.held for layer in plan_layers], vision, new_tokens
+            layout,
+            [layer.tokens for layer in plan_layers],
+            [layer.held for layer in plan_layers],
+            vision,
+            new_tokens,
+            text_tokens,
         ),
         exact=exact,
     )

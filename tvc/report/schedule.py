@@ -11,7 +11,7 @@ from tvc.errors import ArgumentError
 from tvc.kernels.budget import Budget
 from tvc.policy import Policy, resolve
 from tvc.program import Layout
-from tvc.report.cost import plan_costs, tile_lengths
+from tvc.report.cost import held, plan_costs, tile_lengths
 from tvc.report.plan import Plan
 
 _ORDER = {"vision": 0, "projector": 1, "language": 2}
@@ -98,7 +98,7 @@ def _per_layer(track: _Track, layout: Layout) -> list[int]:
     for index in range(len(layout.language)):
         visual = track.language.get(index, visual)
         counts.append(visual)
-    return counts
+    return [visual for visual, _ in held(layout, counts, 0)]
 
 
 def _place(site: object) -> tuple[str, int]:

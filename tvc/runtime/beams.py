@@ -15,11 +15,12 @@ import torch
 
 from tvc.errors import InputError
 from tvc.runtime.engine import Answer
+from tvc.trace.crossing import image_function
 
 
 def image_inputs(owner: Any) -> set[str]:
     """Names of the inputs that describe images and videos: what the family's own code takes to encode them."""
-    functions = [getattr(owner, f"get_{kind}_features", None) for kind in ("image", "video")]
+    functions = [image_function(owner), getattr(owner, "get_video_features", None)]
     return {name for function in functions if function is not None for name in inspect.signature(function).parameters}
 
 

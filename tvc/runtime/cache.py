@@ -26,11 +26,21 @@ class StagedCache(Cache):
         held: Mapping[str, torch.Tensor],
         key_positions: Sequence[torch.Tensor],
         seen: int,
+        crossed: torch.Tensor | None = None,
+        offered: int = 0,
     ):
         """`held` has the cache of every layer by the names of `DecoderShape.cached`."""
-        super().__init__(layers=[_layer([held[name] for name in shape.cached(i)]) for i in range(len(shape.caches))])
+        layers = []
+        for index in range(len(shape.caches)):
+            tensors = [held[name] for name in shape.cached(index)]
+            if crossed is not None and shape.crosses(index):  # without the column that stands for none
+                tensors = [tensor[:, :, : crossed.shape[1]] for tensor in tensors]
+            layers.append(_layer(tensors))
+        super().__init__(layers=layers)
         self.key_positions = list(key_positions)  # [B, P_s] int64 sequence place of every cached token, -1 pads
         self.seen = seen
+        self.crossed = crossed  # [B, C] int64 number of every visual token that layers with cross-attention cache
+        self.offered = offered  # visual tokens that each sample was given for them so far, reduced ones counted in
 
     def tensor(self, name: str) -> torch.Tensor:
         """What the cache input `past_key.i`, `past_value.i` or `past_state.i` takes."""
@@ -62,6 +72,7 @@ class StagedCache(Cache):
             _layer([picked(tensor) for tensor in _tensors(layer).values()]) for layer in self.layers
         ]
         self.key_positions = [picked(positions) for positions in self.key_positions]
+        self.crossed = picked(self.crossed) if self.crossed is not None else None
 
     def crop(self, tokens_to_remove: int) -> None:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -22,6 +23,7 @@ class Chunk:
     order: torch.Tensor | None = None  # [B, S] sequence place of each slot; set by `left_packed`
     extras: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # further inputs [B, S, ...] by name
     full: bool = False  # no slot is padding; set by `left_packed`
+    crossed: Any = None  # `Crossed`: visual tokens that are in no slot
 
 
 def ragged(mask: torch.Tensor) -> torch.Tensor:
@@ -37,6 +39,20 @@ def take(values: torch.Tensor, index: torch.Tensor, pad: int = -1) -> torch.Tens
     return torch.where(index < 0, pad, values.gather(1, index.clamp(min=0)))
 
 
+def rows_at(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """values [B, S, D] at index [B, W] -> [B, W, D]; pads of the index give the first row."""
+    return values.gather(1, index.clamp(min=0).unsqueeze(2).expand(-1, -1, values.shape[2]))
+
+
+def put_back(values: torch.Tensor, index: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """values [B, S, D] with `features` [B, W, D] at index [B, W], pads left out; and [B, S] bool where they went."""
+    index = torch.where(index < 0, values.shape[1], index)  # pads write to a row that is cut off
+    room = torch.cat([values, values[:, :1]], 1)
+    room = room.scatter(1, index.unsqueeze(2).expand(-1, -1, room.shape[2]), features.to(room.dtype))
+    there = torch.zeros(index.shape[0], room.shape[1], dtype=torch.bool, device=index.device)
+    return room[:, :-1], there.scatter(1, index, True)[:, :-1]
+
+
 def left_packed(chunk: Chunk) -> Chunk:
     """The chunk without columns that are padding everywhere, each row's padding moved to its front."""
     batch, slots = chunk.valid.shape
@@ -47,7 +63,7 @@ def left_packed(chunk: Chunk) -> Chunk:
     index = torch.argsort(chunk.valid.to(torch.int8), dim=1, stable=True)[:, slots - width :]
     valid = chunk.valid.gather(1, index)
     return Chunk(
-        embeds=chunk.embeds.gather(1, index.unsqueeze(2).expand(-1, -1, chunk.embeds.shape[2])),
+        embeds=rows_at(chunk.embeds, index),
         positions=chunk.positions.gather(-1, index.expand(*chunk.positions.shape[:-2], -1, -1)),
         valid=valid,
         visual=chunk.visual.gather(1, index) & valid,
@@ -56,6 +72,7 @@ def left_packed(chunk: Chunk) -> Chunk:
         seen=chunk.seen,
         order=torch.where(valid, places.gather(1, index), -1),
         extras={name: _gathered(value, index) for name, value in chunk.extras.items()},
+        crossed=chunk.crossed,
     )
 
 

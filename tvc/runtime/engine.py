@@ -9,10 +9,23 @@ from typing import Any
 
 import torch
 
-from tvc.chunks import ENTERED, PAST_KEY, PAST_POSITIONS, PAST_STATE, PAST_VALUE, SPANS, TAP, DecoderShape, Extra
+from tvc.chunks import (
+    CROSS_MASK,
+    ENTERED,
+    PAST_KEY,
+    PAST_POSITIONS,
+    PAST_STATE,
+    PAST_VALUE,
+    SPANS,
+    TAP,
+    Crossing,
+    DecoderShape,
+    Extra,
+)
 from tvc.errors import InputError
 from tvc.runtime.cache import StagedCache
-from tvc.runtime.chunk import Chunk, chunk_inputs, left_packed, ragged, take
+from tvc.runtime.chunk import Chunk, chunk_inputs, left_packed, put_back, ragged, rows_at, take
+from tvc.runtime.crossed import brought, decoder_inputs, reduced
 from tvc.runtime.inputs import (
     check_call,
     check_handed_on,
@@ -25,6 +38,7 @@ from tvc.runtime.inputs import (
 )
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
+from tvc.trace.crossing import each_image_apart, images_of, images_together
 from tvc.trace.decoder import embedding_component
 from tvc.trace.exporters import prepare_vision_inputs
 from tvc.trace.extras import laid_out
@@ -71,13 +85,18 @@ class Interface:
             Extra(str(e["name"]), bool(e["visual"]), tuple(map(int, e["trailing"])), str(e["dtype"]))
             for e in shape["extras"]
         )
+        across = shape.get("crossing")
+        crossing = None
+        if across is not None:
+            names = (str(across[name]) for name in ("states", "mask", "rows"))
+            crossing = Crossing(tuple(map(int, across["layers"])), *names)
         return cls(
             inputs={name: tuple(names) for name, names in data["inputs"].items()},
             outputs={name: tuple(names) for name, names in data["outputs"].items()},
             sites=dict(data["sites"]),
             stage_of_layer=tuple(data["stage_of_layer"]),
             shape=DecoderShape(
-                int(shape["width"]), int(shape["axes"]), caches, dtype, device, bool(shape["spans"]), extras
+                int(shape["width"]), int(shape["axes"]), caches, dtype, device, bool(shape["spans"]), extras, crossing
             ),
             visual_token_ids=tuple(data["visual_token_ids"]),
             taps=dict(data["taps"]),
@@ -104,6 +123,7 @@ class _VisionState:
     place: torch.Tensor | None = None  # [n, F]
     raw: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     given: dict[str, Any] = dataclasses.field(default_factory=dict)  # the call's inputs
+    images: int = 1  # of a sample at most, where features are those of samples
 
 
 class Engine:
@@ -144,7 +164,7 @@ class Engine:
             check_traced(pending, self.interface.words)
         prepared = prepare_vision_inputs(self.host.entry_module, pending)
         if any(name not in prepared for name in names):
-            handed_on = keywords(self.host.owner.get_image_features, self._state.given)  # type: ignore[arg-type]
+            handed_on = keywords(self.host.get_image_features, self._state.given)
             check_handed_on(handed_on, [*names, *pending])
             prepared = {**handed_on, **prepared}
         missing = [name for name in names if name not in prepared]
@@ -159,6 +179,10 @@ class Engine:
             )
         if self.interface.by_image:
             outputs = _side_by_side([self.run("vision", {PIXELS: image}) for image in each_image(prepared)])
+        elif self.interface.shape.crossing is not None:
+            tensors = {name: prepared[name] for name in names}
+            outputs = images_together(self.run("vision", each_image_apart(tensors)), tensors)
+            self._state.images = images_of(tensors) or 1
         else:
             outputs = self.run("vision", {name: prepared[name] for name in names})
         features = [outputs[name] for name in self.interface.outputs["vision"] if name.startswith("visual_features")]
@@ -190,7 +214,11 @@ class Engine:
         has_pixels = any(inputs.get(name) is not None for name in PIXEL_NAMES)
         visual = torch.zeros_like(ids, dtype=torch.bool)
         segment, images = torch.full_like(ids, -1), 0
-        if has_pixels:
+        crossed, made = None, dict[str, torch.Tensor]()
+        if self.interface.shape.crossing is not None:
+            shape = self.interface.shape
+            crossed, made[CROSS_MASK] = brought(call.extra, shape, past, self._state.images, tuple(ids.shape))
+        elif has_pixels:
             for token in self.interface.visual_token_ids:
                 visual |= ids == token
             visual &= mask
@@ -200,9 +228,8 @@ class Engine:
             given = _places(inputs.get("attention_mask"), mask, seen)
         positions = _positions(given, self.interface.shape.axes, ids)
         embeds = call.inputs_embeds.to(self.interface.shape.dtype)
-        return Chunk(
-            embeds, positions, mask, visual, segment, images, seen, extras=self._extras(call, mask, visual, seen)
-        )
+        made |= self._extras(call, mask, visual, seen)
+        return Chunk(embeds, positions, mask, visual, segment, images, seen, extras=made, crossed=crossed)
 
     def _masks_made(self, ids: torch.Tensor) -> contextlib.AbstractContextManager[None]:
         """The model's own masks are tensors inside the block, where they say more than positions do."""
@@ -262,30 +289,28 @@ class Engine:
                 if source == "vision":
                     kept[site] = numbers
             chunk, taps = _without(chunk, taps, chunk.visual & ~present)
-        if "projector" in self.interface.inputs and chunk.images:
+        if "projector" in self.interface.inputs and chunk.crossed is not None:
+            chunk = dataclasses.replace(chunk, crossed=reduced(chunk.crossed, self._project, kept))
+        elif "projector" in self.interface.inputs and chunk.images:
             slots = ragged(chunk.visual)
-            rows = slots.clamp(min=0).unsqueeze(2).expand(-1, -1, chunk.embeds.shape[2])
             segment = take(chunk.segment, slots)
             images = torch.arange(chunk.images, device=segment.device)
             given = {
-                "visual_features": chunk.embeds.gather(1, rows),
+                "visual_features": rows_at(chunk.embeds, slots),
                 "visual_segment": segment,
                 "visual_counts": (segment.unsqueeze(2) == images).sum(1),
                 **taps,
             }
-            out = self.run("projector", {name: given[name] for name in self.interface.inputs["projector"]})
+            out = self._project(given)
             chosen = out["chosen"]
             kept["projector"] = chosen if numbers is None else take(numbers, chosen)
-            staying = take(slots, chosen)
-            index = torch.where(staying < 0, chunk.embeds.shape[1], staying)  # pads write to a row that is cut off
-            room = torch.cat([chunk.embeds, chunk.embeds[:, :1]], 1)
-            features = out["reduced_features"].to(room.dtype)
-            room = room.scatter(1, index.unsqueeze(2).expand(-1, -1, room.shape[2]), features)
-            present = torch.zeros(index.shape[0], room.shape[1], dtype=torch.bool, device=index.device)
-            present = present.scatter(1, index, True)[:, :-1]
-            chunk = dataclasses.replace(chunk, embeds=room[:, :-1])
+            embeds, present = put_back(chunk.embeds, take(slots, chosen), out["reduced_features"])
+            chunk = dataclasses.replace(chunk, embeds=embeds)
             chunk, taps = _without(chunk, taps, chunk.visual & ~present)
         return chunk, taps
+
+    def _project(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.run("projector", {name: given[name] for name in self.interface.inputs["projector"]})
 
     def _decode(
         self, chunk: Chunk, taps: dict[str, torch.Tensor], past: StagedCache | None, kept: dict[str, torch.Tensor]
@@ -294,6 +319,11 @@ class Engine:
         seen = chunk.seen + chunk.valid.shape[1]
         chunk = left_packed(chunk)
         inputs = chunk_inputs(chunk)
+        columns, offered = None, 0
+        if interface.shape.crossing is not None:
+            offered = inputs[CROSS_MASK].shape[2]
+            across, columns = decoder_inputs(chunk.crossed, inputs[CROSS_MASK], past, interface.shape)
+            inputs |= across
         batch = chunk.valid.shape[0]
         names = interface.inputs["decoder"]
         for name in names:
@@ -312,6 +342,8 @@ class Engine:
             outputs,
             [outputs[f"key_positions.{s}"] for s in range(interface.stages)],
             seen,
+            columns,
+            offered,
         )
         for site, source in interface.sites.items():
             if source.startswith("key_positions."):

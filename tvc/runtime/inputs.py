@@ -10,6 +10,7 @@ import torch
 
 from tvc.errors import ArgumentError, InputError
 from tvc.runtime.cache import StagedCache
+from tvc.trace.crossing import image_function
 from tvc.trace.parts import PIXEL_NAMES
 
 _RESULT = "what processor(images=..., text=..., return_tensors='pt') returns"
@@ -137,13 +138,13 @@ def check_options(owner: Any, given: Mapping[str, Any]) -> None:
     """Refuses options of the vision path other than the configuration's: a graph has no choice about them.
 
     Args:
-        owner: the module whose `get_image_features` the graph stands for.
+        owner: the module whose way from images to visual tokens the graph stands for.
         given: the inputs of the call.
 
     Raises:
         InputError: there is one.
     """
-    parameters = inspect.signature(owner.get_image_features).parameters
+    parameters = inspect.signature(image_function(owner)).parameters
     options = {
         name: value
         for name, value in given.items()

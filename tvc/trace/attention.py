@@ -24,9 +24,13 @@ NAME = "tvc_flash"
 
 @dataclasses.dataclass
 class _Ambient:
-    """The decoder's masks while it is traced: `mask(window)` gives the one for a layer; None outside a decoder."""
+    """The decoder's masks while it is traced: `mask(window)` gives the one for a layer; None outside a decoder.
+
+    `crossing` is that of layers with cross-attention, which the model's own code hands to them.
+    """
 
     mask: Callable[[int], torch.Tensor] | None = None
+    crossing: torch.Tensor | None = None
 
 
 _AMBIENT = _Ambient()
@@ -57,7 +61,8 @@ def _attention(
         boundaries = kwargs["cu_seq_lens_q"]
         output = torch.ops.tvc.packed_attention(query, key, value, boundaries, scale)
     else:
-        if _AMBIENT.mask is not None:
+        crosses = attention_mask is not None and attention_mask is _AMBIENT.crossing
+        if _AMBIENT.mask is not None and not crosses:
             attention_mask = _AMBIENT.mask(int(kwargs.get("sliding_window") or 0))
         elif attention_mask is None and (kwargs.get("is_causal") or getattr(module, "is_causal", False)):
             size = query.shape[2]
@@ -91,10 +96,12 @@ def attention_as(model: torch.nn.Module, name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def decoder_masks(mask: Callable[[int], torch.Tensor]) -> Iterator[None]:
-    """Attention calls inside the block take `mask(window)` whatever mask the model made."""
-    _AMBIENT.mask = mask
+def decoder_masks(mask: Callable[[int], torch.Tensor], crossing: torch.Tensor | None = None) -> Iterator[None]:
+    """Attention calls inside the block take `mask(window)` whatever mask the model made, all but those that it hands
+    the mask `crossing`.
+    """
+    _AMBIENT.mask, _AMBIENT.crossing = mask, crossing
     try:
         yield
     finally:
-        _AMBIENT.mask = None
+        _AMBIENT.mask, _AMBIENT.crossing = None, None

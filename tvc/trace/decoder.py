@@ -15,11 +15,21 @@ from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
 
 import tvc.kernels.attention_mask  # noqa: F401  registers torch.ops.tvc.attention_mask
-from tvc.chunks import PAST_POSITIONS, SPANS, DecoderShape, sample_inputs, varying_axes
+from tvc.chunks import (
+    CROSS_MASK,
+    CROSS_ROWS,
+    CROSS_STATES,
+    PAST_POSITIONS,
+    SPANS,
+    DecoderShape,
+    sample_inputs,
+    varying_axes,
+)
 from tvc.errors import TraceError
 from tvc.graphs import drop_checks
 from tvc.program import Component
 from tvc.trace.attention import decoder_masks
+from tvc.trace.crossing import crossing_arguments
 from tvc.trace.extras import arguments, on_all_slots
 from tvc.trace.host import Boundary
 from tvc.trace.vision import AUTO, export, tracing
@@ -65,13 +75,17 @@ class DecoderPath(torch.nn.Module):
         decoder = self.model.get_submodule(self._boundary.decoder)
         by_kind = _by_kind(decoder, mask(0), valid)
         own = {"position_ids": position_ids, **arguments(extras, given, self._nesting)}
+        crossed, crossing = None, self._shape.crossing
+        if crossing is not None:
+            crossed = given[CROSS_MASK].unsqueeze(1)
+            own |= crossing_arguments(crossing, given[CROSS_STATES], crossed, given[CROSS_ROWS])
 
         def own_arguments(_module: torch.nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             return args, {**kwargs, "attention_mask": by_kind, **own}
 
         handle = decoder.register_forward_pre_hook(own_arguments, with_kwargs=True)
         try:
-            with decoder_masks(asked_for), on_all_slots(extras):
+            with decoder_masks(asked_for, crossed), on_all_slots(extras):
                 out = self.model.get_submodule(self._boundary.language)(
                     inputs_embeds=given["inputs_embeds"],
                     position_ids=position_ids,

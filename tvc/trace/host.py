@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from tvc.errors import ModelError, TraceError
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
+from tvc.trace.crossing import image_function
 from tvc.trace.exporters import prepare_vision_inputs
 from tvc.trace.parts import PIXEL_NAMES, feature_owner, insists_on_pixels, keywords, language_paths, path_of
 
@@ -160,16 +161,16 @@ def _observed(model: torch.nn.Module, device: str) -> Iterator[list[_Call]]:
 
 
 def find_boundary(model: torch.nn.Module, sample: Mapping[str, Any]) -> Boundary:
-    """Runs `get_image_features` once on the meta model and reads off what it called, in what order."""
+    """Makes visual tokens once on the meta model and reads off what that called, in what order."""
     owner = feature_owner(model)
-    function: Any = owner.get_image_features
+    function = image_function(owner)
     with torch.no_grad(), attention_as(model, TRACED_ATTENTION), _observed(model, "meta") as calls:
         function(**keywords(function, sample))
     paths = [call.path for call in calls]
     if not paths:
         raise TraceError(
             "the vision path calls no module",
-            where=f"{type(owner).__name__}.get_image_features",
+            where=f"{type(owner).__name__}, the way of images",
             got="no module call",
             want="a vision tower",
             fix="report the model class",
@@ -226,6 +227,7 @@ class Host:
     def __init__(self, model: torch.nn.Module, boundary: Boundary):
         self.model, self.boundary = model, boundary
         self.owner = feature_owner(model)
+        self.reads_across = not hasattr(self.owner, "get_image_features")
         self.hf_forward = model.forward  # bound here: a runtime may put another forward in its place
         self.entry_module = model.get_submodule(boundary.entry) if boundary.traced else model
         self.feature_lengths: dict[str, list[int]] = {}  # visual tokens of each image and video in the last call
@@ -286,6 +288,9 @@ class Host:
             name = f"get_{kind}_features"
             if hasattr(self.owner, name):
                 setattr(self.owner, name, self._watched(kind, getattr(self.owner, name)))
+        self.get_image_features = (
+            self._watched("image", image_function(self.owner)) if self.reads_across else self.owner.get_image_features
+        )
 
     def _watched(self, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -392,9 +397,8 @@ class Host:
         return list(self.feature_lengths.get("image", ()))
 
     def image_features(self, inputs: Mapping[str, Any]) -> Any:
-        """The family's `get_image_features` around the bound vision path."""
-        owner: Any = self.owner
-        return owner.get_image_features(**keywords(owner.get_image_features, inputs))
+        """What the family's own code makes of images around the bound vision path."""
+        return self.get_image_features(**keywords(self.get_image_features, inputs))
 
     def reach_decoder(self, **inputs: Any) -> DecoderCall:
         """Runs the model's forward up to its decoder; a chunk without pixels goes to the language model where the
@@ -409,7 +413,10 @@ class Host:
             forward(**inputs)
         except _Reached as reached:
             arguments = reached.arguments
-            embeds = arguments.pop("inputs_embeds")
+            embeds = arguments.pop("inputs_embeds", None)
+            ids = arguments.pop("input_ids", None)
+            if embeds is None:  # the decoder looks them up itself
+                embeds = self.model.get_submodule(self.boundary.embeddings)(ids)
             return DecoderCall(embeds, arguments.pop("position_ids", None), arguments)
         raise TraceError(
             "the model's forward returned without calling its decoder",

@@ -17,30 +17,28 @@ _CROSSING = re.compile(r"(.*\.)?(cross_?attn|cross_?attention|encoder_attn)", re
 
 
 def feature_owner(model: torch.nn.Module) -> torch.nn.Module:
-    """The module whose `get_image_features` does the work (the base model where there is one)."""
+    """The module that makes visual tokens of images (the base model where there is one): by its `get_image_features`,
+    or where the decoder reads them by cross-attention, on the way of its forward to the decoder.
+    """
     base = getattr(model, "base_model", model)
     for candidate in (base, model):
         if hasattr(candidate, "get_image_features"):
             return candidate
+    if cross_attentions(model):
+        return base
     raise _no_features(model)
 
 
-def _no_features(model: torch.nn.Module) -> ModelError:
-    """The refusal of a model without `get_image_features`, with what its decoder does instead where that is seen."""
-    name = type(model).__name__
+def cross_attentions(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules of the decoder that are named after cross-attention."""
     decoder: Any = model.get_decoder()  # type: ignore[operator]
     parts = decoder.named_modules() if isinstance(decoder, torch.nn.Module) else ()
-    crossing = [type(part).__name__ for path, part in parts if _CROSSING.fullmatch(path)]
-    if crossing:
-        return ModelError(
-            f"the decoder of {name} reads images by cross-attention",
-            where=name,
-            got=f"{len(crossing)} modules {crossing[0]}, and no visual token in the sequence of the decoder",
-            want="visual tokens that the decoder holds in slots of its sequence, where a site can drop them",
-            fix="no site is legal here: at language.K nothing visual could be dropped, and behind a cut at vision.K or "
-            "projector cross-attention would need a cache of visual tokens beside that of the text",
-            slug="cross-attention",
-        )
+    return [part for path, part in parts if _CROSSING.fullmatch(path)]
+
+
+def _no_features(model: torch.nn.Module) -> ModelError:
+    """The refusal of a model without `get_image_features`."""
+    name = type(model).__name__
     return ModelError(
         f"{name} does not say how its images become tokens of the decoder",
         where=name,

@@ -15,7 +15,8 @@ from transformers.models.auto.image_processing_auto import (
 )
 
 from tvc.errors import ArgumentError, ModelError
-from tvc.trace.families import token_types
+from tvc.trace.crossing import image_function
+from tvc.trace.families import tiles_read, token_types
 from tvc.trace.parts import PIXEL_NAMES, feature_owner
 
 IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
@@ -66,8 +67,7 @@ def _insisted_on(
     model: torch.nn.Module, processor: Any, pictures: list[list[Image.Image]], found: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """What an encoder cannot do without beside pixels (a question that it reads too), from the whole processor."""
-    owner: Any = feature_owner(model)
-    parameters = inspect.signature(owner.get_image_features).parameters
+    parameters = inspect.signature(image_function(feature_owner(model))).parameters
     wanted = {name for name, one in parameters.items() if one.default is one.empty and one.kind is not one.VAR_KEYWORD}
     if processor is None or wanted <= found.keys():
         return {}
@@ -76,8 +76,7 @@ def _insisted_on(
 
 
 def _image_arguments(model: torch.nn.Module) -> set[str]:
-    owner: Any = feature_owner(model)
-    return set(inspect.signature(owner.get_image_features).parameters)
+    return set(inspect.signature(image_function(feature_owner(model))).parameters)
 
 
 def _image_processor(model: torch.nn.Module) -> Any:
@@ -156,6 +155,10 @@ def with_text(
     if "token_type_ids" in inspect.signature(model.forward).parameters:
         prefix = token_types(str(model.config.model_type)) == "prefix"  # type: ignore[union-attr]
         made["token_type_ids"] = torch.zeros_like(ids) if prefix else (ids == token).long()
+    read = tiles_read(str(model.config.model_type))  # type: ignore[union-attr]
+    if read is not None and read[1] in made:
+        behind = (ids == token).long().cumsum(1) > 0
+        made[read[0]] = made[read[1]][:, None].long() * behind[:, :, None, None].long()
     return made
 
 

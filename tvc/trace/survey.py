@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from tvc.chunks import DecoderShape, Extra
+from tvc.chunks import Crossing, DecoderShape, Extra
 from tvc.errors import ModelError
 from tvc.program import Layer, Layout, Site
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as, decoder_masks
+from tvc.trace.crossing import beside, crossing_arguments, read_crossing, seen_by
 from tvc.trace.exporters import any_experts
 from tvc.trace.extras import arguments, laid_out, on_all_slots, read_extras, structure
 from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
@@ -40,13 +41,15 @@ class Survey:
     spans: bool  # some tokens attend to later ones
     extras: tuple[Extra, ...]
     arguments: Mapping[str, Any]  # how the decoder's arguments nest the extras
+    crossing: Crossing | None = None
 
     @property
     def boundary(self) -> Boundary:
         return self.host.boundary
 
     def shape(self, dtype: torch.dtype, device: torch.device) -> DecoderShape:
-        return DecoderShape(self.layout.hidden_size, self.axes, self.caches, dtype, device, self.spans, self.extras)
+        sizes = (self.layout.hidden_size, self.axes, self.caches)
+        return DecoderShape(*sizes, dtype, device, self.spans, self.extras, self.crossing)
 
 
 def survey(
@@ -126,7 +129,7 @@ def _survey(
     for handle in handles:
         handle.remove()
     if inputs is None:
-        sample = with_text(meta, sample, _per_sample(lengths, 2))
+        sample = with_text(meta, sample, [1, 1] if host.reads_across else _per_sample(lengths, 2))
     dtype = decoder_weight(meta).dtype
     embed, features = _zero_embedding(meta, dtype), host.boundary.features
     with (
@@ -137,9 +140,12 @@ def _survey(
     ids = sample["input_ids"]
     valid = sample["attention_mask"].bool() if "attention_mask" in sample else torch.ones_like(ids, dtype=torch.bool)
     visual = sum((ids == token for token in tokens), torch.zeros_like(ids, dtype=torch.bool)) & valid
-    extras = read_extras(call.extra, visual)
-    caches, told = _decoder_shapes(meta, call, extras, visual)
-    fields["language"] = _told_windows(fields["language"], told)
+    crossing = read_crossing(call.extra, *ids.shape) if host.reads_across else None
+    if crossing is not None:
+        visual, lengths = torch.zeros_like(visual), _read_tokens(call, crossing)
+    extras = read_extras(beside(call.extra, crossing), visual)
+    caches, told, crossing = _decoder_shapes(meta, call, extras, visual, crossing)
+    fields["language"] = _told_windows(_marked(fields["language"], crossing), told)
     windows = {layer.window for layer in fields["language"]}
     spans = read_spans(call.extra.get("attention_mask"), valid, 0, windows) is not None
     axes = call.position_ids.shape[0] if call.position_ids is not None and call.position_ids.dim() == 3 else 0
@@ -148,14 +154,14 @@ def _survey(
     images = host.boundary.images or len(lengths)
     first = entering[0] if entering else torch.Size((images, shape[:-1].numel() // images, 1))
     untraced = borrowed.reason if borrowed is not None else ""
-    resampled = _resampled(meta, host.boundary) if borrowed is None else ""
-    reason = untraced or resampled
-    if not reason and entry_inputs(host, sample).by_image:
+    resampled = reason = _resampled(meta, host.boundary, crossing) if borrowed is None else ""
+    if not (reason or untraced) and entry_inputs(host, sample).by_image:
         reason = "the encoder takes images of several sizes one by one"
-    layout = _layout(meta, fields, first, shape, identity, lengths, size, reason)
+    layout = _layout(meta, fields, first, shape, identity, lengths, size, untraced or reason)
     layout = _with_shared_caches(layout, caches, getattr(meta.get_decoder().config, "layer_types", None))
     layout = dataclasses.replace(layout, untraced=untraced, resampled=resampled)
-    return Survey(layout, host, sample, caches, axes, tokens, spans, extras, structure(call.extra))
+    found = (caches, axes, tokens, spans, extras, structure(beside(call.extra, crossing)), crossing)
+    return Survey(layout, host, sample, *found)
 
 
 # What positions and windows say. Other kinds (chunks, sparse selections) hide keys by rules of their own.
@@ -224,9 +230,22 @@ def _materialise(module: torch.nn.Module) -> None:
             setattr(module, name, torch.nn.Parameter(torch.zeros(value.shape, dtype=value.dtype), requires_grad=False))
 
 
+def _read_tokens(call: DecoderCall, crossing: Crossing) -> list[int]:
+    """Visual tokens of each sample that its text reads by cross-attention: padding is read by none."""
+    seen = seen_by(call.extra, crossing)
+    counts: list[int] = [] if seen is None else seen.any(1).sum(1).tolist()
+    return counts
+
+
+def _marked(layers: tuple[Layer, ...], crossing: Crossing | None) -> tuple[Layer, ...]:
+    """The layers, of which those with cross-attention are told apart."""
+    crossed = () if crossing is None else crossing.layers
+    return tuple(dataclasses.replace(layer, crosses=i in crossed) for i, layer in enumerate(layers))
+
+
 def _told_windows(layers: tuple[Layer, ...], told: list[int]) -> tuple[Layer, ...]:
     """The layers with the windows that their attention was called with, which no configuration need say."""
-    attending = [i for i, layer in enumerate(layers) if layer.heads]
+    attending = [i for i, layer in enumerate(layers) if layer.heads and not layer.crosses]
     if len(told) != len(attending):
         return layers
     found = dict(zip(attending, told, strict=True))
@@ -234,9 +253,15 @@ def _told_windows(layers: tuple[Layer, ...], told: list[int]) -> tuple[Layer, ..
 
 
 def _decoder_shapes(
-    meta: torch.nn.Module, call: DecoderCall, extras: tuple[Extra, ...], visual: torch.Tensor
-) -> tuple[tuple[tuple[int, ...], ...], list[int]]:
-    """What each layer of the decoder caches, and the windows that its attention calls tell, in their order."""
+    meta: torch.nn.Module,
+    call: DecoderCall,
+    extras: tuple[Extra, ...],
+    visual: torch.Tensor,
+    crossing: Crossing | None,
+) -> tuple[tuple[tuple[int, ...], ...], list[int], Crossing | None]:
+    """What each layer of the decoder caches, the windows that its attention calls tell, in their order, and which
+    layers cache what the text reads by cross-attention.
+    """
     told: list[int] = []
 
     def mask(window: int) -> torch.Tensor:
@@ -248,12 +273,18 @@ def _decoder_shapes(
     given = {
         name: value.to("meta") for name, value in laid_out(call.extra, extras, visual, call.inputs_embeds.dtype).items()
     }
-    own = arguments(extras, given, structure(call.extra))
+    own = arguments(extras, given, structure(beside(call.extra, crossing)))
+    crossed, length = None, slots + 1  # no layer caches as many tokens of the text
+    if crossing is not None:
+        states = torch.zeros(batch, length, width, dtype=call.inputs_embeds.dtype, device="meta")
+        crossed = torch.ones(batch, 1, slots, length, dtype=torch.bool, device="meta")
+        own |= crossing_arguments(crossing, states, crossed, states.new_ones(batch, slots))
     positions = call.position_ids if call.position_ids is not None else torch.zeros(batch, slots, dtype=torch.long)
     fakes = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
     everything = torch.ones(batch, 1, slots, slots, dtype=torch.bool, device="meta")
     with contextlib.ExitStack() as stack:
-        for held in (torch.no_grad(), attention_as(meta, TRACED_ATTENTION), any_experts(meta), decoder_masks(mask)):
+        masks = decoder_masks(mask, crossed)
+        for held in (torch.no_grad(), attention_as(meta, TRACED_ATTENTION), any_experts(meta), masks):
             stack.enter_context(held)
         stack.enter_context(on_all_slots(extras))
         stack.enter_context(fakes)
@@ -286,7 +317,11 @@ def _decoder_shapes(
                 slug="no-kv-layer",
             )
         shapes.append((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]))
-    return tuple(shapes), told
+    if crossing is not None:
+        held_by = [getattr(layer, "keys", None) for layer in out.past_key_values.layers]
+        crossing_layers = (i for i, keys in enumerate(held_by) if keys is not None and keys.shape[2] == length)
+        crossing = dataclasses.replace(crossing, layers=tuple(crossing_layers))
+    return tuple(shapes), told, crossing
 
 
 def _state(layer: Any) -> torch.Tensor | None:
@@ -346,7 +381,14 @@ def _layout(
         )
         for k in range(len(fields["vision"]))
     ]
-    language = [Site(f"language.{k}", True) for k in range(len(fields["language"]))]
+    crossed = [k for k, layer in enumerate(fields["language"]) if layer.crosses]
+    beyond = (
+        f"no visual token is in the decoder's sequence: blocks {', '.join(map(str, crossed))} read them by "
+        "cross-attention, whose keys and values are made once, of what is left at the projector"
+        if crossed
+        else ""
+    )
+    language = [Site(f"language.{k}", not crossed, beyond) for k in range(len(fields["language"]))]
     return Layout(
         model_type=str(meta.config.model_type),
         prefix_tokens=prefix,
@@ -362,9 +404,11 @@ def _layout(
     )
 
 
-def _resampled(meta: torch.nn.Module, boundary: Boundary) -> str:
+def _resampled(meta: torch.nn.Module, boundary: Boundary, crossing: Crossing | None) -> str:
     """Why no visual token stands for a token of the encoder, or for some; empty where each does."""
     found = resampler(meta, boundary.entry, boundary.vision[1:])
+    if not found and crossing is not None:
+        return "tokens of the encoder are not followed to what the text reads by cross-attention"
     return (
         f"{found} makes each visual token of all tokens of the encoder, so that it stands for none of them"
         if found

@@ -22,6 +22,7 @@ from tvc.graphs import drop_checks
 from tvc.program import Component
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
+from tvc.trace.crossing import each_image_apart, images_of
 from tvc.trace.exporters import prepare_vision_inputs, tracing_patches
 from tvc.trace.host import Host, exit_leaves
 from tvc.trace.layout import blocks, residual_argument
@@ -254,7 +255,8 @@ def _exported(
     # does where cuts follow each other inside the encoder: every one makes the expression of the length longer.
     whole = {name: dict.fromkeys(range(value.dim()), AUTO) for name, value in inputs.all.items()}
     first = tuple(axes if name in inputs.beside else {0: AUTO} for name, axes in whole.items())
-    every = first if len(sites) > 1 else tuple(whole.values())
+    # Tiles, too, are of one size, and as many of them as the model has places for.
+    every = first if len(sites) > 1 or images_of(inputs.all) else tuple(whole.values())
     if inputs.by_image:
         first = every = ({2: AUTO, 3: AUTO},)
     with tracing(model), _marked(model, sites):
@@ -277,7 +279,8 @@ def capture_vision(
     """The vision component of `model`; `sample` must hold at least two images, so that their number stays symbolic."""
     device = next(model.parameters()).device
     inputs = entry_inputs(host, sample)
-    inputs = dataclasses.replace(inputs, tensors={name: value.to(device) for name, value in inputs.tensors.items()})
+    tensors = each_image_apart(inputs.tensors) if host.reads_across else inputs.tensors
+    inputs = dataclasses.replace(inputs, tensors={name: value.to(device) for name, value in tensors.items()})
     exported, dynamic = _exported(model, host, sample, inputs, sites)
     beside = _handed_on(exported, sample)
     if beside and not inputs.by_image:

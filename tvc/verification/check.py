@@ -16,6 +16,7 @@ from tvc.trace.layout import blocks
 from tvc.trace.observe import cached_state, replaced
 from tvc.trace.sample import visual_token_ids
 from tvc.verification import samples
+from tvc.verification.across import expect_across
 from tvc.verification.oracle import Case, Expected, expect
 from tvc.verification.report import TOLERANCES, Comparison, Report, Tolerance
 
@@ -134,7 +135,11 @@ class _Comparing:
             visual_token_ids(self.model),
             functools.partial(run.values, self.compiled, inputs["input_ids"].shape[1] + self.steps - 1),
         )
-        expected = expect(self.model, self.compiled.policy, case, self.tolerance.relative)
+        crossing = self.compiled.engine.interface.shape.crossing
+        if crossing is not None:
+            expected = expect_across(self.model, self.compiled.policy, case, crossing, self.tolerance.relative)
+        else:
+            expected = expect(self.model, self.compiled.policy, case, self.tolerance.relative)
         rows = [*self._selections(name, case, expected), *self._caches(name, run, expected)]
         for step in range(run.logits.shape[1]):
             rows.append(self._logits(name, step, run.logits[:, step], expected.logits[:, step], expected.doubts[-1]))
@@ -250,7 +255,11 @@ class Run:
     unsettled: float = 1.0  # the same, had no choice been followed
 
     def places(self, compiled: Any, layer: int) -> torch.Tensor:
-        places: torch.Tensor = self.cache.key_positions[compiled.engine.interface.stage_of_layer[layer]]
+        interface = compiled.engine.interface
+        crosses = interface.shape.crosses(layer)
+        places: torch.Tensor = (
+            self.cache.crossed if crosses else self.cache.key_positions[interface.stage_of_layer[layer]]
+        )
         return places
 
     def values(self, compiled: Any, length: int, layer: int) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tvc.errors import ArgumentError
+from tvc.trace.crossing import image_function, reads_across
 from tvc.trace.parts import PIXEL_NAMES, VIDEO, decoder_weight, feature_owner, keywords
 from tvc.trace.sample import default_size, pixel_inputs, visual_token_ids, with_text
 from tvc.verification.encoder import feature_parts
@@ -20,7 +21,7 @@ def default_inputs(model: Any, processor: Any) -> Inputs:
     pixels = placed(pixel_inputs(model, processor, default_size(model), images=1), model)
     with torch.no_grad():
         length = sum(image_lengths(model, pixels))
-    return placed(with_text(model, pixels, [length]), model)
+    return placed(with_text(model, pixels, [1 if reads_across(model) else length]), model)
 
 
 def placed(inputs: Mapping[str, Any], model: Any) -> Inputs:
@@ -36,7 +37,7 @@ def placed(inputs: Mapping[str, Any], model: Any) -> Inputs:
 def image_lengths(model: Any, inputs: Mapping[str, Any]) -> list[int]:
     """Visual tokens of each image (or tile), or of each video where the inputs hold videos, by the model's own code."""
     owner: Any = feature_owner(model)
-    function = owner.get_image_features if inputs.get(VIDEO) is None else owner.get_video_features
+    function = image_function(owner) if inputs.get(VIDEO) is None else owner.get_video_features
     return [len(part) for part in feature_parts(function(**keywords(function, inputs)))]
 
 
@@ -59,10 +60,16 @@ def left_padded(inputs: Inputs) -> Inputs:
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
     order = torch.argsort(mask.to(torch.int8), dim=1, stable=True)
-    made = {name: value.gather(1, order) if value.shape == ids.shape else value for name, value in inputs.items()}
+    made = {name: _by_slot(value, order) if value.shape[:2] == ids.shape else value for name, value in inputs.items()}
     made["attention_mask"] = mask.gather(1, order).long()
     made.pop("position_ids", None)
     return made
+
+
+def _by_slot(values: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """values [B, S, ...] with each row's slots in the order [B, S]."""
+    rest = values.shape[2:]
+    return values.gather(1, order.reshape(*order.shape, *[1] * len(rest)).expand(*order.shape, *rest))
 
 
 def singles(model: Any, inputs: Inputs, lengths: Sequence[int]) -> list[Inputs] | None:
@@ -108,7 +115,7 @@ def _images_per_sample(tokens: list[int], lengths: Sequence[int]) -> list[int] |
 def _split(
     name: str, value: torch.Tensor, inputs: Inputs, batch: int, images: list[int] | None, mask: torch.Tensor
 ) -> list[torch.Tensor] | None:
-    if value.shape == mask.shape:
+    if value.shape[:2] == mask.shape:
         return [value[row, mask[row]][None] for row in range(batch)]
     if batch == 1:
         return [value]
@@ -130,9 +137,10 @@ def joined(samples: Sequence[Inputs], pad: int) -> Inputs | None:
     made: Inputs = {}
     for name in samples[0]:
         parts = [sample[name] for sample in samples]
-        if parts[0].shape == samples[0]["input_ids"].shape:
+        if parts[0].shape[:2] == samples[0]["input_ids"].shape:
             fill = pad if name == "input_ids" else 0
-            parts = [torch.nn.functional.pad(part, (width - part.shape[1], 0), value=fill) for part in parts]
+            rest = (0, 0) * (parts[0].dim() - 2)
+            parts = [torch.nn.functional.pad(part, (*rest, width - part.shape[1], 0), value=fill) for part in parts]
         if any(part.shape[1:] != parts[0].shape[1:] for part in parts):
             return None
         made[name] = torch.cat(parts)
@@ -143,6 +151,8 @@ def lengthened(sample: Inputs, tokens: int) -> Inputs:
     """The sample with its last token `tokens` times more at its end."""
     ids = sample["input_ids"]
     return {
-        name: torch.cat([value, value[:, -1:].expand(-1, tokens)], 1) if value.shape == ids.shape else value
+        name: torch.cat([value, value[:, -1:].expand(-1, tokens, *value.shape[2:])], 1)
+        if value.shape[:2] == ids.shape
+        else value
         for name, value in sample.items()
     }
