@@ -13,6 +13,7 @@ from tvc.kernels.op import Primitive, Tap
 from tvc.policy.budgets import check_nothing_emptied, with_averages, with_spreads
 from tvc.policy.document import Path, from_data
 from tvc.policy.order import closest, ranges, rank
+from tvc.policy.positions import Positions, check_positions, positions_data
 from tvc.policy.schema import (
     Policy,
     SiteName,
@@ -46,7 +47,7 @@ class ResolvedPolicy:
         return self.policy.steps
 
     @property
-    def positions(self) -> str:
+    def positions(self) -> Positions:
         return self.policy.positions
 
     def to_yaml(self) -> str:
@@ -63,6 +64,7 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
     Raises:
         SiteError: a layer or a tap that the model lacks, a cut without meaning, a budget that keeps nothing.
     """
+    check_positions(policy.document, policy.positions, layout)
     steps = tuple(
         _step(policy, layout, number, one)
         for number, step in enumerate(policy.steps)
@@ -75,7 +77,8 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
     data: dict[str, Any] = {"version": policy.version, "name": policy.name}
     data |= {key: value for key in ("about", "reference", "covers") if (value := getattr(policy, key))}
     data |= {key: list(value) for key in ("deviations", "unverified") if (value := getattr(policy, key))}
-    data |= {"steps": steps_data(steps), "positions": policy.positions}
+    data |= {"steps": steps_data(steps)} if steps else {}
+    data["positions"] = positions_data(policy.positions)
     document = from_data(data, f"resolved {policy.name}")
     settled_policy = dataclasses.replace(policy, steps=steps, parameters={}, budgets={}, document=document)
     return ResolvedPolicy(settled_policy, policy)

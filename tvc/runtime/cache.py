@@ -26,11 +26,15 @@ class StagedCache(Cache):
         held: Mapping[str, torch.Tensor],
         key_positions: Sequence[torch.Tensor],
         seen: int,
+        saved: torch.Tensor | None = None,
     ):
-        """`held` has the cache of every layer by the names of `DecoderShape.cached`."""
+        """`held` has the cache of every layer by the names of `DecoderShape.cached`.
+
+        `saved` [B] int64 are the positions that visual tokens have saved, where they take fractions of one.
+        """
         super().__init__(layers=[_layer([held[name] for name in shape.cached(i)]) for i in range(len(shape.caches))])
         self.key_positions = list(key_positions)  # [B, P_s] int64 sequence place of every cached token, -1 pads
-        self.seen = seen
+        self.seen, self.saved = seen, saved
 
     def tensor(self, name: str) -> torch.Tensor:
         """What the cache input `past_key.i`, `past_value.i` or `past_state.i` takes."""
@@ -62,6 +66,7 @@ class StagedCache(Cache):
             _layer([picked(tensor) for tensor in _tensors(layer).values()]) for layer in self.layers
         ]
         self.key_positions = [picked(positions) for positions in self.key_positions]
+        self.saved = None if self.saved is None else picked(self.saved)
 
     def crop(self, tokens_to_remove: int) -> None:
         raise InputError(

@@ -13,7 +13,7 @@ class Chunk:
     """A batch of new tokens, one row a sample, slots in the order of the processor's `input_ids`."""
 
     embeds: torch.Tensor  # [B, S, D]
-    positions: torch.Tensor  # rotary positions, [B, S] or [A, B, S]
+    positions: torch.Tensor  # rotary positions, [B, S] or [A, B, S]; float32 where they are fractions
     valid: torch.Tensor  # [B, S] bool: not padding
     visual: torch.Tensor  # [B, S] bool: visual tokens
     segment: torch.Tensor  # [B, S] int64 image of the sample that the slot belongs to, -1 text
@@ -21,6 +21,7 @@ class Chunk:
     seen: int  # sequence places before this chunk
     order: torch.Tensor | None = None  # [B, S] sequence place of each slot; set by `left_packed`
     extras: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # further inputs [B, S, ...] by name
+    saved: torch.Tensor | None = None  # [B] int64 positions that fractions have saved, this chunk's counted in
     full: bool = False  # no slot is padding; set by `left_packed`
 
 
@@ -56,6 +57,7 @@ def left_packed(chunk: Chunk) -> Chunk:
         seen=chunk.seen,
         order=torch.where(valid, places.gather(1, index), -1),
         extras={name: _gathered(value, index) for name, value in chunk.extras.items()},
+        saved=chunk.saved,
     )
 
 

@@ -20,6 +20,7 @@ from tvc.trace.extras import arguments, laid_out, on_all_slots, read_extras, str
 from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
 from tvc.trace.layout import blocks, cost_fields, resampler, residual_argument, used_vision_blocks
 from tvc.trace.parts import decoder_weight, no_decoder
+from tvc.trace.position_use import PositionUse
 from tvc.trace.route import note_images
 from tvc.trace.sample import default_size, doubled, pixel_inputs, visual_token_ids, with_text
 from tvc.trace.spans import read_spans
@@ -45,8 +46,9 @@ class Survey:
     def boundary(self) -> Boundary:
         return self.host.boundary
 
-    def shape(self, dtype: torch.dtype, device: torch.device) -> DecoderShape:
-        return DecoderShape(self.layout.hidden_size, self.axes, self.caches, dtype, device, self.spans, self.extras)
+    def shape(self, dtype: torch.dtype, device: torch.device, stride: int = 0) -> DecoderShape:
+        width = self.layout.hidden_size
+        return DecoderShape(width, self.axes, self.caches, dtype, device, self.spans, self.extras, stride)
 
 
 def survey(
@@ -138,7 +140,7 @@ def _survey(
     valid = sample["attention_mask"].bool() if "attention_mask" in sample else torch.ones_like(ids, dtype=torch.bool)
     visual = sum((ids == token for token in tokens), torch.zeros_like(ids, dtype=torch.bool)) & valid
     extras = read_extras(call.extra, visual)
-    caches, told = _decoder_shapes(meta, call, extras, visual)
+    caches, told, use = _decoder_shapes(meta, call, extras, visual)
     fields["language"] = _told_windows(fields["language"], told)
     windows = {layer.window for layer in fields["language"]}
     spans = read_spans(call.extra.get("attention_mask"), valid, 0, windows) is not None
@@ -154,7 +156,7 @@ def _survey(
         reason = "the encoder takes images of several sizes one by one"
     layout = _layout(meta, fields, first, shape, identity, lengths, size, reason)
     layout = _with_shared_caches(layout, caches, getattr(meta.get_decoder().config, "layer_types", None))
-    layout = dataclasses.replace(layout, untraced=untraced, resampled=resampled)
+    layout = dataclasses.replace(layout, untraced=untraced, resampled=resampled, whole_positions=use.whole(axes))
     return Survey(layout, host, sample, caches, axes, tokens, spans, extras, structure(call.extra))
 
 
@@ -235,8 +237,8 @@ def _told_windows(layers: tuple[Layer, ...], told: list[int]) -> tuple[Layer, ..
 
 def _decoder_shapes(
     meta: torch.nn.Module, call: DecoderCall, extras: tuple[Extra, ...], visual: torch.Tensor
-) -> tuple[tuple[tuple[int, ...], ...], list[int]]:
-    """What each layer of the decoder caches, and the windows that its attention calls tell, in their order."""
+) -> tuple[tuple[tuple[int, ...], ...], list[int], PositionUse]:
+    """What each layer caches, the windows that attention calls tell, in their order, and how positions are used."""
     told: list[int] = []
 
     def mask(window: int) -> torch.Tensor:
@@ -250,6 +252,8 @@ def _decoder_shapes(
     }
     own = arguments(extras, given, structure(call.extra))
     positions = call.position_ids if call.position_ids is not None else torch.zeros(batch, slots, dtype=torch.long)
+    positions = positions.to("meta")
+    use = PositionUse(positions)
     fakes = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
     everything = torch.ones(batch, 1, slots, slots, dtype=torch.bool, device="meta")
     with contextlib.ExitStack() as stack:
@@ -257,10 +261,11 @@ def _decoder_shapes(
             stack.enter_context(held)
         stack.enter_context(on_all_slots(extras))
         stack.enter_context(fakes)
+        stack.enter_context(use)
         out = type(decoder).forward(  # the instance's own leads back to the host
             decoder,
             inputs_embeds=torch.zeros(batch, slots, width, dtype=call.inputs_embeds.dtype, device="meta"),
-            position_ids=positions.to("meta"),
+            position_ids=positions,
             attention_mask=everything,
             past_key_values=DynamicCache(config=decoder.config),
             use_cache=True,
@@ -286,7 +291,7 @@ def _decoder_shapes(
                 slug="no-kv-layer",
             )
         shapes.append((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]))
-    return tuple(shapes), told
+    return tuple(shapes), told, use
 
 
 def _state(layer: Any) -> torch.Tensor | None:
