@@ -2,7 +2,7 @@
 
 Shapes:  chosen [B, K] int64 visual tokens that stay, ascending, -1 pads first; residual [B, S, D] float;
          merged [B, K, D] float, what stands for the chosen tokens, or None: they stay as they are;
-         position_ids [B, S] or [A, B, S] int64; query_positions [B, S] int64, -1 pads; text_index [B, T] and
+         position_ids [B, S] or [A, B, S] int64 or float32; query_positions [B, S] int64, -1 pads; text_index [B, T] and
          visual_index [B, V] int64 slots of the chunk, -1 pads; segment, origin [B, V] int64; counts [B, N] int64
          -> the same eight of the shortened chunk, in the order residual, position_ids, query_positions, text_index,
             visual_index, segment, counts, origin, its S' = T + K slots those of the text and of the chosen tokens;
@@ -45,6 +45,7 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     yield "dropped", (some, residual, None, slots, *chunk)
     yield "merged", (some, residual, torch.randn(2, 2, 6), slots, *chunk)
     yield "three-axes", (some, residual, torch.randn(2, 2, 6), axes, *chunk)
+    yield "fractions", (some, residual, None, slots / 4, *chunk)
     yield "all-pads", (none, residual, None, slots, *chunk)
     yield "all-stay", (torch.tensor([[0, 1, 2, 3], [-1, 1, 2, 3]]), residual, None, slots, *chunk)
     empty = torch.zeros(2, 0, dtype=torch.int64)

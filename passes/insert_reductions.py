@@ -47,6 +47,9 @@ class InsertReductions(Pass):
         if steps["projector"]:
             changes += add_projector(program, steps["projector"][0])
         component = program.components["decoder"]
+        if stride := component.meta["shape"].stride:
+            what = f"visual tokens take {stride}/256 of a position each"
+            changes.append(Change("decoder", "position_ids", what, "positions"))
         component.draft = open_draft(component)
         component.meta = {**component.meta, "cuts": [], "partings": [], "stages": [], "tap_widths": {}}
         return changes + _DecoderInsertion(component, program, self._renumber(component, steps["language"])).insert(

@@ -16,6 +16,7 @@ from tvc.errors import ExportError, ModelError, TraceError, TvcError
 from tvc.export.base import target as find_target
 from tvc.model import CompiledModel
 from tvc.policy import Policy, ResolvedPolicy, load_policy, resolve
+from tvc.policy.positions import stride_of
 from tvc.policy.weights import check_weights
 from tvc.program import Layout, Program
 from tvc.report.budget import settings_at, share_of
@@ -148,7 +149,7 @@ class Prepared:
         progress("load")
         self.source, self.inputs = load_source(model, device=device, dtype=dtype, processor=processor), inputs
         progress("survey")
-        self._traces: dict[tuple[str, ...], Program] = {}
+        self._traces: dict[tuple[tuple[str, ...], int], Program] = {}
         with in_evaluation(self.source.model):
             try:
                 self.survey = _survey(self.source, inputs)
@@ -214,9 +215,10 @@ class Prepared:
             return attempt()
 
     def _components(self, cuts: tuple[str, ...], resolved: ResolvedPolicy | None, progress: Progress) -> Program:
-        if cuts not in self._traces:
-            self._traces[cuts] = compiler.trace(self.source.model, self.survey, resolved, progress)
-        traced = self._traces[cuts]
+        key = (cuts, 0 if resolved is None else stride_of(resolved.positions))
+        if key not in self._traces:
+            self._traces[key] = compiler.trace(self.source.model, self.survey, resolved, progress)
+        traced = self._traces[key]
         parts = {name: dataclasses.replace(part, meta=dict(part.meta)) for name, part in traced.components.items()}
         return dataclasses.replace(traced, components=parts)
 

@@ -1,7 +1,7 @@
 """The decoder's interface: what a chunk consists of, by input name.
 
 inputs_embeds          [B, S, D]   left-packed: pads first, the last slot is always real
-position_ids           [B, S] or [A, B, S] where the model has A rotary axes
+position_ids           [B, S] or [A, B, S] where the model has A rotary axes; int64, float32 where they are fractions
 query_positions        [B, S] int64 place of each slot in the sample's sequence, -1 pads
 text_index             [B, T] int64 slots of the text tokens, -1 pads
 visual_index           [B, V] int64 slots of the visual tokens, -1 pads; V = 0 in a decode step
@@ -98,6 +98,7 @@ class DecoderShape:
     spans: bool = False  # some tokens attend to later ones
     extras: tuple[Extra, ...] = ()
     crossing: Crossing | None = None
+    stride: int = 0  # 256ths of a position that a visual token takes; 0: positions are the model's own
 
     @property
     def chunk_inputs(self) -> tuple[str, ...]:
@@ -157,9 +158,10 @@ def sample_inputs(
     """Tensors to trace with, by name: two samples of two images, no varying size below 2."""
     batch, slots, half = 2, visual + text, visual // 2
     positions = (torch.arange(slots) + past).repeat(batch, 1)
+    rotary = positions.expand(shape.axes, -1, -1).contiguous() if shape.axes else positions
     chunk = {
         "inputs_embeds": torch.zeros(batch, slots, shape.width, dtype=shape.dtype),
-        "position_ids": positions.expand(shape.axes, -1, -1).contiguous() if shape.axes else positions,
+        "position_ids": rotary.float() if shape.stride else rotary,
         "query_positions": positions.clone(),
         "text_index": torch.cat([torch.zeros(1, dtype=torch.long), torch.arange(visual + 1, slots)]).repeat(batch, 1),
         "visual_index": (torch.arange(visual) + 1).repeat(batch, 1),

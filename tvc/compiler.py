@@ -22,6 +22,7 @@ from tvc.passes.rebind_cuts import RebindCuts
 from tvc.passes.retrace import Retrace
 from tvc.passes.text_only import without_cuts
 from tvc.policy import ResolvedPolicy
+from tvc.policy.positions import stride_of
 from tvc.program import Component, Program
 from tvc.report.plan import Operators
 from tvc.runtime.engine import Interface
@@ -37,7 +38,7 @@ CUTS = frozenset({"shorten", "evict"})  # whole, so that a chunk without visual 
 def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, progress: Progress = print) -> Program:
     """Every component of `model`, before any reduction (a cut inside the vision encoder is marked while tracing)."""
     parameter = decoder_weight(model)
-    shape = survey.shape(parameter.dtype, parameter.device)
+    shape = survey.shape(parameter.dtype, parameter.device, 0 if policy is None else stride_of(policy.positions))
     sites = [step.at for step in policy.steps if step.at.startswith("vision.")] if policy is not None else []
     components = {}
     if survey.boundary.traced:

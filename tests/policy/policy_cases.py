@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from tvc.program import Layer, Layout, Site
 
 
@@ -74,6 +76,11 @@ READING: dict[str, tuple[object, object]] = {
     "steps-not-a-list": ("version: 1\nsteps: {at: language.2}\n", ()),
     "name-not-text": (policy(step("language.2"), head="version: 1\nname: 3"), ()),
     "deviations-not-texts": (policy(step("language.2"), head="version: 1\ndeviations: some"), ()),
+    "positions-stride-of-nothing": ("version: 1\npositions: {stride: 0}", ()),
+    "positions-stride-of-a-share": ("version: 1\npositions: {stride: 25%}", ()),
+    "positions-without-stride": ("version: 1\npositions: {}", ()),
+    "positions-unknown-key": ("version: 1\npositions: {step: 64}", ()),
+    "steps-empty-beside-fractions": ("version: 1\nsteps: []\npositions: {stride: 64}", ()),
     "positions-unknown": (policy(step("language.2"), head="version: 1\npositions: kept"), ()),
     "unknown-step-key": (policy(step("language.2"), "at: language.4\n    selekt: {top: 3}"), ()),
     "step-not-a-mapping": (policy("language.2"), ()),
@@ -177,6 +184,10 @@ READING: dict[str, tuple[object, object]] = {
 
 # Found against a model: name -> (policy, layout).
 RESOLVING: dict[str, tuple[str, Layout]] = {
+    "fractions-on-axes": (
+        "version: 1\npositions: {stride: 64}",
+        dataclasses.replace(layout(), whole_positions="its tokens have positions on 3 axes"),
+    ),
     "frames-at-several-sites": (policy(step("language.0..1", "score: change\n    select: {frames: 50%}")), layout()),
     "depth-of-another-model": (
         policy(step("language.2", "score: norm\n    select: {afford: {cost: 30%, depth: 28}}")),

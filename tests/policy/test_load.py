@@ -16,6 +16,7 @@ from tvc.kernels.budget import Budget
 from tvc.kernels.rest_merge import StrideTargets
 from tvc.policy import Policy, json_schema, load_policy, parse_site, presets
 from tvc.policy.document import from_yaml
+from tvc.policy.positions import Stride
 from tvc.policy.schema import dump_yaml, steps_data
 
 KNOWN = (
@@ -60,6 +61,7 @@ KNOWN = (
     "tome",
     "transprune",
     "uniform",
+    "v2pe",
     "vflowopt",
     "visiondrop",
     "visionzip",
@@ -84,7 +86,7 @@ def test_a_preset_states_what_it_is(name: str) -> None:
     assert loaded.about.endswith(".")
     assert set(loaded.reference) == {"paper", "code"}
     assert loaded.parameters
-    assert loaded.positions == "keep"
+    assert loaded.positions == (Stride(64) if name == "v2pe" else "keep")
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -238,6 +240,15 @@ def test_settings_may_add_a_key_and_a_mapping() -> None:
     assert changed.steps[0].rest.key == "merge"
 
 
+def test_fractions_of_positions_need_no_step() -> None:
+    alone = load_policy("version: 1\npositions: {stride: 64}")
+    assert (alone.steps, alone.positions) == ((), Stride(64))
+    assert load_policy("v2pe", set=["stride=32"]).positions == Stride(32)
+    child = load_policy("version: 1\nextends: fastv\npositions: {stride: 128}\n")
+    assert (len(child.steps), child.positions) == (1, Stride(128))
+    assert child.digest() != load_policy("fastv").digest()
+
+
 def test_digest_is_of_the_meaning() -> None:
     fastv = load_policy("fastv")
     assert load_policy("fastv", set=["name=other", "about=words"]).digest() == fastv.digest()
@@ -286,11 +297,12 @@ texts = st.text(max_size=40)
 def documents(draw: st.DrawFn) -> dict[str, Any]:
     places = draw(st.lists(st.sampled_from(SITES), min_size=1, max_size=4, unique=True))
     steps = [{"at": place, **draw(actions)} for place in sorted(places, key=SITES.index)]
-    for step in steps:
-        if step["at"].startswith("language.") and draw(st.booleans()):
-            step["evict"] = draw(st.sampled_from(["earlier", "language.2", "language.-3", "language.7%"]))
+    for made in steps:
+        if made["at"].startswith("language.") and draw(st.booleans()):
+            made["evict"] = draw(st.sampled_from(["earlier", "language.2", "language.-3", "language.7%"]))
     document = {"version": 1, "name": draw(texts), "about": draw(texts), "steps": steps}
-    return {**document, "positions": draw(st.sampled_from(["keep", "renumber"]))}
+    fractions = st.builds(lambda stride: {"stride": stride}, st.integers(1, 256))
+    return {**document, "positions": draw(st.one_of(st.sampled_from(["keep", "renumber"]), fractions))}
 
 
 @given(documents())

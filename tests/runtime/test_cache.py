@@ -24,7 +24,7 @@ def held() -> dict[str, torch.Tensor]:
 
 
 def made() -> StagedCache:
-    return StagedCache(SHAPE, held(), PLACES, seen=9)
+    return StagedCache(SHAPE, held(), PLACES, seen=9, saved=torch.tensor([5, 0, 7]))
 
 
 MOVES: dict[str, tuple[Callable[[Any], None], list[int]]] = {
@@ -47,6 +47,8 @@ def test_a_move_takes_every_tensor_along(move: str) -> None:
         assert torch.equal(cache.tensor(f"past_{name}"), torch.stack([before[row] for row in rows])), name
     for places, before in zip(cache.key_positions, PLACES, strict=True):
         assert places.tolist() == [before[row].tolist() for row in rows]
+    assert cache.saved is not None
+    assert cache.saved.tolist() == [[5, 0, 7][row] for row in rows]
     assert cache.get_seq_length() == 9
 
 

@@ -94,9 +94,8 @@ def check(
         _dump({"ok": True, **facts, "digest": loaded.digest()})
         return
     parameters = ", ".join(f"{k}={v}" for k, v in loaded.parameters.items()) or "no parameters"
-    typer.echo(
-        f"ok {loaded.name}: {len(loaded.steps)} step(s) at {', '.join(s.at for s in loaded.steps)}; {parameters}"
-    )
+    steps = f"{len(loaded.steps)} step(s) at {', '.join(s.at for s in loaded.steps)}" if loaded.steps else "no step"
+    typer.echo(f"ok {loaded.name}: {steps}; {parameters}")
 
 
 def schema() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 from tvc.kernels.op import PRIMITIVES, Kind, Primitive
 from tvc.policy.evictions import EARLIER
-from tvc.policy.schema import NORMALIZE, POSITIONS, SCOPES, SITE_PATTERN, SPAN_PATTERN, VERSION
+from tvc.policy.positions import positions_schema
+from tvc.policy.schema import NORMALIZE, SCOPES, SITE_PATTERN, SPAN_PATTERN, VERSION
 
 _TEMPLATE = {"type": "string", "pattern": r"^\{[A-Za-z_][A-Za-z0-9_]*\}$", "description": "a parameter's value"}
 
@@ -60,7 +61,11 @@ def json_schema() -> dict[str, Any]:
         "type": "object",
         "additionalProperties": False,
         "required": ["version"],
-        "anyOf": [{"required": ["steps"]}, {"required": ["extends"]}],
+        "anyOf": [
+            {"required": ["steps"]},
+            {"required": ["extends"]},
+            {"required": ["positions"], "properties": {"positions": {"type": "object"}}},
+        ],
         "properties": {
             "version": {"const": VERSION},
             "name": {"type": "string"},
@@ -78,7 +83,7 @@ def json_schema() -> dict[str, Any]:
                 "description": "parameters by the share of the visual tokens that they are published for",
             },
             "steps": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/step"}},
-            "positions": {"anyOf": [{"enum": list(POSITIONS)}, {"$ref": "#/$defs/template"}], "default": "keep"},
+            "positions": {"anyOf": [*positions_schema(), {"$ref": "#/$defs/template"}], "default": "keep"},
         },
         "$defs": definitions,
     }

@@ -15,11 +15,11 @@ from tvc.policy.document import Document, Path, nearest
 from tvc.policy.evictions import written
 from tvc.policy.explain import build
 from tvc.policy.order import behind
+from tvc.policy.positions import read_positions
 from tvc.policy.published import published
 from tvc.policy.schema import (
     COMPONENTS,
     NORMALIZE,
-    POSITIONS,
     SCOPES,
     VERSION,
     Exit,
@@ -72,8 +72,8 @@ def parse(document: Document) -> Policy:
             raise document.unknown((key,), key, TOP_KEYS, "the policy")
     _version(document, top)
     expanded = expand(document)
-    raw = expanded.data.get("steps")
-    if not isinstance(raw, list) or not raw:
+    raw = expanded.data.get("steps", [] if isinstance(expanded.data.get("positions"), dict) else None)
+    if not isinstance(raw, list) or (not raw and "steps" in expanded.data):
         raise document.error(
             ("steps",),
             "the policy has no steps" if not raw else "`steps` is not a list",
@@ -87,7 +87,7 @@ def parse(document: Document) -> Policy:
     return Policy(
         name=_text(document, ("name",), top.get("name", "unnamed")),
         steps=steps,
-        positions=_choice(expanded, ("positions",), expanded.data.get("positions", "keep"), POSITIONS),
+        positions=read_positions(expanded),  # fractions need no step beside them
         document=document,
         about=_text(document, ("about",), top.get("about", "")),
         reference=_mapping(document, ("reference",), top.get("reference", {}), "`reference`"),

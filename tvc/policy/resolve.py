@@ -15,6 +15,7 @@ from tvc.policy.document import Path, from_data
 from tvc.policy.evictions import check_evictions, start
 from tvc.policy.evictions import settled as evicted
 from tvc.policy.order import closest, ranges, rank
+from tvc.policy.positions import Positions, check_positions, positions_data
 from tvc.policy.schema import (
     Policy,
     SiteName,
@@ -48,7 +49,7 @@ class ResolvedPolicy:
         return self.policy.steps
 
     @property
-    def positions(self) -> str:
+    def positions(self) -> Positions:
         return self.policy.positions
 
     def to_yaml(self) -> str:
@@ -65,6 +66,7 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
     Raises:
         SiteError: a layer or a tap that the model lacks, a cut without meaning, a budget that keeps nothing.
     """
+    check_positions(policy.document, policy.positions, layout)
     steps = tuple(
         _step(policy, layout, number, one)
         for number, step in enumerate(policy.steps)
@@ -78,7 +80,8 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
     data: dict[str, Any] = {"version": policy.version, "name": policy.name}
     data |= {key: value for key in ("about", "reference", "covers") if (value := getattr(policy, key))}
     data |= {key: list(value) for key in ("deviations", "unverified") if (value := getattr(policy, key))}
-    data |= {"steps": steps_data(steps), "positions": policy.positions}
+    data |= {"steps": steps_data(steps)} if steps else {}
+    data["positions"] = positions_data(policy.positions)
     document = from_data(data, f"resolved {policy.name}")
     settled_policy = dataclasses.replace(policy, steps=steps, parameters={}, budgets={}, document=document)
     return ResolvedPolicy(settled_policy, policy)

@@ -14,12 +14,12 @@ import yaml
 from tvc.kernels.op import Merging, Primitive, Rest, Score, Select, When
 from tvc.kernels.weights import Trained
 from tvc.policy.document import Document
+from tvc.policy.positions import Positions, positions_data
 
 VERSION = 1
 Normalize = Literal["none", "minmax", "softmax", "sum"]
 ScopeName = Literal["image", "sequence"]
-Positions = Literal["keep", "renumber"]
-NORMALIZE, SCOPES, POSITIONS = get_args(Normalize), get_args(ScopeName), get_args(Positions)
+NORMALIZE, SCOPES = get_args(Normalize), get_args(ScopeName)
 COMPONENTS = ("vision", "projector", "language")  # in the order in which a visual token passes them
 _BLOCK = r"(?:-?\d{1,4}|\d{1,2}%)"
 SITE_PATTERN = rf"projector|(vision|language)\.{_BLOCK}"
@@ -163,7 +163,7 @@ class Policy:
     def digest(self) -> str:
         """sha256 of what the policy does: equal for two texts that differ in names, comments or written defaults."""
         meaning: dict[str, Any] = {
-            "positions": self.positions,
+            "positions": positions_data(self.positions),
             "steps": steps_data(self.steps, names=False),
             "version": self.version,
         }

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from tvc.kernels.op import Primitive
 from tvc.policy.evictions import EARLIER
+from tvc.policy.positions import Stride
 from tvc.policy.schema import Policy, Step, WeightedScore
 
 _SCOPES = {"image": "in each image", "sequence": "in all images of a prompt together"}
@@ -19,6 +20,9 @@ def in_words(policy: Policy) -> list[str]:
     lines += [f"Paper: {paper}."] if paper and paper != "none" else []
     lines += [f"Covers {policy.covers}"] if policy.covers else []
     lines += [f"Published for budgets of {', '.join(policy.budgets)}."] if policy.budgets else []
+    if isinstance(policy.positions, Stride):
+        meaning = (inspect.getdoc(Stride) or "").split("\n\n")[0].replace("\n", " ")
+        lines.append(f"Positions (stride: {policy.positions.stride}): {meaning}")
     for number, step in enumerate(policy.steps, start=1):
         lines.append(f"{number}. Before {step.at}, {_SCOPES.get(step.scope, step.scope)}:")
         lines += [f"   {part:<7} {text}" for part, text in _parts(step)]

@@ -28,8 +28,12 @@ class StagedCache(Cache):
         seen: int,
         crossed: torch.Tensor | None = None,
         offered: int = 0,
+        saved: torch.Tensor | None = None,
     ):
-        """`held` has the cache of every layer by the names of `DecoderShape.cached`."""
+        """`held` has the cache of every layer by the names of `DecoderShape.cached`.
+
+        `saved` [B] int64 are the positions that visual tokens have saved, where they take fractions of one.
+        """
         layers = []
         for index in range(len(shape.caches)):
             tensors = [held[name] for name in shape.cached(index)]
@@ -38,7 +42,7 @@ class StagedCache(Cache):
             layers.append(_layer(tensors))
         super().__init__(layers=layers)
         self.key_positions = list(key_positions)  # [B, P_s] int64 sequence place of every cached token, -1 pads
-        self.seen = seen
+        self.seen, self.saved = seen, saved
         self.crossed = crossed  # [B, C] int64 number of every visual token that layers with cross-attention cache
         self.offered = offered  # visual tokens that each sample was given for them so far, reduced ones counted in
 
@@ -73,6 +77,7 @@ class StagedCache(Cache):
         ]
         self.key_positions = [picked(positions) for positions in self.key_positions]
         self.crossed = picked(self.crossed) if self.crossed is not None else None
+        self.saved = None if self.saved is None else picked(self.saved)
 
     def crop(self, tokens_to_remove: int) -> None:
         raise InputError(

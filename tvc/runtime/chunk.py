@@ -14,7 +14,7 @@ class Chunk:
     """A batch of new tokens, one row a sample, slots in the order of the processor's `input_ids`."""
 
     embeds: torch.Tensor  # [B, S, D]
-    positions: torch.Tensor  # rotary positions, [B, S] or [A, B, S]
+    positions: torch.Tensor  # rotary positions, [B, S] or [A, B, S]; float32 where they are fractions
     valid: torch.Tensor  # [B, S] bool: not padding
     visual: torch.Tensor  # [B, S] bool: visual tokens
     segment: torch.Tensor  # [B, S] int64 image of the sample that the slot belongs to, -1 text
@@ -22,6 +22,7 @@ class Chunk:
     seen: int  # sequence places before this chunk
     order: torch.Tensor | None = None  # [B, S] sequence place of each slot; set by `left_packed`
     extras: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # further inputs [B, S, ...] by name
+    saved: torch.Tensor | None = None  # [B] int64 positions that fractions have saved, this chunk's counted in
     full: bool = False  # no slot is padding; set by `left_packed`
     crossed: Any = None  # `Crossed`: visual tokens that are in no slot
 
@@ -73,6 +74,7 @@ def left_packed(chunk: Chunk) -> Chunk:
         order=torch.where(valid, places.gather(1, index), -1),
         extras={name: _gathered(value, index) for name, value in chunk.extras.items()},
         crossed=chunk.crossed,
+        saved=chunk.saved,
     )
 
 

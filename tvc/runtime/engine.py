@@ -36,6 +36,7 @@ from tvc.runtime.inputs import (
     placeholders,
     video_inside_encoder,
 )
+from tvc.runtime.positions import in_strides
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
 from tvc.trace.crossing import each_image_apart, images_of, images_together
@@ -96,7 +97,15 @@ class Interface:
             sites=dict(data["sites"]),
             stage_of_layer=tuple(data["stage_of_layer"]),
             shape=DecoderShape(
-                int(shape["width"]), int(shape["axes"]), caches, dtype, device, bool(shape["spans"]), extras, crossing
+                int(shape["width"]),
+                int(shape["axes"]),
+                caches,
+                dtype,
+                device,
+                bool(shape["spans"]),
+                extras,
+                crossing,
+                int(shape.get("stride", 0)),
             ),
             visual_token_ids=tuple(data["visual_token_ids"]),
             taps=dict(data["taps"]),
@@ -226,10 +235,14 @@ class Engine:
         given = call.position_ids
         if given is None:  # what `generate` numbers tokens by, and decoders that look at the mask
             given = _places(inputs.get("attention_mask"), mask, seen)
-        positions = _positions(given, self.interface.shape.axes, ids)
+        positions, saved = _positions(given, self.interface.shape.axes, ids), None
+        if stride := self.interface.shape.stride:
+            before = past.saved if past is not None and past.saved is not None else ids.new_zeros(len(ids))
+            positions, saved = in_strides(positions, visual, segment, stride, before.to(ids.device))
         embeds = call.inputs_embeds.to(self.interface.shape.dtype)
         made |= self._extras(call, mask, visual, seen)
-        return Chunk(embeds, positions, mask, visual, segment, images, seen, extras=made, crossed=crossed)
+        more: dict[str, Any] = {"extras": made, "crossed": crossed, "saved": saved}
+        return Chunk(embeds, positions, mask, visual, segment, images, seen, **more)
 
     def _masks_made(self, ids: torch.Tensor) -> contextlib.AbstractContextManager[None]:
         """The model's own masks are tensors inside the block, where they say more than positions do."""
@@ -344,6 +357,7 @@ class Engine:
             seen,
             columns,
             offered,
+            chunk.saved,
         )
         for site, source in interface.sites.items():
             if source.startswith("key_positions."):

@@ -21,6 +21,7 @@ from tvc.trace.extras import arguments, laid_out, on_all_slots, read_extras, str
 from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
 from tvc.trace.layout import blocks, cost_fields, resampler, residual_argument, used_vision_blocks
 from tvc.trace.parts import decoder_weight, no_decoder
+from tvc.trace.position_use import PositionUse
 from tvc.trace.route import note_images
 from tvc.trace.sample import default_size, doubled, pixel_inputs, visual_token_ids, with_text
 from tvc.trace.spans import read_spans
@@ -47,9 +48,9 @@ class Survey:
     def boundary(self) -> Boundary:
         return self.host.boundary
 
-    def shape(self, dtype: torch.dtype, device: torch.device) -> DecoderShape:
+    def shape(self, dtype: torch.dtype, device: torch.device, stride: int = 0) -> DecoderShape:
         sizes = (self.layout.hidden_size, self.axes, self.caches)
-        return DecoderShape(*sizes, dtype, device, self.spans, self.extras, self.crossing)
+        return DecoderShape(*sizes, dtype, device, self.spans, self.extras, self.crossing, stride)
 
 
 def survey(
@@ -144,7 +145,7 @@ def _survey(
     if crossing is not None:
         visual, lengths = torch.zeros_like(visual), _read_tokens(call, crossing)
     extras = read_extras(beside(call.extra, crossing), visual)
-    caches, told, crossing = _decoder_shapes(meta, call, extras, visual, crossing)
+    caches, told, crossing, use = _decoder_shapes(meta, call, extras, visual, crossing)
     fields["language"] = _told_windows(_marked(fields["language"], crossing), told)
     windows = {layer.window for layer in fields["language"]}
     spans = read_spans(call.extra.get("attention_mask"), valid, 0, windows) is not None
@@ -159,7 +160,7 @@ def _survey(
         reason = "the encoder takes images of several sizes one by one"
     layout = _layout(meta, fields, first, shape, identity, lengths, size, untraced or reason)
     layout = _with_shared_caches(layout, caches, getattr(meta.get_decoder().config, "layer_types", None))
-    layout = dataclasses.replace(layout, untraced=untraced, resampled=resampled)
+    layout = dataclasses.replace(layout, untraced=untraced, resampled=resampled, whole_positions=use.whole(axes))
     found = (caches, axes, tokens, spans, extras, structure(beside(call.extra, crossing)), crossing)
     return Survey(layout, host, sample, *found)
 
@@ -258,9 +259,9 @@ def _decoder_shapes(
     extras: tuple[Extra, ...],
     visual: torch.Tensor,
     crossing: Crossing | None,
-) -> tuple[tuple[tuple[int, ...], ...], list[int], Crossing | None]:
-    """What each layer of the decoder caches, the windows that its attention calls tell, in their order, and which
-    layers cache what the text reads by cross-attention.
+) -> tuple[tuple[tuple[int, ...], ...], list[int], Crossing | None, PositionUse]:
+    """What each layer of the decoder caches, the windows that its attention calls tell, in their order, which layers
+    cache what the text reads by cross-attention, and how positions are used.
     """
     told: list[int] = []
 
@@ -280,6 +281,8 @@ def _decoder_shapes(
         crossed = torch.ones(batch, 1, slots, length, dtype=torch.bool, device="meta")
         own |= crossing_arguments(crossing, states, crossed, states.new_ones(batch, slots))
     positions = call.position_ids if call.position_ids is not None else torch.zeros(batch, slots, dtype=torch.long)
+    positions = positions.to("meta")
+    use = PositionUse(positions)
     fakes = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
     everything = torch.ones(batch, 1, slots, slots, dtype=torch.bool, device="meta")
     with contextlib.ExitStack() as stack:
@@ -288,10 +291,11 @@ def _decoder_shapes(
             stack.enter_context(held)
         stack.enter_context(on_all_slots(extras))
         stack.enter_context(fakes)
+        stack.enter_context(use)
         out = type(decoder).forward(  # the instance's own leads back to the host
             decoder,
             inputs_embeds=torch.zeros(batch, slots, width, dtype=call.inputs_embeds.dtype, device="meta"),
-            position_ids=positions.to("meta"),
+            position_ids=positions,
             attention_mask=everything,
             past_key_values=DynamicCache(config=decoder.config),
             use_cache=True,
@@ -321,7 +325,7 @@ def _decoder_shapes(
         held_by = [getattr(layer, "keys", None) for layer in out.past_key_values.layers]
         crossing_layers = (i for i, keys in enumerate(held_by) if keys is not None and keys.shape[2] == length)
         crossing = dataclasses.replace(crossing, layers=tuple(crossing_layers))
-    return tuple(shapes), told, crossing
+    return tuple(shapes), told, crossing, use
 
 
 def _state(layer: Any) -> torch.Tensor | None:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from tvc.errors import TraceError
 from tvc.kernels.op import Attention, Tap
+from tvc.policy.positions import Stride
 from tvc.trace.layout import blocks, has_attention, residual_argument
 from tvc.trace.observe import Observer, Seen, kept_offsets, observed, plain_cache, replaced
 from tvc.trace.parts import feature_owner
@@ -24,6 +24,7 @@ from tvc.verification.branches import changes, watched
 from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
 from tvc.verification.following import cached_values, followed, layer_of
 from tvc.verification.masks import evicted, in_window, narrowed, running
+from tvc.verification.numbering import Rotary, in_fractions
 from tvc.verification.steps import Outcome, Sample, carry_out, frames_in, text_behind, text_that_rates
 
 UNTURNED = "at position 0"  # behind a layer's name: what its probe saw when no position turned it
@@ -99,7 +100,8 @@ class _Oracle(Observer):
         self.probing = False
         self.closed: tuple[torch.Tensor, torch.Tensor] | None = None  # what `leaving` has to put back
         self.turned_by: Any = None  # the position embeddings that the block was given
-        self.rotary: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any]]] = []  # what came out, and the call
+        self.rotary = Rotary(model.get_decoder())
+        self.fractions: torch.Tensor | None = None  # [B, S] positions, where visual tokens take fractions of one
 
     # The call ---------------------------------------------------------------------------------------------------------
 
@@ -118,15 +120,14 @@ class _Oracle(Observer):
 
             return get_features
 
-        rotaries = [part for name, part in self.model.get_decoder().named_children() if "rotary" in name]
         with contextlib.ExitStack() as stack:
             stack.enter_context(kept_offsets(self.model))
             for name in ("get_image_features", "get_video_features"):
                 if hasattr(owner, name):
                     stack.enter_context(replaced(owner, name, noting(name, getattr(owner, name))))
             stack.enter_context(observed(self.model, self))
-            for rotary in rotaries:
-                stack.callback(rotary.register_forward_hook(self._rotated, with_kwargs=True).remove)
+            for rotary in self.rotary.modules:
+                stack.callback(rotary.register_forward_hook(self.rotary.seen, with_kwargs=True).remove)
             stack.enter_context(watched(self.model, self.transitions))
             steps = self.case.tokens.shape[1] + 1
             if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
@@ -150,13 +151,9 @@ class _Oracle(Observer):
             places = (self.mask.long().cumsum(1) - 1).clamp(min=0)
             rest = {name: value for name, value in inputs.items() if name != "input_ids"}
             prepared = self.model.prepare_inputs_for_generation(inputs["input_ids"], **rest, position_ids=places)
-            inputs["position_ids"] = prepared.get("position_ids", places)  # some families count from 1
+            self.positions = inputs["position_ids"] = prepared.get("position_ids", places)  # some families count from 1
         self.alive = self.mask.clone()
         return inputs
-
-    def _rotated(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if not self.probing:
-            self.rotary.append((output, module, args, kwargs))
 
     # Blocks -----------------------------------------------------------------------------------------------------------
 
@@ -178,14 +175,14 @@ class _Oracle(Observer):
         if f"language.{index}" in self.tapped:
             self.inputs_of[f"language.{index}"] = hidden
         self.turned_by = arguments.get("position_embeddings")
-        self._renumber(index - 1, arguments)  # a step that asks this block finds what is left numbered already
+        self._number(index - 1, arguments)  # a step that asks this block finds what is left numbered already
         hidden = self._steps_at(f"language.{index}", hidden, block, arguments)
         arguments[name] = hidden
         if has_attention(block):
             arguments["attention_mask"] = self._narrowed(arguments["attention_mask"])
         else:
             self._close_up(name, arguments)
-        self._renumber(index, arguments)
+        self._number(index, arguments)
         self.seen.pop(f"language.{index}", None)
         self.expected.held.append(self.alive.clone())
         self.expected.doubts.append(self.doubt)
@@ -230,33 +227,16 @@ class _Oracle(Observer):
         sites = [at for at in self.steps if at.startswith("language.")]
         return any(int(site.removeprefix("language.")) <= index for site in sites)
 
-    def _renumber(self, index: int, arguments: dict[str, Any]) -> None:
-        """Puts running numbers in the place of a block's positions, if there is a cut at `index` or before it."""
+    def _number(self, index: int, arguments: dict[str, Any]) -> None:
+        """Puts other positions in the place of a block's: fractions, or running numbers of what a cut at `index` or
+        before it has left.
+        """
+        positions = self.fractions
         if self.policy.positions == "renumber" and self._cut_before(index):
-            numbers = running(self.alive, self._lost(), self.case.prompt)
-            arguments["position_embeddings"], arguments["position_ids"] = self._rotary_at(numbers), numbers
-
-    def _rotary_at(self, positions: torch.Tensor) -> Any:
-        """Position embeddings, of the kind that the block was given, for `positions`."""
-        if not self.rotary:
-            raise TraceError(
-                "the decoder has no rotary module whose positions could be numbered afresh",
-                where="verification",
-                got=type(self.model.get_decoder()).__name__,
-                want="a decoder with rotary_emb",
-                fix="write positions: keep, or compile with verify=False",
-                slug="no-rotary",
-            )
-        calls = [call for output, *call in self.rotary if output is self.turned_by] or [list(self.rotary[-1][1:])]
-        module, args, kwargs = calls[-1]
-        if "position_ids" in kwargs:
-            kwargs = {**kwargs, "position_ids": positions}
-        else:
-            args = (args[0], positions, *args[2:])
-        probing, self.probing = self.probing, True
-        made = module(*args, **kwargs)
-        self.probing = probing
-        return made
+            positions = running(self.alive, self._lost(), self.case.prompt)
+        if positions is not None:
+            arguments["position_embeddings"] = self.rotary.at(positions, self.turned_by)
+            arguments["position_ids"] = positions
 
     # Steps ------------------------------------------------------------------------------------------------------------
 
@@ -289,6 +269,8 @@ class _Oracle(Observer):
         mask = self.case.inputs["attention_mask"].bool()
         visual = torch.isin(ids, torch.tensor(self.case.visual_token_ids, device=ids.device)) & mask
         owner = self._owners(ids, visual)
+        if isinstance(self.policy.positions, Stride):
+            self.fractions = self._in_fractions(owner, self.policy.positions.stride)
         for row in range(len(ids)):
             slots = visual[row].nonzero().flatten()
             known: dict[int, int] = {}  # numbers in the order in which the sample shows its images
@@ -297,6 +279,16 @@ class _Oracle(Observer):
             self.frames.append(frames_in(owner[row, slots], self.frames_of))
             self.samples.append(Sample.fresh(row, (mask[row] & ~visual[row]).nonzero().flatten(), slots, segment))
         self._drop_of_encoder()
+
+    def _in_fractions(self, owner: torch.Tensor, stride: int) -> torch.Tensor:
+        generated = self.mask.shape[1] - owner.shape[1]
+        image = torch.nn.functional.pad(owner, (0, generated), value=-1)
+        return torch.stack(
+            [
+                in_fractions(real, images, int(numbers[real][0]), stride)
+                for real, images, numbers in zip(self.mask, image, self.positions, strict=True)
+            ]
+        )
 
     def _owners(self, ids: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
         """[B, S] which image or video of the batch each visual token is of."""
@@ -416,7 +408,7 @@ class _Oracle(Observer):
             turned = self.seen[name].copy()
             zeros = torch.zeros_like(self.mask, dtype=torch.int64)
             zeros = zeros.expand(self.case.axes, *zeros.shape) if self.case.axes else zeros
-            block.forward(**{**given, "position_embeddings": self._rotary_at(zeros)})
+            block.forward(**{**given, "position_embeddings": self.rotary.at(zeros, self.turned_by)})
             self.seen[f"{name} {UNTURNED}"] = [self.seen[name].pop()]
             self.seen[name] = turned
         self.probing = False

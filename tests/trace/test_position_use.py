@@ -1,0 +1,83 @@
+"""Decoders of a few lines that use positions in one way each, and what is found of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tvc.trace.position_use import PositionUse
+
+TABLE = torch.zeros(40, 6)
+HIDDEN = torch.randn(2, 5, 6)
+
+
+def rotary(positions: torch.Tensor) -> torch.Tensor:
+    return HIDDEN * (positions[:, :, None].float() * torch.ones(6)).cos()
+
+
+def promoted(positions: torch.Tensor) -> torch.Tensor:
+    return positions[:, :, None] * torch.ones(6)
+
+
+def embedded(positions: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.embedding(positions.clamp(min=0) + 2, TABLE)
+
+
+def indexed(positions: torch.Tensor) -> torch.Tensor:
+    return TABLE[positions * 1]
+
+
+def gathered(positions: torch.Tensor) -> torch.Tensor:
+    return TABLE.expand(2, -1, -1).gather(1, positions[:, :, None].expand(-1, -1, 6))
+
+
+def picked(positions: torch.Tensor) -> torch.Tensor:
+    return TABLE.index_select(0, positions.reshape(-1))
+
+
+def both(positions: torch.Tensor) -> torch.Tensor:
+    return rotary(positions) + embedded(positions)
+
+
+def unused(_positions: torch.Tensor) -> torch.Tensor:
+    return HIDDEN * 2
+
+
+def compared(positions: torch.Tensor) -> torch.Tensor:
+    return HIDDEN.masked_fill((positions[:, :, None] < 0), 0.0)
+
+
+def experts(positions: torch.Tensor) -> torch.Tensor:
+    """What hidden states choose is no position, though positions have turned them."""
+    return TABLE[rotary(positions).argmax(-1)]
+
+
+@pytest.mark.parametrize(
+    ("decoder", "want"),
+    [
+        (rotary, ""),
+        (promoted, ""),
+        (experts, ""),
+        (embedded, "it looks positions up in a table"),
+        (indexed, "it looks positions up in a table"),
+        (gathered, "it looks positions up in a table"),
+        (picked, "it looks positions up in a table"),
+        (both, "it looks positions up in a table"),
+        (unused, "it takes no positions"),
+        (compared, "it takes no positions"),
+    ],
+)
+def test_what_a_decoder_does_with_positions_is_seen(decoder: Callable[[torch.Tensor], torch.Tensor], want: str) -> None:
+    positions = torch.arange(5).repeat(2, 1)
+    with PositionUse(positions) as use:
+        decoder(positions)
+    assert use.whole(0) == want
+
+
+def test_several_axes_are_the_first_reason() -> None:
+    positions = torch.arange(5).repeat(3, 2, 1)
+    with PositionUse(positions) as use:
+        rotary(positions[0])
+    assert use.whole(3) == "its tokens have positions on 3 axes"

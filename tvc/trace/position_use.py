@@ -1,0 +1,59 @@
+"""What a decoder does with position ids: turn queries and keys by them, as numbers, or look them up in a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+A = torch.ops.aten
+# The operators that look something up, and which of their arguments says where.
+_LOOKUPS = {A.embedding.default: 1, A.index.Tensor: 1, A.index_select.default: 2, A.gather.default: 2}
+
+
+class PositionUse(TorchDispatchMode):
+    """Follows `position_ids` (int64) through all operators inside the block, up to where they are whole no longer."""
+
+    def __init__(self, position_ids: torch.Tensor):
+        super().__init__()
+        self._whole = [position_ids]  # held, so that no other tensor takes the place of one
+        self.computed = self.looked_up = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if any(map(self._follows, tree_leaves((args, kwargs)))):
+            place = _LOOKUPS.get(func)
+            if place is not None and any(map(self._follows, tree_leaves(args[place]))):
+                self.looked_up = True
+                return out
+            for made in _tensors(out):
+                if made.is_floating_point():
+                    self.computed = True
+                elif made.dtype != torch.bool:
+                    self._whole.append(made)
+        return out
+
+    def _follows(self, value: Any) -> bool:
+        return any(value is known for known in self._whole)
+
+    def whole(self, axes: int) -> str:
+        """Why no position may be a fraction; empty where it may.
+
+        Args:
+            axes: rotary axes of the positions, 0 for plain ones.
+        """
+        if axes:
+            return f"its tokens have positions on {axes} axes"
+        if self.looked_up:
+            return "it looks positions up in a table"
+        return "" if self.computed else "it takes no positions"
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))
