@@ -1,10 +1,11 @@
-"""Sites in their order: which comes first, runs of neighbours in words, the nearest of several."""
+"""Sites in their order: which comes first, runs of neighbours in words, the nearest of several, what comes too early."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tvc.policy.schema import COMPONENTS, SiteName, parse_site
+from tvc.policy.schema import COMPONENTS, Policy, SiteName, Step, parse_site
+from tvc.policy.whole import refusal
 
 
 def rank(site: SiteName) -> tuple[int, int]:
@@ -46,3 +47,47 @@ def closest(site: SiteName, legal: list[str]) -> str:
         return abs(component - wanted), component < wanted, abs(index - place)
 
     return min(legal, key=distance, default="language.0")
+
+
+def check_order(policy: Policy, steps: tuple[Step, ...]) -> None:
+    """Refuses sites that coincide, or come out of order, once the model says what they are."""
+    for number in range(1, len(steps)):
+        before, step = steps[number - 1], steps[number]
+        if rank(step.site) > rank(before.site):
+            continue
+        same, one, other = step.at == before.at, before.number, step.number
+        written = f"{policy.steps[one].at} and {policy.steps[other].at} mean {before.at} and {step.at}"
+        raise refusal(
+            policy,
+            ("steps", other, "at"),
+            f"steps {one} and {other} act at the same site of this model"
+            if same
+            else f"step {other} acts before step {one} in this model",
+            got=written,
+            want="one step per site, in the order in which tokens pass them",
+            fix="move one of them to another layer, or remove it" if same else "swap the two steps",
+            slug="same-site" if same else "step-order",
+        )
+
+
+def check_behind_cuts(policy: Policy, steps: tuple[Step, ...]) -> None:
+    """Refuses queries and keys of a decoder layer in front of an earlier cut: they are of tokens that have left."""
+    cut = None
+    for step in steps:
+        if step.site.component != "language":
+            continue
+        taps = [tap for primitive in step.primitives() for tap in primitive.taps().values()]
+        for tap in taps:
+            layer = parse_site(tap.layer or "") if tap.kind in ("attention", "key") else None
+            if cut is None or layer is None or layer.component != "language" or rank(layer) >= rank(cut.site):
+                continue
+            raise refusal(
+                policy,
+                ("steps", step.number),
+                f"{layer} runs in front of {cut.at}, where another step has removed tokens",
+                got=f"layer: {layer} at {step.at}",
+                want=f"a layer from {cut.at} on, or one of the vision encoder",
+                fix="act later, so that a layer with attention lies between the steps; or score by something else",
+                slug="layer-before-a-cut",
+            )
+        cut = step

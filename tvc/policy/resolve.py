@@ -14,7 +14,7 @@ from tvc.policy.budgets import check_nothing_emptied, with_averages, with_spread
 from tvc.policy.document import Path, from_data
 from tvc.policy.evictions import check_evictions, start
 from tvc.policy.evictions import settled as evicted
-from tvc.policy.order import closest, ranges, rank
+from tvc.policy.order import check_behind_cuts, check_order, closest, ranges, rank
 from tvc.policy.positions import Positions, check_positions, positions_data
 from tvc.policy.schema import (
     Policy,
@@ -72,8 +72,8 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
         for number, step in enumerate(policy.steps)
         for one in _each_site(policy, layout, number, step)
     )
-    _ordered(policy, steps)
-    _behind_cuts(policy, steps)
+    check_order(policy, steps)
+    check_behind_cuts(policy, steps)
     check_evictions(policy, steps)
     steps = with_averages(policy, with_spreads(steps, layout), layout)
     check_nothing_emptied(policy, steps, layout)
@@ -241,50 +241,6 @@ def _concrete(policy: Policy, layout: Layout, path: Path, name: SiteName) -> Sit
         else "name another component",
         slug="unknown-layer",
     )
-
-
-def _ordered(policy: Policy, steps: tuple[Step, ...]) -> None:
-    """Refuses sites that coincide, or come out of order, once the model says what they are."""
-    for number in range(1, len(steps)):
-        before, step = steps[number - 1], steps[number]
-        if rank(step.site) > rank(before.site):
-            continue
-        same, one, other = step.at == before.at, before.number, step.number
-        written = f"{policy.steps[one].at} and {policy.steps[other].at} mean {before.at} and {step.at}"
-        raise refusal(
-            policy,
-            ("steps", other, "at"),
-            f"steps {one} and {other} act at the same site of this model"
-            if same
-            else f"step {other} acts before step {one} in this model",
-            got=written,
-            want="one step per site, in the order in which tokens pass them",
-            fix="move one of them to another layer, or remove it" if same else "swap the two steps",
-            slug="same-site" if same else "step-order",
-        )
-
-
-def _behind_cuts(policy: Policy, steps: tuple[Step, ...]) -> None:
-    """Refuses queries and keys of a decoder layer in front of an earlier cut: they are of tokens that have left."""
-    cut = None
-    for step in steps:
-        if step.site.component != "language":
-            continue
-        taps = [tap for primitive in step.primitives() for tap in primitive.taps().values()]
-        for tap in taps:
-            layer = parse_site(tap.layer or "") if tap.kind in ("attention", "key") else None
-            if cut is None or layer is None or layer.component != "language" or rank(layer) >= rank(cut.site):
-                continue
-            raise refusal(
-                policy,
-                ("steps", step.number),
-                f"{layer} runs in front of {cut.at}, where another step has removed tokens",
-                got=f"layer: {layer} at {step.at}",
-                want=f"a layer from {cut.at} on, or one of the vision encoder",
-                fix="act later, so that a layer with attention lies between the steps; or score by something else",
-                slug="layer-before-a-cut",
-            )
-        cut = step
 
 
 # Taps -----------------------------------------------------------------------------------------------------------------
