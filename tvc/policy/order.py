@@ -1,4 +1,4 @@
-"""Sites in their order: which comes first, runs of neighbours in words, the nearest of several, what comes too early."""
+"""Sites in their order: which comes first, runs of neighbours in words, the nearest of several, steps out of order."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -138,10 +138,8 @@ def _survey(
         host.bound(vision=lambda _p: [torch.zeros(f, dtype=dtype, device=device) for f in features], embed=embed),
     ):
         call = _reach(host, sample)
-    ids = sample["input_ids"]
-    valid = sample["attention_mask"].bool() if "attention_mask" in sample else torch.ones_like(ids, dtype=torch.bool)
-    visual = sum((ids == token for token in tokens), torch.zeros_like(ids, dtype=torch.bool)) & valid
-    crossing = read_crossing(call.extra, *ids.shape) if host.reads_across else None
+    valid, visual = _slots(sample, tokens)
+    crossing = read_crossing(call.extra, *visual.shape) if host.reads_across else None
     if crossing is not None:
         visual, lengths = torch.zeros_like(visual), _read_tokens(call, crossing)
     extras = read_extras(beside(call.extra, crossing), visual)
@@ -163,6 +161,13 @@ def _survey(
     layout = dataclasses.replace(layout, untraced=untraced, resampled=resampled, whole_positions=use.whole(axes))
     found = (caches, axes, tokens, spans, extras, structure(beside(call.extra, crossing)), crossing)
     return Survey(layout, host, sample, *found)
+
+
+def _slots(sample: Mapping[str, torch.Tensor], tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(valid, visual) [B, S] bool: which slots are no padding, and which of them are of visual tokens."""
+    ids = sample["input_ids"]
+    valid = sample["attention_mask"].bool() if "attention_mask" in sample else torch.ones_like(ids, dtype=torch.bool)
+    return valid, sum((ids == token for token in tokens), torch.zeros_like(ids, dtype=torch.bool)) & valid
 
 
 # What positions and windows say. Other kinds (chunks, sparse selections) hide keys by rules of their own.
@@ -301,8 +306,17 @@ def _decoder_shapes(
             use_cache=True,
             **own,
         )
-    shapes = []
-    for layer in out.past_key_values.layers:
+    if crossing is not None:
+        held_by = [getattr(layer, "keys", None) for layer in out.past_key_values.layers]
+        crossing_layers = (i for i, keys in enumerate(held_by) if keys is not None and keys.shape[2] == length)
+        crossing = dataclasses.replace(crossing, layers=tuple(crossing_layers))
+    return _cached_shapes(decoder, out.past_key_values.layers), told, crossing, use
+
+
+def _cached_shapes(decoder: torch.nn.Module, layers: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
+    """What each layer of the decoder has cached, as `DecoderShape.caches` says it."""
+    shapes: list[tuple[int, ...]] = []
+    for layer in layers:
         state = _state(layer)
         if state is not None:
             shapes.append(tuple(state.shape[1:]))
@@ -321,11 +335,7 @@ def _decoder_shapes(
                 slug="no-kv-layer",
             )
         shapes.append((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]))
-    if crossing is not None:
-        held_by = [getattr(layer, "keys", None) for layer in out.past_key_values.layers]
-        crossing_layers = (i for i, keys in enumerate(held_by) if keys is not None and keys.shape[2] == length)
-        crossing = dataclasses.replace(crossing, layers=tuple(crossing_layers))
-    return tuple(shapes), told, crossing, use
+    return tuple(shapes)
 
 
 def _state(layer: Any) -> torch.Tensor | None:
