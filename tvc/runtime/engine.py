@@ -226,7 +226,9 @@ class Engine:
         crossed, made = None, dict[str, torch.Tensor]()
         if self.interface.shape.crossing is not None:
             shape = self.interface.shape
-            crossed, made[CROSS_MASK] = brought(call.extra, shape, past, self._state.images, tuple(ids.shape))
+            crossed, made[CROSS_MASK] = brought(
+                call.extra, shape, past, self._state.images, (ids.shape[0], ids.shape[1])
+            )
         elif has_pixels:
             for token in self.interface.visual_token_ids:
                 visual |= ids == token
