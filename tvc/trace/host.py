@@ -288,7 +288,7 @@ class Host:
             name = f"get_{kind}_features"
             if hasattr(self.owner, name):
                 setattr(self.owner, name, self._watched(kind, getattr(self.owner, name)))
-        self.get_image_features: Callable[..., Any] = (
+        self.get_image_features: Any = (
             self._watched("image", image_function(self.owner)) if self.reads_across else self.owner.get_image_features
         )
 
