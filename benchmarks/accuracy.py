@@ -73,7 +73,8 @@ def summary() -> str:
     budgets = list(dict.fromkeys(row["budget"] for row in rows))
     cells: dict[str, dict[str, str]] = {}
     for row in rows:
-        cells.setdefault(row["policy"], {})[row["budget"]] = f"{row['accuracy']:.1%} ({row['flops_ratio']:.0%})"
+        most = "≤ " if row["at_most"] else ""
+        cells.setdefault(row["policy"], {})[row["budget"]] = f"{row['accuracy']:.1%} ({most}{row['flops_ratio']:.0%})"
     lines = [f"| policy | {' | '.join(budgets)} |", f"|---|{'---|' * len(budgets)}"]
     lines += [f"| {name} | {' | '.join(of.get(budget, '-') for budget in budgets)} |" for name, of in cells.items()]
     kinds = ", ".join(f"{kind} {share:.1%}" for kind, share in dense["kinds"].items())

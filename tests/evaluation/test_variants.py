@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 import tvc
 from tvc.errors import ArgumentError
+from tvc.evaluation import figures, pages
+from tvc.evaluation.records import Record
 from tvc.evaluation.variants import Refused, Variant, labelled, shares, variants
 from tvc.program import Layer, Layout, Site
 
@@ -53,6 +57,17 @@ def test_targets_of_a_merge_scale_with_the_budget():
     assert one.settings == {"steps.0.select.top.keep": 31, "steps.0.rest.merge.targets.stride": 5}
     step = one.policy.steps[0]
     assert (step.select.keep.count, step.rest.targets.stride) == (31, 5)
+
+
+def test_counts_that_are_decided_at_run_time_are_told_as_upper_bounds():
+    replies = [Record("what", "ring", 5, True)]
+    rows = [figures.row(one, "torch", [replies], replies) for one in planned(["prumerge", "fastv"], ["25%"])]
+    _, *lines = pages.table({"rows": [dataclasses.asdict(row) for row in rows]})
+    shown = {line[0]: line[-3:] for line in lines}
+    assert shown["fastv"][0] == "63.0"  # 2 of 8 layers with 144 tokens, 6 with 36
+    assert shown["prumerge"][0] == "≤ 36.0"  # one image has fewer outliers than another
+    assert [number.startswith("≤ ") for number in shown["prumerge"]] == [True] * 3
+    assert not any("≤" in number for name in ("fastv", "random", "uniform") for number in shown[name])
 
 
 def test_what_is_published_for_a_budget_is_taken_as_it_is():

@@ -21,7 +21,8 @@ class Row:
 
     accuracy is the mean over the examples (and seeds); `relative` divides it by the dense model's. `agreement` is the
     share of examples whose first answer token is the dense model's. FLOPs are of one question up to the first answer
-    token, vision encoder included; `kv_bytes` the cache then; both are the plan's, for a mean prompt.
+    token, vision encoder included; `kv_bytes` the cache then; both are the plan's, for a mean prompt. Where `at_most`,
+    a step decides at run time how many tokens it leaves, and tokens, FLOPs and cache are the most there may be.
     """
 
     policy: str
@@ -37,6 +38,7 @@ class Row:
     agreement: float
     visual_tokens: float  # left behind the last cut
     average_tokens: float  # visual, mean over the decoder's layers
+    at_most: bool
     flops: int
     flops_ratio: float
     kv_bytes: int
@@ -85,6 +87,7 @@ def _row(
         agreement=float(np.mean(same)),
         visual_tokens=float(plan.layers[-1].visual),
         average_tokens=plan.average_visual_tokens,
+        at_most=plan.fired is not None,
         flops=flops,
         flops_ratio=flops / dense_flops,
         kv_bytes=plan.compiled.kv_bytes,

@@ -25,8 +25,9 @@ def table(result: Mapping[str, Any]) -> list[list[str]]:
         line = [row["policy"], row["budget"], *([row["target"]] * several)]
         line += [_percent(row["accuracy"]), f"{100 * low:.0f}-{100 * high:.0f}", _percent(row["relative"])]
         line += [_percent(row["kinds"][kind]) for kind in kinds]
-        line += [_percent(row["agreement"]), f"{row['average_tokens']:.1f}"]
-        line += [_percent(row["flops_ratio"]), _percent(row["kv_ratio"])]
+        most = "≤ " if row["at_most"] else ""
+        line += [_percent(row["agreement"]), f"{most}{row['average_tokens']:.1f}"]
+        line += [f"{most}{_percent(row[ratio])}" for ratio in ("flops_ratio", "kv_ratio")]
         lines.append(line)
     return lines
 
@@ -38,7 +39,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     about = (
         f"{facts['model']}, {facts['dtype']}: {facts['examples']} questions of task `{facts['task']}`, greedy answers. "
         f"Budgets are shares of all visual tokens, counted as {facts['budget_unit']}. FLOPs (vision encoder and "
-        f"prompt) and KV cache are relative to dense, for {facts['text_tokens']} text tokens."
+        f"prompt) and KV cache are relative to dense, for {facts['text_tokens']} text tokens. They and the tokens are "
+        "upper bounds (≤) where a step decides at run time how many tokens it leaves."
     )
     rows = [f"| {' | '.join(line)} |" for line in (head, ["---"] * 2 + ["---:"] * (len(head) - 2), *lines)]
     parts = ["# Accuracy under token reduction", about, "\n".join(rows)]
