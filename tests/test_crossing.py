@@ -202,8 +202,9 @@ def test_presets_agree_with_their_definition(name: str, target: str) -> None:
 
 
 @pytest.mark.conformance
-def test_an_artifact_reads_across_too(tmp_path: Any) -> None:
-    made, inputs = compiled(target="ort"), ragged()
+@pytest.mark.parametrize("target", ("ort", "pt2", "torchscript"))
+def test_an_artifact_reads_across_too(target: str, tmp_path: Any) -> None:
+    made, inputs = compiled(target=target), ragged()
     made.save_pretrained(tmp_path / "out")
     torch.testing.assert_close(tvc.load(tmp_path / "out")(**inputs).logits, made(**inputs).logits, atol=0, rtol=0)
     close(made(**inputs).logits, compiled()(**inputs).logits)

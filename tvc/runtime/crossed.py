@@ -48,7 +48,7 @@ def brought(
     new = states.numel() // (slots[0] * shape.width) if states is not None else 0
     seen = seen_by(given, crossing) if before + new else None
     if seen is None:
-        seen = torch.ones(*slots, before + new, dtype=torch.bool)
+        seen = torch.ones(*slots, before + new, dtype=torch.bool, device=shape.device)
     if seen.shape != (*slots, before + new):
         raise InputError(
             "the mask of cross-attention does not fit the images and the text",

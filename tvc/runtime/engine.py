@@ -132,7 +132,6 @@ class _VisionState:
     place: torch.Tensor | None = None  # [n, F]
     raw: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
     given: dict[str, Any] = dataclasses.field(default_factory=dict)  # the call's inputs
-    images: int = 1  # of a sample at most, where features are those of samples
 
 
 class Engine:
@@ -191,7 +190,6 @@ class Engine:
         elif self.interface.shape.crossing is not None:
             tensors = {name: prepared[name] for name in names}
             outputs = images_together(self.run("vision", each_image_apart(tensors)), tensors)
-            self._state.images = images_of(tensors) or 1
         else:
             outputs = self.run("vision", {name: prepared[name] for name in names})
         features = [outputs[name] for name in self.interface.outputs["vision"] if name.startswith("visual_features")]
@@ -226,9 +224,8 @@ class Engine:
         crossed, made = None, dict[str, torch.Tensor]()
         if self.interface.shape.crossing is not None:
             shape = self.interface.shape
-            crossed, made[CROSS_MASK] = brought(
-                call.extra, shape, past, self._state.images, (ids.shape[0], ids.shape[1])
-            )
+            slots = (ids.shape[0], ids.shape[1])
+            crossed, made[CROSS_MASK] = brought(call.extra, shape, past, images_of(inputs) or 1, slots)
         elif has_pixels:
             for token in self.interface.visual_token_ids:
                 visual |= ids == token
