@@ -286,9 +286,9 @@ texts = st.text(max_size=40)
 def documents(draw: st.DrawFn) -> dict[str, Any]:
     places = draw(st.lists(st.sampled_from(SITES), min_size=1, max_size=4, unique=True))
     steps = [{"at": place, **draw(actions)} for place in sorted(places, key=SITES.index)]
-    for step in steps:
-        if step["at"].startswith("language.") and draw(st.booleans()):
-            step["evict"] = draw(st.sampled_from(["earlier", "language.2", "language.-3", "language.7%"]))
+    for made in steps:
+        if made["at"].startswith("language.") and draw(st.booleans()):
+            made["evict"] = draw(st.sampled_from(["earlier", "language.2", "language.-3", "language.7%"]))
     document = {"version": 1, "name": draw(texts), "about": draw(texts), "steps": steps}
     return {**document, "positions": draw(st.sampled_from(["keep", "renumber"]))}
 
