@@ -164,7 +164,7 @@ def test_a_second_image_takes_only_its_own_tokens_along(made: Made) -> None:
         past_key_values=first.past_key_values,
     )
     want = untouched(made.model, both, [(cut, first.kept), (both["input_ids"].shape[1] - cut, second.kept)])
-    close(first.logits[:, 0], want[:, cut - 1])
+    # The first part ends in a visual token, which may have been dropped: it answers nothing.
     close(second.logits[:, 0], want[:, -1])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 from typing import ClassVar
 
 import pytest
@@ -18,7 +19,7 @@ from tvc.kernels.budget import Budget
 from tvc.kernels.op import PRIMITIVES, Merging, Rest, Select, When
 from tvc.policy import load_policy
 from tvc.program import Layer, Layout, Site
-from tvc.report.cost import one_image, plan_costs
+from tvc.report.cost import attention_flops, one_image, plan_costs
 from tvc.report.schedule import make_plan, plan_policy, solve_average, solve_kept
 from tvc.trace.layout import read_layer
 
@@ -333,10 +334,30 @@ def test_a_plan_is_json_and_a_table():
     assert values["layers"][3]["tokens"] == 288 + 64
     assert values["stages"][-1] == {
         "part": "language", "sites": ["language.2"], "first": 2, "last": 7, "visual": 288, "text": 64, "tokens": 352,
+        "evicted": 0, "held": 352,
     }  # fmt: skip
     table = plan.text()
     assert "test on test: 576 visual + 64 text tokens, image 336x336" in table
     assert any(line.split() == ["language", "2-7", "language.2", "288", "64", "352"] for line in table.splitlines())
+
+
+def test_what_is_evicted_counts_in_prefill_and_not_in_caches():
+    """Twice: layers 2 and 3 lose what the second step drops alone; they never hold what the first one dropped."""
+    steps = (share("language.2", "50%", evict="language.1"), share("language.4", "25%", evict="language.1"))
+    whole = make_plan(Steps(tuple(dataclasses.replace(step, evict="") for step in steps)), layout(), new_tokens=1)
+    plan = make_plan(Steps(steps), layout(), new_tokens=1)
+    assert [layer.visual for layer in plan.layers] == [576] * 2 + [288] * 2 + [72] * 4
+    assert [layer.held for layer in plan.layers] == [576 + 64] + [72 + 64] * 7
+    assert plan.compiled.prefill == whole.compiled.prefill
+    sizes = layout()
+    saved = [0, 504, 216, 216, 0, 0, 0, 0]
+    bytes_of = [2 * layer.kv_heads * layer.head_dim * sizes.element_size for layer in sizes.language]
+    assert whole.compiled.kv_bytes - plan.compiled.kv_bytes == sum(map(operator.mul, bytes_of, saved))
+    keys = sum(attention_flops(layer, 1, n) for layer, n in zip(sizes.language, saved, strict=True))
+    assert whole.compiled.decode - plan.compiled.decode == keys
+    assert [(stage.first, stage.last, stage.held) for stage in plan.stages if stage.part == "language"] == [
+        (0, 0, 640), (1, 1, 136), (2, 3, 136), (4, 7, 136),
+    ]  # fmt: skip
 
 
 def legal(sizes: Layout) -> Layout:
