@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import support
 
+import support
 import tvc
 from tvc.errors import ModelError
 
