@@ -18,7 +18,7 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from tvc.errors import PolicyError
 
 WANT = "a count (54), a share (25%) or an average over the layers ({average: 64})"
-LARGEST = 1_000_000  # far more tokens than a prompt has; slots for them all would not fit into memory
+LARGEST = 1_000_000_000  # of any count: times a number of images it stays in 64 bits
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 
