@@ -18,6 +18,7 @@ from pydantic_core import CoreSchema, PydanticCustomError
 from tvc.errors import PolicyError
 
 WANT = "a count (54), a share (25%) or an average over the layers ({average: 64})"
+LARGEST = 1_000_000_000  # of any count: times a number of images it stays in 64 bits
 _SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 
 
@@ -89,6 +90,8 @@ class Budget(BaseModel):
                 value,
                 "write a count of at least 1; to drop every visual token use `exit: {when: always}`",
             )
+        if value > LARGEST:
+            raise _refuse("bad-budget", "a count is larger than any number of tokens", value, "write 100% to keep all")
         return value
 
     @classmethod

@@ -7,7 +7,7 @@ Everything drawn is plain data: a case can be written to a file and run again.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
@@ -41,6 +41,9 @@ _OFTEN = (*FAMILIES, "llava", "vipllava", "paligemma", "deepseek_vl")
 TURNS = tuple(family for place, further in enumerate(FURTHER) for family in (_OFTEN[place % len(_OFTEN)], further))
 # Families whose videos are patches that pass through the vision path of images.
 WITH_VIDEOS = ("qwen2_vl", "qwen2_5_vl")
+# Presets made for videos, and tries to draw a policy that a model can do.
+ON_VIDEOS = ("dycoke", "evs", "fastvid", "framefusion", "holitom", "prunevid", "stc")
+ATTEMPTS = 24
 DTYPES = ("float32", "float32", "float32", "float32", "bfloat16", "float16")
 # Text models that stand in for LLaMA where the family takes any.
 _DECODERS: tuple[Settings, ...] = (
@@ -49,6 +52,8 @@ _DECODERS: tuple[Settings, ...] = (
     {"model_type": "qwen3", "head_dim": 16, "layer_types": None},
     {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
 )
+# Some presets cut a dozen times: their shares of the depth are layers of their own in a deep model alone.
+LAYERS = (2, 3, 3, 4, 6, 28)
 _HEADS = ((4, 2), (4, 1), (4, 4), (2, 1), (8, 2))  # query heads, key heads
 _NUMBERS = (-1.0, -0.1, 0.0, 1e-4, 0.001, 0.01, 0.03, 0.05, 0.1, 0.25, 0.5, 0.9, 1.0, 1.5, 2.0, 10.0, 100.0)
 WEIGHTS = "{weights}"  # how a policy names its parameter
@@ -86,7 +91,9 @@ def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
 
 
 @st.composite
-def models(draw: st.DrawFn, families: tuple[str, ...] = FAMILIES, layers: tuple[int, ...] = (2, 3, 3, 4, 6)) -> Model:
+def models(
+    draw: st.DrawFn, families: tuple[str, ...] = FAMILIES, layers: tuple[int, ...] = (2, 3, 3, 4, 6, 28)
+) -> Model:
     """A family in one of the types; of some, the text model has another depth, heads, windows or tied embeddings."""
     family, dtype = draw(st.sampled_from(families)), draw(st.sampled_from(DTYPES))
     if family not in FAMILIES:
@@ -150,15 +157,48 @@ def policies(draw: st.DrawFn, blocks: Mapping[str, int], components: tuple[str, 
     if draw(st.integers(0, 9)):
         steps.sort(key=lambda step: _place(step["at"], blocks))
     # Numbering afresh needs a cut in the decoder, so it is refused for many policies.
-    positions = draw(st.sampled_from((*POSITIONS, "keep", "keep")))
+    return _as_policy(steps, draw(st.sampled_from((*POSITIONS, "keep", "keep"))))
+
+
+def everywhere(blocks: Mapping[str, int], seed: int, resolves: Callable[[Settings], bool]) -> Settings:
+    """One step in each component, of which each resolves by itself where one such is found soon."""
+    steps = []
+    for place, component in enumerate(COMPONENTS):
+        for attempt in range(ATTEMPTS):
+            step = drawn(_steps(blocks, (component,)), 97 * seed + len(COMPONENTS) * attempt + place)
+            if "exit" not in step and resolves(_as_policy([step])):
+                break
+        steps.append(step)
+    return _as_policy(steps)
+
+
+def _as_policy(steps: list[Settings], positions: str = "keep") -> Settings:
     made = {"version": 1, "name": "random", "steps": steps, "positions": positions}
     return {**made, "parameters": {"weights": f"drawn{SUFFIX}"}} if WEIGHTS in str(steps) else made
 
 
+def published_in_turn(
+    blocks: Mapping[str, int], videos: bool, number: int, seed: int, resolves: Callable[[Settings], bool]
+) -> Settings:
+    """The preset whose turn it is, every other time such that the model can do it where that is found soon.
+
+    videos: every other one is made for them.
+    """
+    names = ON_VIDEOS if videos and number % 2 else presets()
+    name = names[(number // (1 + videos)) % len(names)]
+    for attempt in range(ATTEMPTS if number % 4 else 1):
+        made = drawn(published(blocks, name), seed + 1009 * attempt)
+        if resolves(made):
+            break
+    return made
+
+
 @st.composite
-def published(draw: st.DrawFn, blocks: Mapping[str, int]) -> Settings:
+def published(draw: st.DrawFn, blocks: Mapping[str, int], name: str) -> Settings:
     """A preset at some of its own sites and some others, with settings of which some are its own."""
-    made = _preset(draw(st.sampled_from(presets())))
+    made = _preset(name)
+    if not draw(st.integers(0, 3)):
+        return made
     parameters = dict(made.get("parameters", {}))
     for name, value in parameters.items():
         if draw(st.integers(0, 3)):

@@ -109,8 +109,26 @@ def _of_inputs(calls: list[Row]) -> Iterator[tuple[str, str]]:
         yield from (("inputs", name) for name, true in marks.items() if true)
 
 
+def _earlier(rows: list[Row], path: pathlib.Path) -> list[dict[str, Any]]:
+    """What was recorded of runs that `rows` do not hold any more."""
+    if not path.is_file():
+        return []
+    last = json.loads(path.read_text("utf-8"))
+    earlier: list[dict[str, Any]] = last.pop("earlier", [])
+    held = {(row["seed"], row.get("commit", "")) for row in rows}
+    if all((run["seed"], run["commit"]) in held for run in last["runs"]):
+        return earlier
+    return [*earlier, {key: value for key, value in last.items() if key not in ("families", "coverage")}]
+
+
 def record(rows: list[Row], path: pathlib.Path) -> str:
-    """Writes what was run to `path`; returns a summary of it."""
+    """Writes what was run to `path`, beside what was recorded there of other seeds; returns a summary of it.
+
+    Cases of those seeds that were run once more are told among what was mended, and not counted again.
+    """
+    earlier = _earlier(rows, path)
+    before = {run["seed"] for one in earlier for run in one["runs"]}
+    again, rows = [row for row in rows if row.get("was")], [row for row in rows if row["seed"] not in before]
     runs: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
         runs.setdefault((row["seed"], row.get("commit", "")), []).append(row)
@@ -121,9 +139,7 @@ def record(rows: list[Row], path: pathlib.Path) -> str:
         "minutes": round(sum(row["seconds"] for row in rows) / 60),
         "outcomes": dict(collections.Counter(row["outcome"] for row in rows)),
         "bad": _bad(rows),
-        "mended": {
-            f"{row['seed']}:{row['number']}": f"{row['was']}, now {row['outcome']}" for row in rows if row.get("was")
-        },
+        "mended": {f"{row['seed']}:{row['number']}": f"{row['was']}, now {row['outcome']}" for row in again},
         "runs": [
             {
                 "seed": seed,
@@ -135,6 +151,7 @@ def record(rows: list[Row], path: pathlib.Path) -> str:
         ],
         "families": {family: dict(counted) for family, counted in sorted(outcomes(rows).items())},
         "coverage": coverage(rows),
+        "earlier": earlier,
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return summary(rows)

@@ -129,6 +129,16 @@ def test_what_was_in_the_cases_is_counted(tmp_path: pathlib.Path) -> None:
     assert made["outcomes"] == {"passed": 1, "failed": 1}
     assert made["bad"] == {"failed ": ["5:8"]}
     assert [(run["seed"], run["commit"], run["cases"]) for run in made["runs"]] == [(5, "abc", [7, 8])]
+    assert made["earlier"] == []
+    newer = {**row, "seed": 6}
+    mended = {**row, "outcome": "passed", "number": 8, "commit": "abd", "was": "failed"}
+    assert "1 cases, 9 comparisons" in random_report.record([newer, mended], tmp_path / "record.json")
+    both = json.loads((tmp_path / "record.json").read_text("utf-8"))
+    assert (both["cases"], both["mended"]) == (1, {"5:8": "failed, now passed"})
+    assert [(one["cases"], one["outcomes"]) for one in both["earlier"]] == [(2, {"passed": 1, "failed": 1})]
+    random_report.record([newer, mended, newer | {"number": 9}], tmp_path / "record.json")
+    more = json.loads((tmp_path / "record.json").read_text("utf-8"))
+    assert (more["cases"], len(more["earlier"])) == (2, 1)
     found = made["coverage"]
     assert found["components"] == {"vision+language": 2}
     assert (found["merge"]["bipartite"], found["merge"]["windows"], found["select"]["top"]) == (2, 0, 2)

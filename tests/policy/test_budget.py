@@ -79,7 +79,9 @@ def test_a_budget_that_keeps_nothing_is_refused(value: object) -> None:
     assert caught.value.errors()[0]["type"] == "empty-budget"
 
 
-@pytest.mark.parametrize("value", [True, None, "54", "25", "half", "-5%", "100.1%", "12.34%", [], {"average": 2.5}, {}])
+@pytest.mark.parametrize(
+    "value", [True, None, "54", "25", "half", "-5%", "100.1%", "12.34%", [], {"average": 2.5}, {}, 10**9 + 1, 10**30]
+)
 def test_anything_else_is_refused(value: object) -> None:
     with pytest.raises(ValidationError) as caught:
         parse(value)

@@ -300,6 +300,15 @@ def test_a_text_only_model_is_refused():
         meta_model(LlamaConfig())
 
 
+@pytest.mark.parametrize("kind", ("diffusion_gemma", "qwen4_exp"))
+def test_a_configuration_with_gaps_is_refused(kind, tmp_path):
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        meta_model(tmp_path)
+    assert caught.value.slug == "incomplete-configuration"
+    assert kind in caught.value.where
+
+
 def test_a_directory_without_a_configuration_is_refused(tmp_path):
     with pytest.raises(ModelError, match="no-configuration"):
         meta_model(tmp_path)

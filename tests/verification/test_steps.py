@@ -78,6 +78,45 @@ def test_a_merge_follows_the_choice_and_averages():
     assert outcome.sample.size.tolist() == [3.0]
 
 
+def test_what_is_left_goes_by_scores_as_they_are_where_a_tie_is_followed():
+    """Three of five stay, the last of them by a tie: it is the weakest, and the others are folded into it."""
+    made = step(score={"norm": {"of": "feature"}}, select={"top": {"keep": 3}}, rest={"fold": {}})
+    outcome = run(made, sample([0] * 5), [5.0, 3.01, 3.0, 2.9995, 1.0], torch.tensor([1, 2, 4]))
+    assert outcome.sample.slots.tolist() == [1, 2, 4]
+    assert outcome.feature[:, 0].tolist() == pytest.approx([5.0, 3.01, (2.9995 + 2 * 3.0 + 3 * 1.0) / 6], abs=1e-5)
+    assert outcome.sample.size.tolist() == [1.0, 1.0, 3.0]
+
+
+@pytest.mark.parametrize("seed", (0, 37))
+def test_ties_that_the_last_digits_settle_are_followed(seed):
+    """Among tokens of which many are equal noise of any size tells other outliers than the last digits do."""
+    slack = TOLERANCES[torch.float32].relative
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randn(60, generator=generator).exp()[torch.randint(60, (120,), generator=generator)] + 1
+    last_digits = 1e-7 * torch.randn(120, generator=generator)
+    made = step(score={"norm": {"of": "feature"}}, select={"recover": {"keep": "100%", "neighbours": 2}}, rest="drop")
+    given = sample([0] * 120)
+
+    def outcome_of(values, theirs):
+        hidden = torch.zeros(122, 4)
+        hidden[1:-1, 0], hidden[0, :2], hidden[-1, 1] = values, 1.0, 1.0
+
+        def tap(wanted, _primitive, current):
+            if wanted.kind == "text":
+                return hidden[current.text][None], torch.ones(1, 2, dtype=torch.bool)
+            return hidden[current.slots][None]
+
+        return carry_out(made, given, hidden, tap, theirs, slack)
+
+    theirs = outcome_of(lengths * (1 + last_digits), None).sample.slots
+    outcome = outcome_of(lengths, theirs)
+    assert outcome.gap <= slack * outcome.scale
+    assert torch.equal(outcome.sample.slots, theirs)
+    largest = int(lengths.argmax()) + 1
+    without = outcome_of(lengths, theirs[theirs != largest])  # no digits at the end of a number make it go
+    assert not without.gap <= slack * without.scale
+
+
 def test_a_sample_without_visual_tokens_stays_as_it_is():
     given = Sample.fresh(0, torch.arange(2), torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
     outcome = run(step(**TOP), given, [], None)

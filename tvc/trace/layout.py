@@ -48,6 +48,15 @@ def meta_model(source: str | os.PathLike[str] | PretrainedConfig | torch.nn.Modu
             fix="name a model that takes images and text, for example a LLaVA, Qwen2.5-VL or SmolVLM checkpoint",
             slug="not-vision-language",
         ) from error
+    except (TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
+        raise ModelError(
+            "the model's own code makes no model of this configuration",
+            where=f"configuration of {_name(source)}, model_type {config.model_type}",
+            got=f"{type(error).__name__}: {error}".splitlines()[0],
+            want="a configuration that says every size its model needs",
+            fix="name a checkpoint, or fill in what config.json leaves out; defaults of some model types have gaps",
+            slug="incomplete-configuration",
+        ) from error
 
 
 def _config(source: str) -> PretrainedConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -75,11 +76,21 @@ def survey(
         raise ModelError(
             "the model's own code cannot be followed from images to its decoder",
             where=type(meta).__name__,
-            got=f"{type(problem).__name__}: {problem}",
+            got=_in_words(problem),
             want="a vision path and a decoder that run on shapes alone, without weights",
             fix="pass inputs made by the model's processor; if they were, this model cannot be compiled",
             slug="not-surveyed",
         ) from problem
+
+
+def _in_words(problem: Exception) -> str:
+    """What PyTorch says of code that does not run on shapes alone, as what that code does."""
+    told = f"{type(problem).__name__}: {problem}"
+    if re.search(r"meta tensors?\b", told) and re.search(r"item\(\)|no data|copy out", told):
+        return "code that reads numbers out of tensors, which are not there without weights and pixels"
+    if re.search(r"on device (meta|cpu) is not on the expected device (meta|cpu)", told):
+        return "code that makes tensors of its own on the CPU, wherever those are that it was given"
+    return told
 
 
 def _survey(

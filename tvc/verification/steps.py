@@ -10,7 +10,7 @@ import torch
 
 from tvc.kernels.combine_scores import combine
 from tvc.kernels.op import Scope, Tap
-from tvc.verification.ties import SHARES, Drawn, doubts, explained, fallen_short, moved
+from tvc.verification.ties import FINER, SHARES, Drawn, doubts, explained, fallen_short, moved
 
 TapValue = Callable[[Tap, Any, "Sample"], Any]
 
@@ -145,7 +145,7 @@ def _chosen(by_hand: _ByHand, theirs: torch.Tensor | None, slack: float) -> Outc
         if outcome.gap <= slack * outcome.scale:  # rounding decided: go on with what the compiled model chose
             nudge = 4 * slack * outcome.scale
             nudged = score + nudge * (wanted & ~mine).float() - nudge * (mine & ~wanted).float()
-            index, feature, size = by_hand.decide(nudged)
+            index, feature, size = by_hand.chosen_by(score, nudged, wanted)
             made = dataclasses.replace(sample.taking(index), size=size)
             outcome.sample, outcome.feature = made, feature
     if outcome.gap > slack * outcome.scale:
@@ -161,7 +161,7 @@ def _chosen(by_hand: _ByHand, theirs: torch.Tensor | None, slack: float) -> Outc
             outcome.sample, outcome.feature = dataclasses.replace(sample.taking(index), size=size), feature
     if outcome.gap > slack * outcome.scale:  # no ranking that could tell by how much: whether it can be at all
         own = Drawn.of(1.0, by_hand.decide(score), len(wanted))
-        settled = explained(own, by_hand.drawn(slack, by_hand.decided_again), wanted)
+        settled = explained(own, by_hand.drawn(slack, by_hand.decided_again, FINER), wanted)
         if settled is not None:
             made = sample.taking(wanted.nonzero().flatten())
             outcome.gap, outcome.feature = 0.0, settled[0]
@@ -258,10 +258,26 @@ class _ByHand:
         other, score = self.shaken(self.ranked, slack, seed)
         return other.merge_of(self.chosen, score)
 
-    def drawn(self, slack: float, again: Callable[[float, int], Any]) -> tuple[Drawn, ...]:
-        """What `again` gives on inputs that are moved in several ways, by `slack` at most."""
+    def drawn(
+        self, slack: float, again: Callable[[float, int], Any], shares: tuple[float, ...] = SHARES
+    ) -> tuple[Drawn, ...]:
+        """What `again` gives on inputs that are moved in several ways, by `shares` of `slack`."""
         visual = len(self.sample.slots)
-        return tuple(Drawn.of(share, again(share * slack, seed), visual) for seed, share in enumerate(SHARES))
+        return tuple(Drawn.of(share, again(share * slack, seed), visual) for seed, share in enumerate(shares))
+
+    def chosen_by(self, score: torch.Tensor, nudged: torch.Tensor, wanted: torch.Tensor) -> Any:
+        """What `decide` gives where `nudged` scores select the tokens `wanted` [V] bool.
+
+        What becomes of the others goes by the scores as they are: nudged ones rank the tokens that are left otherwise.
+        """
+        decision = self.decide(nudged)
+        if self.chosen is None:
+            return decision
+        chosen, self.ranked = self.chosen, score
+        merged = self.merge_of(chosen, score)
+        if torch.equal(merged[0], wanted.nonzero().flatten()):
+            return merged
+        return self.decide(nudged)
 
     def decide(self, score: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """(numbers of the visual tokens that stay, their merged values [K, D], their sizes [K])."""

@@ -26,6 +26,9 @@ from tvc.kernels.op import Attention
 DRAWS = 4.0
 # How far inputs are moved for each of the other decisions, as a share of what is allowed.
 SHARES = (1.0, 1.0, 1.0, 0.25, 0.25, 0.25, 0.06, 0.06)
+# The same, down to the last digits, where a choice is asked for that none of these makes: among many tokens that are
+# almost equal, noise that is large settles all ties at once, and never just the one that the last digits settle.
+FINER = (*SHARES, *(share for share in (0.06, 0.015, 0.004, 0.001, 0.0001) for _ in range(8)))
 Decide = Callable[[], Any]
 
 
