@@ -66,20 +66,24 @@ class Pooling(Trained, Merging):
         """How many new tokens each scope gets."""
         raise NotImplementedError
 
-    def pooled(
-        self, logits: torch.Tensor, value: torch.Tensor, size: torch.Tensor, scope: Scope
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(chosen [B, K], feature [B, K, H d] float32, size [B, K]); each new token has an even part of all sizes."""
+    def placed(self, size: torch.Tensor, scope: Scope) -> tuple[torch.Tensor, torch.Tensor]:
+        """(chosen [B, K], size [B, K]); each new token has an even part of all sizes."""
         budget, segment, counts = self.number, scope.segment, scope.counts
         # A count beyond the tokens that there are gives no slots: a tile of an encoder has no room for pads.
         slots = torch.sym_min(budget.slots(segment.shape[1], scope.number), segment.shape[1])
         chosen = stride_keep.overload(segment, counts, budget.permille or 0, budget.count or 0, slots)
-        feature = segment_pool.overload(logits, value, segment, counts, chosen)
-        even = torch.zeros_like(logits[:, :1, :, :1])
+        even = torch.zeros_like(size)[:, None, :, None]
         sizes = segment_pool.overload(even, size[:, :, None], segment, counts, chosen).squeeze(2)
         entering = per_token(counts, per_token(segment, chosen))
         left = per_token(budgets(counts, budget.permille or 0, budget.count or 0), per_token(segment, chosen))
-        return chosen, feature, sizes * entering / left.clamp(min=1)
+        return chosen, sizes * entering / left.clamp(min=1)
+
+    def pooled(
+        self, logits: torch.Tensor, value: torch.Tensor, size: torch.Tensor, scope: Scope
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(chosen [B, K], feature [B, K, H d] float32, size [B, K]), see `placed`."""
+        chosen, sizes = self.placed(size, scope)
+        return chosen, segment_pool.overload(logits, value, scope.segment, scope.counts, chosen), sizes
 
     def kept(self, counts: list[int]) -> list[int]:
         return [self.number.kept(count) for count in counts]

@@ -58,6 +58,7 @@ SETTINGS = {
     "mqt": ["keep=9", "heads=2"],
     "tokenflex": ["side=3"],
     "flash-latents": ["keep=5"],
+    "b-vllm-sampler": ["keep=5", "heads=2", "layers=3"],
     "qtsplus": ["heads=4", "groups=2"],
     "visiondrop": [
         "keep=60%",

@@ -22,6 +22,7 @@ from tvc.policy.schema import dump_yaml, steps_data
 KNOWN = (
     "aim",
     "auroracap",
+    "b-vllm-sampler",
     "cdpruner",
     "centerclip",
     "covipal",
