@@ -97,7 +97,8 @@ def cut_function(step: Any, renumber: bool, name: str) -> Callable[..., tuple[to
         *parts, kept = torch.ops.tvc.shorten(decision.chosen, residual, decision.feature, *places)
         after = dict(zip(SHORTENED, parts, strict=True))
         if renumber:
-            after["position_ids"] = _renumbered(key_positions, after["query_positions"])
+            numbers = _renumbered(key_positions, after["query_positions"])
+            after["position_ids"] = numbers.to(after["position_ids"].dtype)
         after |= {"size": decision.size, "kept": kept, "chosen": decision.chosen}
         return tuple(after[name] for name in RESULTS)
 

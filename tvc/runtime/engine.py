@@ -106,6 +106,7 @@ class Interface:
                 extras,
                 crossing,
                 int(shape.get("stride", 0)),
+                bool(shape.get("real", False)),
             ),
             visual_token_ids=tuple(data["visual_token_ids"]),
             taps=dict(data["taps"]),
@@ -234,7 +235,7 @@ class Engine:
         given = call.position_ids
         if given is None:  # what `generate` numbers tokens by, and decoders that look at the mask
             given = _places(inputs.get("attention_mask"), mask, seen)
-        positions, saved = _positions(given, self.interface.shape.axes, ids), None
+        positions, saved = _positions(given, self.interface.shape, ids), None
         if stride := self.interface.shape.stride:
             before = past.saved if past is not None and past.saved is not None else ids.new_zeros(len(ids))
             positions, saved = in_strides(positions, visual, segment, stride, before.to(ids.device))
@@ -420,8 +421,19 @@ def _places(whole: torch.Tensor | None, mask: torch.Tensor, seen: int) -> torch.
     return (whole.long().cumsum(1) - 1).clamp(min=0)[:, -mask.shape[1] :]
 
 
-def _positions(given: torch.Tensor, axes: int, ids: torch.Tensor) -> torch.Tensor:
-    """The rotary positions of the chunk's slots, [B, S] or [axes, B, S]."""
+def _positions(given: torch.Tensor, shape: DecoderShape, ids: torch.Tensor) -> torch.Tensor:
+    """The rotary positions of the chunk's slots, [B, S] or [axes, B, S], of the type that the graph takes."""
+    axes, fractions = shape.axes, given.is_floating_point() and not shape.real
+    if fractions and bool((given != given.round()).any()):
+        raise InputError(
+            "tokens stand at fractions of a position, and the model was traced with whole ones",
+            where="position_ids",
+            got=str(given.dtype),
+            want="positions as those of the sample inputs",
+            fix="pass such inputs to tvc.compile(..., inputs=...)",
+            slug="fractions",
+        )
+    given = given.to(torch.float32 if shape.real and not shape.stride else torch.int64)
     given = given[..., -ids.shape[1] :]  # some families number the cached tokens of a later turn as well
     if axes == 0:
         given = given[0] if given.dim() == 3 else given

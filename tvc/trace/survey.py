@@ -44,6 +44,7 @@ class Survey:
     extras: tuple[Extra, ...]
     arguments: Mapping[str, Any]  # how the decoder's arguments nest the extras
     crossing: Crossing | None = None
+    real: bool = False  # the model's own positions are float numbers
 
     @property
     def boundary(self) -> Boundary:
@@ -51,7 +52,9 @@ class Survey:
 
     def shape(self, dtype: torch.dtype, device: torch.device, stride: int = 0) -> DecoderShape:
         sizes = (self.layout.hidden_size, self.axes, self.caches)
-        return DecoderShape(*sizes, dtype, device, self.spans, self.extras, self.crossing, stride)
+        return DecoderShape(
+            *sizes, dtype, device, self.spans, self.extras, self.crossing, stride, self.real or stride > 0
+        )
 
 
 def survey(
@@ -170,7 +173,8 @@ def _survey(
     layout = _layout(meta, fields, first, shape, identity, lengths, size, untraced or reason)
     layout = _with_shared_caches(layout, caches, getattr(meta.get_decoder().config, "layer_types", None))
     layout = dataclasses.replace(layout, untraced=untraced, resampled=resampled, whole_positions=use.whole(axes))
-    found = (caches, axes, tokens, spans, extras, structure(beside(call.extra, crossing)), crossing)
+    real = call.position_ids is not None and call.position_ids.is_floating_point()
+    found = (caches, axes, tokens, spans, extras, structure(beside(call.extra, crossing)), crossing, real)
     return Survey(layout, host, sample, *found)
 
 
