@@ -104,16 +104,7 @@ def _survey(
     double: bool,
     borrowed: Borrowed | None,
 ) -> Survey:
-    tokens = visual_token_ids(meta)
-    if not tokens:
-        raise ModelError(
-            "the configuration names no placeholder token for images",
-            where=type(meta).__name__,
-            got="no image_token_id",
-            want="image_token_id in the configuration",
-            fix="only models that scatter visual features over placeholder tokens can be compiled",
-            slug="no-placeholder",
-        )
+    tokens = _known_placeholders(meta)
     _check_kind(meta)
     size = image_size or default_size(meta)
     fields = cost_fields(meta)
@@ -183,6 +174,20 @@ def _slots(sample: Mapping[str, torch.Tensor], tokens: Sequence[int]) -> tuple[t
     ids = sample["input_ids"]
     valid = sample["attention_mask"].bool() if "attention_mask" in sample else torch.ones_like(ids, dtype=torch.bool)
     return valid, sum((ids == token for token in tokens), torch.zeros_like(ids, dtype=torch.bool)) & valid
+
+
+def _known_placeholders(meta: torch.nn.Module) -> tuple[int, ...]:
+    tokens = visual_token_ids(meta)
+    if not tokens:
+        raise ModelError(
+            "the configuration names no placeholder token for images",
+            where=type(meta).__name__,
+            got="no image_token_id",
+            want="image_token_id in the configuration",
+            fix="only models that scatter visual features over placeholder tokens can be compiled",
+            slug="no-placeholder",
+        )
+    return tokens
 
 
 # What positions and windows say. Other kinds (chunks, sparse selections) hide keys by rules of their own.
