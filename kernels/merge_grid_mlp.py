@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from tvc.kernels.budget import Budget
+from tvc.kernels.budget import LARGEST, Budget
 from tvc.kernels.op import Scope, Tap, primitive
 from tvc.kernels.segment_pool import GridPooling, by_place
 from tvc.kernels.weights import Shape
@@ -40,7 +40,7 @@ class GridMlp(GridPooling):
     @property
     def number(self) -> Budget:
         """One new token a cell."""
-        return Budget(count=self.side**2)
+        return Budget(count=min(self.side**2, LARGEST))
 
     def taps(self) -> dict[str, Tap]:
         return self.module()

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from tvc.errors import PolicyError
 from tvc.kernels.budget import Budget
+from tvc.policy import load_policy
 
 
 class Holder(BaseModel):
@@ -114,3 +115,10 @@ def test_slots_trace_with_symbolic_sizes(value: object, sizes: tuple[int, int, i
     )
     found = program.module()(torch.zeros(3, length), torch.ones(3, images, dtype=torch.int64))
     assert found.shape == (3, slots)
+
+
+@pytest.mark.parametrize("side", (1001, 10**6))
+def test_a_grid_may_have_more_cells_than_there_are_tokens(side: int) -> None:
+    merge = {"grid_mlp": {"weights": "w.safetensors", "side": side}}
+    policy = load_policy({"version": 1, "name": "one", "steps": [{"at": "projector", "merge": merge}]})
+    assert policy.steps[0].merge.kept([576]) == [576]
