@@ -72,7 +72,7 @@ def clumped(kept: np.ndarray) -> float:
     inside = np.pad(np.ones_like(kept), 1).astype(int)
     moves = [(down, across) for down in (-1, 0, 1) for across in (-1, 0, 1) if (down, across) != (0, 0)]
     near, possible = (sum(np.roll(grid, move, (0, 1))[1:-1, 1:-1] for move in moves) for grid in (around, inside))
-    return float((near[kept] / possible[kept]).mean())
+    return float((near[kept] / possible[kept]).mean()) if kept.any() else 0.0
 
 
 def look(drawn: scenes.Scene, asked: scenes.Question, kept: np.ndarray, view: View) -> Seen:
@@ -82,7 +82,7 @@ def look(drawn: scenes.Scene, asked: scenes.Question, kept: np.ndarray, view: Vi
     wanted = np.array([covered(box, view) for box in asked.boxes])
     return Seen(
         left=float(kept.sum()),
-        things=float(there.any(0)[kept].mean()),
+        things=float(there.any(0)[kept].mean()) if kept.any() else 0.0,
         known=float((there & kept).any(1).mean()),
         asked=float((wanted & kept).sum() / wanted.sum()),
         blind=float(not (wanted & kept).any(1).all()),

@@ -120,6 +120,7 @@ def test_a_padded_batch_equals_the_untouched_model(made: Made, batch: int) -> No
     assert not [row for row in rows if not row.passed]
 
 
+@pytest.mark.conformance
 def test_verification_sees_caches_that_were_not_cut(made: Made) -> None:
     plain = made.prepared.compile({"version": 1, "steps": [step(2, "50%"), step(4, "50%")]}, verify=False)
     plain.policy = made.compiled.policy
@@ -180,6 +181,7 @@ def test_beams_are_worth_what_the_untouched_model_gives_them(made: Made) -> None
     close(out.sequences_scores, chosen.sum((1, 2)))
 
 
+@pytest.mark.conformance
 def test_a_policy_that_evicts_nothing_has_the_graph_it_had(made: Made) -> None:
     """Names of nodes apart, the two differ by what is evicted alone."""
 

@@ -99,7 +99,7 @@ class DecoderShape:
     extras: tuple[Extra, ...] = ()
     crossing: Crossing | None = None
     stride: int = 0  # 256ths of a position that a visual token takes; 0: positions are the model's own
-    real: bool = False  # positions are float32: the model numbers tokens so, or they are fractions
+    real: bool = False  # the model's own positions are float numbers
 
     @property
     def chunk_inputs(self) -> tuple[str, ...]:
@@ -162,7 +162,7 @@ def sample_inputs(
     rotary = positions.expand(shape.axes, -1, -1).contiguous() if shape.axes else positions
     chunk = {
         "inputs_embeds": torch.zeros(batch, slots, shape.width, dtype=shape.dtype),
-        "position_ids": rotary.float() if shape.real else rotary,
+        "position_ids": rotary.float() if shape.real or shape.stride else rotary,
         "query_positions": positions.clone(),
         "text_index": torch.cat([torch.zeros(1, dtype=torch.long), torch.arange(visual + 1, slots)]).repeat(batch, 1),
         "visual_index": (torch.arange(visual) + 1).repeat(batch, 1),

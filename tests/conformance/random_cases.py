@@ -19,7 +19,8 @@ import support
 from tvc.kernels.op import PRIMITIVES, Kind
 from tvc.kernels.weights import SUFFIX, Trained
 from tvc.policy import load_policy, presets
-from tvc.policy.schema import COMPONENTS, NORMALIZE, POSITIONS, SCOPES
+from tvc.policy.positions import WORDS
+from tvc.policy.schema import COMPONENTS, NORMALIZE, SCOPES
 
 Settings = dict[str, Any]
 
@@ -157,7 +158,7 @@ def policies(draw: st.DrawFn, blocks: Mapping[str, int], components: tuple[str, 
     if draw(st.integers(0, 9)):
         steps.sort(key=lambda step: _place(step["at"], blocks))
     # Numbering afresh needs a cut in the decoder, so it is refused for many policies.
-    return _as_policy(steps, draw(st.sampled_from((*POSITIONS, "keep", "keep"))))
+    return _as_policy(steps, draw(st.sampled_from((*WORDS, "keep", "keep"))))
 
 
 def everywhere(blocks: Mapping[str, int], seed: int, resolves: Callable[[Settings], bool]) -> Settings:

@@ -52,9 +52,7 @@ class Survey:
 
     def shape(self, dtype: torch.dtype, device: torch.device, stride: int = 0) -> DecoderShape:
         sizes = (self.layout.hidden_size, self.axes, self.caches)
-        return DecoderShape(
-            *sizes, dtype, device, self.spans, self.extras, self.crossing, stride, self.real or stride > 0
-        )
+        return DecoderShape(*sizes, dtype, device, self.spans, self.extras, self.crossing, stride, self.real)
 
 
 def survey(
