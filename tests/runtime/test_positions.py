@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tvc.chunks import DecoderShape, sample_inputs
-from tvc.runtime.positions import in_strides
+from tvc.errors import InputError
+from tvc.runtime.positions import in_strides, of_slots
 
 
 def counted(tokens: str, stride: int, last: Fraction = Fraction(-1)) -> tuple[list[Fraction], Fraction]:
@@ -115,3 +116,18 @@ def test_graphs_of_half_precision_are_traced_with_positions_in_full(dtype: torch
     shape = DecoderShape(8, 0, ((2, 4, 4),), dtype, torch.device("cpu"), stride=64)
     (position_ids,) = sample_inputs(("position_ids",), shape, [0], {})
     assert position_ids.dtype == torch.float32
+
+
+def test_positions_have_the_type_that_the_model_numbers_tokens_in() -> None:
+    ids, device = torch.zeros(2, 3, dtype=torch.int64), torch.device("cpu")
+    for real, dtype in ((False, torch.int64), (True, torch.float32)):
+        shape = DecoderShape(8, 3, ((2, 4, 4),), torch.bfloat16, device, real=real)
+        (sample,) = sample_inputs(("position_ids",), shape, [0], {})
+        assert sample.dtype == dtype
+        for numbers in (torch.arange(5), torch.arange(5.0)):  # two of a cache, and the chunk's; one row for all
+            made = of_slots(numbers.expand(3, 1, -1), shape, ids)
+            assert (made.dtype, made.tolist()) == (dtype, [[[2, 3, 4]] * 2] * 3)
+    half = torch.tensor([[[0.0, 0.5, 1.0]] * 2] * 3)
+    assert of_slots(half, DecoderShape(8, 3, (), torch.float32, device, real=True), ids).tolist() == half.tolist()
+    with pytest.raises(InputError, match="fractions of a position"):
+        of_slots(half, DecoderShape(8, 3, (), torch.float32, device), ids)

@@ -36,7 +36,7 @@ from tvc.runtime.inputs import (
     placeholders,
     video_inside_encoder,
 )
-from tvc.runtime.positions import in_strides
+from tvc.runtime.positions import in_strides, of_slots
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
 from tvc.trace.crossing import each_image_apart, images_of, images_together
@@ -235,7 +235,7 @@ class Engine:
         given = call.position_ids
         if given is None:  # what `generate` numbers tokens by, and decoders that look at the mask
             given = _places(inputs.get("attention_mask"), mask, seen)
-        positions, saved = _positions(given, self.interface.shape, ids), None
+        positions, saved = of_slots(given, self.interface.shape, ids), None
         if stride := self.interface.shape.stride:
             before = past.saved if past is not None and past.saved is not None else ids.new_zeros(len(ids))
             positions, saved = in_strides(positions, visual, segment, stride, before.to(ids.device))
@@ -419,28 +419,6 @@ def _places(whole: torch.Tensor | None, mask: torch.Tensor, seen: int) -> torch.
     if whole is None or whole.shape[1] == mask.shape[1]:
         return (mask.long().cumsum(1) - 1).clamp(min=0) + seen
     return (whole.long().cumsum(1) - 1).clamp(min=0)[:, -mask.shape[1] :]
-
-
-def _positions(given: torch.Tensor, shape: DecoderShape, ids: torch.Tensor) -> torch.Tensor:
-    """The rotary positions of the chunk's slots, [B, S] or [axes, B, S], of the type that the graph takes."""
-    axes, fractions = shape.axes, given.is_floating_point() and not shape.real
-    if fractions and bool((given != given.round()).any()):
-        raise InputError(
-            "tokens stand at fractions of a position, and the model was traced with whole ones",
-            where="position_ids",
-            got=str(given.dtype),
-            want="positions as those of the sample inputs",
-            fix="pass such inputs to tvc.compile(..., inputs=...)",
-            slug="fractions",
-        )
-    given = given.to(torch.float32 if shape.real and not shape.stride else torch.int64)
-    given = given[..., -ids.shape[1] :]  # some families number the cached tokens of a later turn as well
-    if axes == 0:
-        given = given[0] if given.dim() == 3 else given
-        return given.expand(ids.shape[0], -1).contiguous()
-    if given.dim() == 2:
-        given = given.unsqueeze(0).expand(axes, -1, -1)
-    return given[-axes:].expand(axes, ids.shape[0], -1).contiguous()
 
 
 def _restored(feature: torch.Tensor, place: torch.Tensor) -> torch.Tensor:

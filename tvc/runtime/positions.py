@@ -1,10 +1,12 @@
-"""Rotary positions where visual tokens take a fraction of one each: from the model's own to those of the graph."""
+"""Rotary positions: from the model's own to those of the graph, where visual tokens may take a fraction of one each."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn.functional import pad
 
+from tvc.chunks import DecoderShape
+from tvc.errors import InputError
 from tvc.policy.positions import WHOLE
 
 
@@ -33,3 +35,33 @@ def in_strides(
     front = text + spared - rank  # of a visual token: where the token in front of its image stands
     fractions = front.float() + rank.float() * (stride / WHOLE)
     return torch.where(visual, fractions, text.float()), saved + spared.sum(1)
+
+
+def of_slots(given: torch.Tensor, shape: DecoderShape, ids: torch.Tensor) -> torch.Tensor:
+    """The rotary positions of the slots of a chunk [B, S] `ids`: [B, S] or [axes, B, S], int64 or float32 as the model
+    numbers tokens.
+
+    Args:
+        given: [B or 1, S'] or [axes, B or 1, S'] the model's own, of which the last S are the chunk's.
+
+    Raises:
+        InputError: tokens stand at fractions of a position, and the graph takes whole ones.
+    """
+    axes, fractions = shape.axes, given.is_floating_point() and not shape.real
+    if fractions and bool((given != given.round()).any()):
+        raise InputError(
+            "tokens stand at fractions of a position, and the model was traced with whole ones",
+            where="position_ids",
+            got=str(given.dtype),
+            want="positions as those of the sample inputs",
+            fix="pass such inputs to tvc.compile(..., inputs=...)",
+            slug="fractions",
+        )
+    given = given.to(torch.float32 if shape.real and not shape.stride else torch.int64)
+    given = given[..., -ids.shape[1] :]  # some families number the cached tokens of a later turn as well
+    if axes == 0:
+        given = given[0] if given.dim() == 3 else given
+        return given.expand(ids.shape[0], -1).contiguous()
+    if given.dim() == 2:
+        given = given.unsqueeze(0).expand(axes, -1, -1)
+    return given[-axes:].expand(axes, ids.shape[0], -1).contiguous()
