@@ -11,6 +11,7 @@ import fractions
 import re
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_serializer, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
@@ -144,13 +145,15 @@ class Budget(BaseModel):
         return f"{{average: {self.average}}}" if isinstance(dumped, dict) else str(dumped)
 
     def slots(self, visual: int, scopes: int) -> int:
-        """The static number of slots the kept tokens of a chunk take; enough for every sample of a batch.
+        """The static number of slots the kept tokens of a chunk take; enough for every sample, never above V.
 
         Args:
             visual: V, the visual slots of the chunk (int or SymInt).
             scopes: how many scopes share the chunk at most (int or SymInt); 0 where it has no visual token.
         """
-        return visual * self.permille // 1000 if self.permille is not None else self._counted() * scopes
+        if self.permille is not None:
+            return visual * self.permille // 1000
+        return torch.sym_min(self._counted() * scopes, visual)
 
     def kept(self, entering: int) -> int:
         """How many of the `entering` visual tokens of one scope stay (0 where a share of them rounds down to 0)."""

@@ -106,10 +106,16 @@ def family_record(family: str) -> Family:
     return FAMILIES[family] if family in FAMILIES else FURTHER[family]
 
 
-def build_model(family: str, seed: int = 0) -> Any:
-    """A random model of the family in float32, in eval mode, whose logits differ visibly between inputs."""
+def build_model(family: str, seed: int = 0, layers: int | None = None) -> Any:
+    """A random model of the family in float32, in eval mode, whose logits differ visibly between inputs.
+
+    `layers`: of its decoder, where the record's few are not enough.
+    """
     record, ids = family_record(family), tokenizer(family)
-    config = getattr(transformers, record.config_class)(**_resolved(record, record.config, ids))
+    described = record.config
+    if layers is not None:
+        described = {**described, "text_config": {**described["text_config"], "num_hidden_layers": layers}}
+    config = getattr(transformers, record.config_class)(**_resolved(record, described, ids))
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     randomize(model, seed)
     return model
@@ -129,9 +135,9 @@ def build_processor(family: str) -> Any:
     return made(image_processor=images, chat_template=template(record), **parts, **record.processor_options)
 
 
-def build(family: str, seed: int = 0) -> tuple[Any, Any]:
+def build(family: str, seed: int = 0, layers: int | None = None) -> tuple[Any, Any]:
     """(model, processor)."""
-    return build_model(family, seed), build_processor(family)
+    return build_model(family, seed, layers), build_processor(family)
 
 
 def save_model(family: str, path: str | pathlib.Path, seed: int = 0) -> pathlib.Path:

@@ -55,7 +55,7 @@ def test_a_count_keeps_at_most_what_there_is(count: int, entering: int) -> None:
 def test_slots_are_enough_for_every_scope(value: object, scopes: list[int]) -> None:
     budget = parse(value)
     if budget.average is None:
-        assert sum(budget.kept(n) for n in scopes) <= budget.slots(sum(scopes), len(scopes))
+        assert sum(budget.kept(n) for n in scopes) <= budget.slots(sum(scopes), len(scopes)) <= sum(scopes)
 
 
 @pytest.mark.parametrize("value", ["100%", 10**9])
@@ -104,7 +104,9 @@ class _Head(torch.nn.Module):
         return visual.new_zeros(visual.shape[0], slots)
 
 
-@pytest.mark.parametrize(("value", "sizes"), [("12.5%", (40, 2, 5)), (7, (40, 3, 21)), ("100%", (9, 2, 9))])
+@pytest.mark.parametrize(
+    ("value", "sizes"), [("12.5%", (40, 2, 5)), (7, (40, 3, 21)), (10**9, (40, 3, 40)), ("100%", (9, 2, 9))]
+)
 def test_slots_trace_with_symbolic_sizes(value: object, sizes: tuple[int, int, int]) -> None:
     length, images, slots = sizes
     dim = torch.export.Dim.DYNAMIC
