@@ -266,7 +266,13 @@ def _solve(policy: Any, layout: Layout, goal: _Goal, text_tokens: int, vision_bl
     """As the measure rises with the factor, bisection over whole numbers finds the largest that fits."""
     budgets = [b for step in policy.steps for p in (step.select, step.merge) if p is not None for b in _budgets(p)]
     if not budgets:
-        raise _refused(policy, goal, "a policy without budgets", "a policy with a `keep`", "give a policy that selects")
+        raise _refused(
+            policy,
+            goal,
+            "a policy without budgets",
+            "a policy with a `keep`",
+            "give a policy that selects or merges a share; others run as they are written, without a budget",
+        )
 
     def scaled(factor: int) -> _Scaled:
         return _Scaled(policy.name, tuple(_scaled_step(step, factor) for step in policy.steps))
