@@ -1,0 +1,73 @@
+"""No graph that ONNX Runtime opens grows with what a policy keeps: whatever is done again and again is one `Loop`."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+import matrix
+import onnx
+import pytest
+
+import support
+from tvc import api
+from tvc.errors import ArgumentError
+from tvc.policy import load_policy, presets
+from tvc.report.budget import settings_at
+
+SHARES = ("75%", "50%", "33%", "25%", "11%")
+# Two settings of what no budget can be set of. Exits and positions keep no number of tokens.
+PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dycoke": ({"keep": "60%"}, {"keep": "30%"}),
+    "evs": ({"keep": "60%"}, {"keep": "30%"}),
+    "framefusion": ({"cost": "60%"}, {"cost": "30%"}),
+    "qtsplus": ({"most": 0.5}, {"most": 0.25}),
+    "stc": ({"keep": 9}, {"keep": 3}),
+    "tokenflex": ({"side": 4}, {"side": 2}),
+}
+WITHOUT = ("dyvte", "todre-exit", "v2pe")
+
+
+def nodes(graphs: Iterable[onnx.GraphProto]) -> int:
+    """Of graphs and of all that loops and branches in them hold."""
+    total = 0
+    for graph in graphs:
+        total += len(graph.node)
+        total += nodes(a.g for node in graph.node for a in node.attribute if a.type == onnx.AttributeProto.GRAPH)
+    return total
+
+
+def counted(preset: str, settings: dict[str, Any], folder: pathlib.Path) -> dict[str, int]:
+    """Nodes of every graph of the preset's artifact, by its file."""
+    prepared, _ = matrix.prepare("llava", "cpu", matrix.DEPTHS.get(preset))
+    policy = load_policy(preset, matrix.SETTINGS.get(preset, ())).with_settings(settings)
+    program, resolved = prepared.reduce(support.with_weights(policy, prepared.survey.layout, folder))
+    compiled = api.finish(prepared.source, prepared.survey, resolved, program, "ort")
+    assert compiled.files is not None
+    files = sorted(pathlib.Path(compiled.files).rglob("*.onnx"))
+    models = {file.stem: onnx.load(file, load_external_data=False) for file in files}
+    return {name: nodes([model.graph, *model.functions]) for name, model in models.items()}
+
+
+def two_budgets(preset: str) -> list[dict[str, Any]]:
+    """Settings for the two shares furthest apart that the preset can meet on this model."""
+    if preset in PAIRS:
+        return list(PAIRS[preset])
+    prepared, _ = matrix.prepare("llava", "cpu", matrix.DEPTHS.get(preset))
+    policy = load_policy(preset, matrix.SETTINGS.get(preset, ()))
+    met = []
+    for share in SHARES:
+        try:
+            met.append(settings_at(policy, prepared.survey.layout, share))
+        except ArgumentError:
+            continue
+    return [met[0], met[-1]]
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("preset", [name for name in presets() if name not in WITHOUT])
+def test_no_graph_grows_with_the_budget(preset: str, tmp_path: pathlib.Path) -> None:
+    more, fewer = two_budgets(preset)
+    assert more != fewer
+    assert counted(preset, more, tmp_path) == counted(preset, fewer, tmp_path)
