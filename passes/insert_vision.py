@@ -113,7 +113,7 @@ def score_tap(apply: Callable[..., torch.Tensor], flat: bool) -> Callable[..., t
 
 
 def key_tap(key: torch.Tensor, columns: torch.Tensor, flat: bool) -> torch.Tensor:
-    """[n, F, d] (or [F, d]) keys of each visual token, averaged over heads and over its encoder tokens; 0 without any."""
+    """[n, F, d] (or [F, d]) keys of each visual token, averaged over heads and its encoder tokens; 0 without any."""
     batch, features, group = columns.shape
     rows = take_rows(key.float().mean(1), columns.reshape(batch, features * group))
     real = (columns >= 0).unsqueeze(3)

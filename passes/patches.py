@@ -37,9 +37,7 @@ class Patches:
     width: int  # numbers in one patch
 
 
-def pixels_of(
-    graph: fx.Graph, blocks: list[Block], last: fx.Node, features: fx.Node, note: str
-) -> tuple[fx.Node, int]:
+def pixels_of(graph: fx.Graph, blocks: list[Block], last: fx.Node, features: fx.Node, note: str) -> tuple[fx.Node, int]:
     """([n, F, P] float32 the pixels of each visual token, P); [F, P] where the features are a row, too.
 
     Args:
@@ -53,7 +51,9 @@ def pixels_of(
     """
     hidden, found = _entering(graph, blocks, note)
     if hidden.meta["val"].shape[:-1] != last.meta["val"].shape[:-1]:
-        got = f"{tuple(hidden.meta['val'].shape)} before the first block, {tuple(last.meta['val'].shape)} behind the last"
+        got = (
+            f"{tuple(hidden.meta['val'].shape)} before the first block, {tuple(last.meta['val'].shape)} behind the last"
+        )
         raise _unseen(last, got, "blocks that leave tokens where they are", note)
     output = next(node for node in graph.nodes if node.op == "output")
 
@@ -112,7 +112,7 @@ def _entering(graph: fx.Graph, blocks: list[Block], note: str) -> tuple[fx.Node,
     first = first_node(graph, blocks[0])
     before = [node for node in graph.nodes if node < first]
     for node in before:
-        found = _patches(node, note)
+        found = find_patches(node, note)
         if found is None:
             continue
         made = {node}
@@ -125,7 +125,7 @@ def _entering(graph: fx.Graph, blocks: list[Block], note: str) -> tuple[fx.Node,
     raise _unseen(first, "no convolution or linear layer over pixels in front of it", "one that embeds patches", note)
 
 
-def _patches(node: fx.Node, note: str) -> Patches | None:
+def find_patches(node: fx.Node, note: str) -> Patches | None:
     """The patches that a node embeds; None where it embeds none."""
     if node.target is not A.linear.default and node.target not in _CONVOLUTIONS:
         return None

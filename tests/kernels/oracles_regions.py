@@ -8,9 +8,7 @@ from typing import Any
 from kernel_oracles import ORACLES, Row
 
 
-def regions_keep(
-    pixels: Any, segment: Any, right: Any, below: Any, permille: int, within: float
-) -> list[Row]:
+def regions_keep(pixels: Any, segment: Any, right: Any, below: Any, permille: int, within: float) -> list[Row]:
     rows = []
     for shown, pictures, *others in zip(pixels, segment, right, below, strict=True):
         parent = list(range(len(pictures)))

@@ -43,7 +43,7 @@ def check_pixels(policy: Policy, layout: Layout, site: SiteName, path: Path, pri
         raise refusal(
             policy,
             path,
-            f"`{primitive.key}` looks at the pixels of each visual token, and {layout.model_type} has none that are known",
+            f"`{primitive.key}` looks at pixels, and no visual token of {layout.model_type} has any of its own",
             got=layout.apart,
             want="an encoder whose tokens each stand for a part of the picture",
             fix="choose among features instead: select: {max_min: 25%}",

@@ -1,5 +1,5 @@
-"""What position ids tell of visual tokens, and what a decoder does with them: turn queries and keys by them, as numbers,
-or look them up in a table.
+"""What position ids tell of visual tokens, and what a decoder does with them: turn queries and keys by them, as
+numbers, or look them up in a table.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What visual tokens show, on the untouched model: the pixels that each was made from, and which token is beside which."""
+"""What visual tokens show, on the untouched model: the pixels of each, and which token is beside which."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -46,10 +47,8 @@ def token_pixels(model: torch.nn.Module, inputs: Mapping[str, Any], owner: torch
     name = next(name for name in PIXEL_NAMES if name in inputs)
     pixels, observer = inputs[name].detach().clone().requires_grad_(), _First()
     with torch.enable_grad(), observed(model, observer):
-        try:
+        with contextlib.suppress(_Entered):
             flat_features(model, {**inputs, name: pixels})
-        except _Entered:
-            pass
         if observer.hidden is None or not observer.hidden.requires_grad:
             raise unmapped("what enters the encoder does not depend on the pixels")
         hidden = observer.hidden.flatten(0, -2)
