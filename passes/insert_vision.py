@@ -259,7 +259,7 @@ class VisionInsertion:
             query, key, mask, scale = self._attention(int(tap.layer.removeprefix("vision.")), note)
             parts = (query, key, mask, self._rows(tap.of[0], query, columns, note), columns, scale)
             node = self._call(score_tap(primitive.apply, self._flat), note, *parts, self._images(query, note))
-        self._add_output(name, node, 0)
+        self._add_tap(name, node, 0)
 
     def add_keys(self, name: str, layer: str, note: str) -> None:
         """The mean keys of every visual token in one block, as an output."""
@@ -267,11 +267,11 @@ class VisionInsertion:
         with self.graph.inserting_before(self._output()):
             key: Any = self._block(int(layer.removeprefix("vision."))).attention.args[1]  # type: ignore[union-attr]
             node = self._call(key_tap, note, key, columns, self._flat)
-        self._add_output(name, node, int(key.meta["val"].shape[-1]))
+        self._add_tap(name, node, int(key.meta["val"].shape[-1]))
 
     def add_pixels(self, name: str, note: str) -> None:
         """The pixels that each visual token was made from, as an output."""
-        self._add_output(name, *pixels_of(self.graph, self.blocks, self._last(), self._features(), note))
+        self._add_tap(name, *pixels_of(self.graph, self.blocks, self._last(), self._features(), note))
 
     def columns(self, note: str) -> fx.Node:
         """[n, F, g] the encoder tokens behind each visual token."""
@@ -294,9 +294,12 @@ class VisionInsertion:
     def _output(self) -> fx.Node:
         return next(node for node in self.graph.nodes if node.op == "output")
 
-    def _add_output(self, name: str, node: fx.Node, width: int) -> None:
-        output = self._output()
+    def _add_tap(self, name: str, node: fx.Node, width: int) -> None:
         self.component.meta["tap_widths"][name] = width
+        self._add_output(name, node)
+
+    def _add_output(self, name: str, node: fx.Node) -> None:
+        output = self._output()
         output.args = ((*output.args[0], node),)  # type: ignore[misc]
         self.component.outputs = (*self.component.outputs, name)
         self.changes.append(Change("vision", node.name, f"output {name}", "another component asks for it"))

@@ -86,10 +86,10 @@ class Pictures:
         Args:
             grids: [N, 3] frames, rows and columns of the patches of each; None where the model takes none.
         """
-        told = [] if grids is None else grids.tolist()
-        for length, (frames, height, width) in zip(lengths, told, strict=len(told) > 0):
-            self.columns.append(width // math.isqrt(frames * height * width // length) if length else 0)
-        self.columns += [0] * (len(lengths) - len(told))
+        told = grids.tolist() if grids is not None and len(grids) == len(lengths) else [(0, 0, 0)] * len(lengths)
+        for length, (frames, height, width) in zip(lengths, told, strict=True):
+            side = math.isqrt(frames * height * width // max(length, 1))
+            self.columns.append(width // side if side else 0)
 
     def beside(
         self, sample: Sample, frames: tuple[torch.Tensor, torch.Tensor], columns: int | None
@@ -104,6 +104,8 @@ class Pictures:
         shown, frame, place = (values[sample.number].tolist() for values in (self.shown[sample.row], *frames))
         for number, (picture, one, at) in enumerate(zip(shown, frame, place, strict=True)):
             width = columns or self.columns[picture]
+            if not width:
+                raise unmapped("the inputs name no grid of rows and columns")
             spots[one, at // width, at % width] = number
         right, below = torch.full_like(sample.number, -1), torch.full_like(sample.number, -1)
         for (one, row, column), number in spots.items():
