@@ -85,16 +85,33 @@ class Tap:
           `ordinal`   [B, V] int64 running number of each visual token of the sample, -1 pads
           `weights`   tensors by name, which `tensors` reads (see kernels/weights.py)
           `frame`     a `(frame, place)` pair, each [B, V] int64 with -1 pads (see kernels/frames.py)
+          `neighbour` a `(right, below)` pair, each [B, V] int64 with -1 for none (see kernels/grid.py)
+          `pixel`     [B, V, P] float32 what the encoder was given of the cell of each visual token, zeros where it has
+                      none
           `spent`     a `(entered, spent)` pair, each [B, N] int64: visual tokens of each image at the decoder's entry,
                       and their sum over the layers in front of `layer`, the step's own
     of: the rows of `attention`; `behind` of `text`: what stands behind the last visual token, all text if nothing does
+    columns: for `neighbour` the length of a row; None: as the decoder's positions tell
     """
 
-    kind: Literal["feature", "key", "attention", "text", "ordinal", "transition", "weights", "frame", "spent"]
+    kind: Literal[
+        "feature",
+        "key",
+        "attention",
+        "text",
+        "ordinal",
+        "transition",
+        "weights",
+        "frame",
+        "spent",
+        "neighbour",
+        "pixel",
+    ]
     layer: str | None = None
     of: tuple[str, ...] = ()
     tensors: Callable[[], dict[str, torch.Tensor]] | None = None
     rotary: bool = True
+    columns: int | None = None
 
 
 class Attention(NamedTuple):

@@ -11,7 +11,7 @@ from tvc.graphs import identifier, open_draft
 from tvc.kernels.op import Tap
 from tvc.kernels.segments import take_rows
 from tvc.passes.reduction import decide
-from tvc.passes.taps import crosses, tap_name
+from tvc.passes.taps import crosses, crossing, tap_name
 from tvc.program import Change, Component, Program
 
 AUTO = torch.export.Dim.AUTO
@@ -84,14 +84,7 @@ def add_projector(program: Program, step: Any) -> list[Change]:
             slug="exit-outside-decoder",
         )
     shape = program.components["decoder"].meta["shape"]
-    widths: dict[str, int] = {}
-    for index, term in enumerate(step.score):
-        if any(crosses(tap) for tap in term.primitive.taps().values()):
-            widths[tap_name(step, "score", str(index))] = 0
-    for group, primitive in step.parts().items():
-        for name, tap in primitive.taps().items():
-            if crosses(tap):
-                widths[tap_name(step, group, name)] = program.components["vision"].meta["key_widths"][tap.layer]
+    widths = {name: program.components["vision"].meta["tap_widths"][name] for name, _, _ in crossing(step)}
     visual = 64
     segment = (torch.arange(visual) >= visual // 2).long().repeat(2, 1)
     counts = torch.full((2, 2), visual // 2)

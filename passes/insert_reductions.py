@@ -67,6 +67,8 @@ class InsertReductions(Pass):
                 note = f"InsertReductions: {step.where}"
                 if tap.kind == "attention":
                     insertion.add_score(name, primitive, note)
+                elif tap.kind == "pixel":
+                    insertion.add_pixels(name, note)
                 else:
                     insertion.add_keys(name, tap.layer or "", note)
             return insertion.changes
@@ -308,7 +310,7 @@ class _DecoderInsertion:
         for index, term in enumerate(terms):
             wanted = term.primitive.taps()
             if any(crosses(tap) for tap in wanted.values()):
-                scores.append(resolver.entered(self._tap_input(tap_name(step, "score", str(index)), 0)))
+                scores.append(resolver.entered(self._tap_input(tap_name(step, "score", str(index)))))
             else:
                 scores.append({name: resolver.resolve(tap, step.at, first) for name, tap in wanted.items()})
         taps: dict[str, Any] = {}
@@ -316,14 +318,13 @@ class _DecoderInsertion:
             taps[group] = {}
             for name, tap in primitive.taps().items():
                 if crosses(tap):
-                    width = self.program.components["vision"].meta["key_widths"][tap.layer]
-                    taps[group][name] = resolver.entered(self._tap_input(tap_name(step, group, name), width))
+                    taps[group][name] = resolver.entered(self._tap_input(tap_name(step, group, name)))
                 else:
                     taps[group][name] = resolver.resolve(tap, step.at, first)
         return scores, taps
 
-    def _tap_input(self, name: str, width: int) -> fx.Node:
-        self.component.meta["tap_widths"][name] = width
+    def _tap_input(self, name: str) -> fx.Node:
+        self.component.meta["tap_widths"][name] = self.program.components["vision"].meta["tap_widths"][name]
         taps = [n for n in self.component.inputs if n.startswith(TAP)]
         last = identifier(taps[-1] if taps else "visual_counts")
         return self._placeholder(name, next(n for n in self.graph.nodes if n.op == "placeholder" and n.target == last))

@@ -14,6 +14,7 @@ from tvc.graphs import Block, annotate, backward_closure, clone, find_blocks
 from tvc.kernels.attention import packed_mask
 from tvc.kernels.op import Attention, Tap
 from tvc.kernels.segments import follow, take_rows
+from tvc.passes.patches import pixels_of
 from tvc.passes.reduction import decide
 from tvc.passes.taps import all_rows, constants
 from tvc.passes.token_map import TokenMap
@@ -112,10 +113,11 @@ def score_tap(apply: Callable[..., torch.Tensor], flat: bool) -> Callable[..., t
 
 
 def key_tap(key: torch.Tensor, columns: torch.Tensor, flat: bool) -> torch.Tensor:
-    """[n, F, d] (or [F, d]) keys of each visual token, averaged over heads and over its encoder tokens."""
+    """[n, F, d] (or [F, d]) keys of each visual token, averaged over heads and its encoder tokens; 0 without any."""
     batch, features, group = columns.shape
     rows = take_rows(key.float().mean(1), columns.reshape(batch, features * group))
-    value = rows.unflatten(1, (features, group)).mean(2)
+    real = (columns >= 0).unsqueeze(3)
+    value = (rows.unflatten(1, (features, group)) * real).sum(2) / real.sum(2).clamp(min=1)
     return value[0].clone() if flat else value
 
 
@@ -131,10 +133,7 @@ class VisionInsertion:
         self.chosen: list[tuple[int, fx.Node]] = []  # (block, chosen) of each cut
         self._columns: fx.Node | None = None
         self._masks: dict[int, Any] = {}  # a block's mask before sizes were added to it
-        component.meta = {**component.meta, "key_widths": self._key_widths()}
-
-    def _key_widths(self) -> dict[str, int]:
-        return {f"vision.{b.index}": int(b.attention.args[1].meta["val"].shape[-1]) for b in self.blocks if b.attention}  # type: ignore
+        component.meta = {**component.meta, "tap_widths": {}}  # of each output for another component; 0: one number
 
     # Cuts ---------------------------------------------------------------------------------------------------------
 
@@ -260,22 +259,30 @@ class VisionInsertion:
             query, key, mask, scale = self._attention(int(tap.layer.removeprefix("vision.")), note)
             parts = (query, key, mask, self._rows(tap.of[0], query, columns, note), columns, scale)
             node = self._call(score_tap(primitive.apply, self._flat), note, *parts, self._images(query, note))
-        self._add_output(name, node)
+        self._add_tap(name, node, 0)
 
     def add_keys(self, name: str, layer: str, note: str) -> None:
         """The mean keys of every visual token in one block, as an output."""
         columns = self.columns(note)
         with self.graph.inserting_before(self._output()):
-            key = self._block(int(layer.removeprefix("vision."))).attention.args[1]
-            self._add_output(name, self._call(key_tap, note, key, columns, self._flat))
+            key: Any = self._block(int(layer.removeprefix("vision."))).attention.args[1]  # type: ignore[union-attr]
+            node = self._call(key_tap, note, key, columns, self._flat)
+        self._add_tap(name, node, int(key.meta["val"].shape[-1]))
+
+    def add_pixels(self, name: str, note: str) -> None:
+        """The pixels that each visual token was made from, as an output."""
+        self._add_tap(name, *pixels_of(self.graph, self.blocks, self._last(), self._features(), note))
 
     def columns(self, note: str) -> fx.Node:
         """[n, F, g] the encoder tokens behind each visual token."""
         if self._columns is None:
-            last = self.blocks[-1]
-            source = [n for n in self.graph.nodes if n.op == "call_function" and last.holds(n)][-1]
-            self._columns = TokenMap(self.graph, source, self._features(), note).columns()
+            self._columns = TokenMap(self.graph, self._last(), self._features(), note).columns()
         return self._columns
+
+    def _last(self) -> fx.Node:
+        """What the last block gives."""
+        last = self.blocks[-1]
+        return [n for n in self.graph.nodes if n.op == "call_function" and last.holds(n)][-1]
 
     @property
     def _flat(self) -> bool:
@@ -286,6 +293,10 @@ class VisionInsertion:
 
     def _output(self) -> fx.Node:
         return next(node for node in self.graph.nodes if node.op == "output")
+
+    def _add_tap(self, name: str, node: fx.Node, width: int) -> None:
+        self.component.meta["tap_widths"][name] = width
+        self._add_output(name, node)
 
     def _add_output(self, name: str, node: fx.Node) -> None:
         output = self._output()

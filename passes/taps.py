@@ -13,6 +13,7 @@ from tvc.chunks import TAP
 from tvc.errors import SiteError
 from tvc.graphs import Block, annotate, backward_closure, clone, first_node, identifier
 from tvc.kernels.frames import first_of
+from tvc.kernels.grid import neighbours_by_columns, neighbours_by_position
 from tvc.kernels.op import Tap
 from tvc.kernels.segments import follow, ranks, take_rows
 from tvc.passes.cuts import ChunkState, Cut
@@ -20,7 +21,7 @@ from tvc.passes.cuts import ChunkState, Cut
 
 def crosses(tap: Tap) -> bool:
     """Whether the tap is a value of the vision path."""
-    return (tap.layer or "").startswith("vision.")
+    return tap.kind == "pixel" or (tap.layer or "").startswith("vision.")
 
 
 def tap_name(step: Any, group: str, name: str) -> str:
@@ -130,6 +131,14 @@ def frames_of(
     return frame, torch.where(valid, place, -1)
 
 
+def grid_by_position(
+    position_ids: torch.Tensor, visual_index: torch.Tensor, segment: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The token to the right of each visual token, and the one below: each [B, V] int64 along V, -1 for none."""
+    index = visual_index.clamp(min=0).expand(position_ids.shape[0], -1, -1)
+    return neighbours_by_position(position_ids.gather(2, index), segment)
+
+
 def raters_among(text_index: torch.Tensor, raters: torch.Tensor) -> torch.Tensor:
     """[B, T] int64: the slots of the text tokens that rate, -1 for the others."""
     return torch.where(raters, text_index, -1)
@@ -228,6 +237,8 @@ class DecoderTaps:
                 self.call(running_number, state.segment, self.call(_still_there, self.call(part, pair), state.origin))
                 for part in (_first, _second)
             )
+        if tap.kind == "neighbour":
+            return self._neighbours(tap.columns)
         if tap.kind == "spent":
             starts = [0, *(cut.layer for cut in self.cuts), int(site.removeprefix("language."))]
             counts = [self._counts(stage) for stage in range(len(self.states))]
@@ -245,6 +256,15 @@ class DecoderTaps:
         rows = self._rows(tap, query, stage, index)
         columns = self.call(columns_of, index, query, key)
         return (query, key, mask, rows, columns, scale)
+
+    def _neighbours(self, columns: int | None) -> tuple[fx.Node, fx.Node]:
+        """([B, V], [B, V]) the token to the right of each, and the one below."""
+        state = self.states[-1]
+        if columns is None:
+            pair = self.call(grid_by_position, state.position_ids, state.visual_index, state.segment)
+        else:
+            pair = self.call(neighbours_by_columns, state.segment, state.counts, columns)
+        return self.call(_first, pair), self.call(_second, pair)
 
     def _attention(self, layer: int, site: str, first: fx.Node, rotary: bool) -> tuple[Any, Any, Any, float, int]:
         """(query, key, mask, scale, stage) of the attention in `layer`, which runs before the cut or is recomputed."""

@@ -1,9 +1,10 @@
 """Which encoder tokens each visual token was made from, read off the graph behind the encoder.
 
 A tensor that holds its own token numbers is sent along the path from the last block to the features. Operators that
-only move data (views, permutations, slices, indexing) move the numbers the same way. Where channels are mixed (a
-linear layer, a norm) every output channel depends on all channels of its row: the numbers found there are spread over
-the new channels in blocks. At the end, one number per block names the encoder tokens of each visual token.
+only move data (views, permutations, slices, indexing) move the numbers the same way, and tokens that are put beside
+them (a class token) have the number -1. Where channels are mixed (a linear layer, a norm) every output channel depends
+on all channels of its row: the numbers found there are spread over the new channels in blocks. At the end, one number
+per block names the encoder tokens of each visual token.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from tvc.graphs import annotate
 A = torch.ops.aten
 _MOVES = {
     A.view.default,
+    A._unsafe_view.default,
     A.reshape.default,
     A.permute.default,
     A.transpose.int,
@@ -36,7 +38,7 @@ _MOVES = {
     A.clone.default,
     A.expand.default,
 }
-_CASTS = {A.to.dtype, A.to.device, A._to_copy.default, A.alias.default, A.detach.default}
+CASTS = {A.to.dtype, A.to.device, A._to_copy.default, A.alias.default, A.detach.default}
 
 
 def number_tokens(hidden: torch.Tensor) -> torch.Tensor:
@@ -44,6 +46,11 @@ def number_tokens(hidden: torch.Tensor) -> torch.Tensor:
     axis = hidden.dim() - 2
     numbers = torch.arange(hidden.shape[axis], device=hidden.device).unsqueeze(1)
     return numbers.expand(hidden.shape).contiguous()
+
+
+def unnumbered(hidden: torch.Tensor) -> torch.Tensor:
+    """The number of tokens that are none of those followed, in their shape: -1."""
+    return torch.full_like(hidden, -1, dtype=torch.int64)
 
 
 def mix_channels(numbers: torch.Tensor, count: int, width: int) -> torch.Tensor:
@@ -62,37 +69,59 @@ def sample_groups(numbers: torch.Tensor, count: int) -> torch.Tensor:
 
 
 class TokenMap:
-    """Inserts the map's nodes in front of the output; `columns` is the node [n, F, g]."""
+    """Inserts the map's nodes in front of the output; `columns` is the node [n, F, g].
 
-    def __init__(self, graph: fx.Graph, source: fx.Node, features: fx.Node, note: str):
+    `numbers` is the node with the numbers, in the shape of `source`; without it tokens are counted. `channels` is how
+    many of them, next to each other on the last axis, hold the same number; default: all of `source`.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        source: fx.Node,
+        features: fx.Node,
+        note: str,
+        numbers: fx.Node | None = None,
+        channels: int | None = None,
+    ):
         self.graph, self.source, self.features, self.note = graph, source, features, note
+        self.numbers, self.channels = numbers, channels
         self.shadows: dict[fx.Node, fx.Node] = {}
         self.blocks: dict[fx.Node, int] = {}  # channels per number in the shadow of a node
+        self.downstream = {source}  # what is computed from the source
+        self.group = 0  # numbers of each feature
 
     def columns(self) -> fx.Node:
+        followed = self.followed()
+        self.group = self._count(self.features, int(self.features.meta["val"].shape[-1]))
+        with self.graph.inserting_before(self._output()):
+            return self._call(sample_groups, followed, self.group)
+
+    def followed(self) -> fx.Node:
+        """The numbers in the shape of `features`."""
         path = self._path()
-        output = next(node for node in self.graph.nodes if node.op == "output")
-        with self.graph.inserting_before(output):
-            self.shadows[self.source] = self._call(number_tokens, self.source)
-            self.blocks[self.source] = int(self.source.meta["val"].shape[-1])
+        with self.graph.inserting_before(self._output()):
+            self.shadows[self.source] = self.numbers or self._call(number_tokens, self.source)
+            self.blocks[self.source] = self.channels or int(self.source.meta["val"].shape[-1])
             for node in path:
                 self._follow(node)
-            if self.features not in self.shadows:
-                raise _untraceable(self.features, "values that are no longer those of the encoder's tokens")
-            width = int(self.features.meta["val"].shape[-1])
-            count = self._count(self.features, width)
-            return self._call(sample_groups, self.shadows[self.features], count)
+        if self.features not in self.shadows:
+            raise _untraceable(self.features, "values that are no longer those of the encoder's tokens")
+        return self.shadows[self.features]
+
+    def _output(self) -> fx.Node:
+        return next(node for node in self.graph.nodes if node.op == "output")
 
     def _path(self) -> list[fx.Node]:
         """The nodes between source and features, in order."""
-        downstream = {self.source}
         for node in self.graph.nodes:
-            if any(n in downstream for n in node.all_input_nodes):
-                downstream.add(node)
+            size = isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
+            if not size and any(n in self.downstream for n in node.all_input_nodes):
+                self.downstream.add(node)
         upstream, stack = set(), [self.features]
         while stack:
             node = stack.pop()
-            if node in downstream and node not in upstream:
+            if node in self.downstream and node not in upstream:
                 upstream.add(node)
                 stack += node.all_input_nodes
         return [n for n in self.graph.nodes if n in upstream and n is not self.source]
@@ -117,7 +146,9 @@ class TokenMap:
             annotate(copy, self.note)
             copy.meta.pop("val", None)
             self.shadows[node], self.blocks[node] = copy, self.blocks[data]
-        elif _same_shape(data, node) or node.target in _CASTS:
+        elif node.target is A.cat.default and not _same_rows(data, node):
+            self.shadows[node], self.blocks[node] = self._joined(node), self.blocks[data]
+        elif _same_shape(data, node) or node.target in CASTS:
             self.shadows[node], self.blocks[node] = self.shadows[data], self.blocks[data]
         elif _same_rows(data, node):
             before, after = int(data.meta["val"].shape[-1]), int(value.shape[-1])
@@ -128,6 +159,14 @@ class TokenMap:
             self.blocks[node] = max(1, after // count)
         else:
             raise _untraceable(node, f"{tuple(data.meta['val'].shape)} -> {tuple(value.shape)}")
+
+    def _joined(self, node: fx.Node) -> fx.Node:
+        """The numbers of tokens that are put beside others, which have none."""
+        whole: Any = node.args[0]
+        if lost := [part for part in whole if part in self.downstream and part not in self.shadows]:
+            raise _untraceable(lost[0], "values that are no longer those of the encoder's tokens")
+        parts = [self.shadows.get(part) or self._call(unnumbered, part) for part in whole]
+        return self._call(torch.cat, parts, *node.args[1:])
 
 
 def _untraceable(node: fx.Node, got: str) -> SiteError:

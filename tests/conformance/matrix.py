@@ -71,6 +71,7 @@ SETTINGS = {
     "fastvid": ["salient=25%", "context=20%", "scenes=2"],
     "pact": ["depth=2"],
     "recoverable": ["neighbours=4"],
+    "showui": ["within=40"],  # neighbours in a photo are never the same; of some a region is made like this
     "mustdrop": ["alike=0.3", "guarded=2", "share=0.06", "least=0.2", "first=1", "second=2", "third=3", "fourth=4"],
 }
 # Presets with more cuts than the tiny models have layers run on deeper ones.

@@ -11,6 +11,7 @@ import torch
 from tvc.kernels.budget import Budget
 from tvc.kernels.combine_scores import combine
 from tvc.kernels.exit_select import exit_chosen
+from tvc.kernels.grid import neighbours_by_columns
 from tvc.kernels.merge_bipartite import Bipartite
 from tvc.kernels.merge_repeats import Repeats
 from tvc.kernels.merge_scenes import Scenes
@@ -49,6 +50,7 @@ from tvc.kernels.select_outliers import Outliers
 from tvc.kernels.select_pairs import Pairs
 from tvc.kernels.select_pivots import Pivots
 from tvc.kernels.select_recover import Recover
+from tvc.kernels.select_regions import Regions
 from tvc.kernels.select_rows import Rows
 from tvc.kernels.select_stride import Stride
 from tvc.kernels.select_threshold import Threshold
@@ -56,7 +58,7 @@ from tvc.kernels.select_top import Top
 from tvc.kernels.when_always import Always
 from tvc.kernels.when_cross_attention import CrossAttention
 from tvc.kernels.when_threshold import ThresholdGate
-from tvc.passes.taps import frames_of
+from tvc.passes.taps import frames_of, grid_by_position
 
 OP = torch.ops.tvc
 WIDTH, HEADS, GROUPS, HEAD_WIDTH = 12, 4, 2, 8
@@ -352,9 +354,22 @@ class MoreGraph(OneGraph):
         for label, parts in made.items():
             for name, part in zip(("index", "feature", "size"), parts, strict=True):
                 out[f"{label}.{name}"] = part
+        self.pictures(at, scope, out)
         self.modules(at, chosen, out)
         type(self).labels = tuple(out)
         return tuple(out.values())
+
+    def pictures(self, at: Inputs, scope: Scope, out: dict[str, torch.Tensor]) -> None:
+        places = at.query_positions
+        spots = torch.stack([torch.zeros_like(places), places // 4, places % 4])
+        grids = {
+            "positions": grid_by_position(spots, at.visual_index, at.segment),
+            "columns": neighbours_by_columns(at.segment, at.counts, 3),
+        }
+        for label, beside in grids.items():
+            out[f"right.{label}"], out[f"below.{label}"] = beside
+            rule = Regions.model_validate({"keep": "60%", "within": 4.0})
+            out[f"select.regions.{label}"] = rule.apply(None, scope, at.feature, beside)
 
     def modules(self, at: Inputs, chosen: torch.Tensor, out: dict[str, torch.Tensor]) -> None:
         """Ops that take weights, which are constants here."""

@@ -265,6 +265,15 @@ RESOLVING: dict[str, tuple[str, Layout]] = {
         policy(step("language.2"), step("language.4", "score: uniform\n    select: {frames: 50%}")),
         layout(),
     ),
+    "pixels-outside-the-decoder": (policy(step("projector", "select: {regions: 50%}")), layout()),
+    "pixels-of-no-token": (
+        policy(step("language.1", "select: {regions: 50%}")),
+        dataclasses.replace(layout(), resampled="a Q-Former makes each visual token of all tokens of the encoder"),
+    ),
+    "regions-without-a-grid": (
+        policy(step("language.1", "select: {regions: 50%}")),
+        dataclasses.replace(layout(), in_order=False),
+    ),
     "queries-of-a-layer-that-has-run": (
         policy(step("language.2", "score: {mean_query: previous}\n    select: {top: 3}")),
         layout(),

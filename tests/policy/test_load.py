@@ -53,6 +53,7 @@ KNOWN = (
     "qtsplus",
     "random",
     "recoverable",
+    "showui",
     "sparsevlm",
     "stc",
     "tinychart",

@@ -28,7 +28,7 @@ from tvc.policy.schema import (
     steps_data,
 )
 from tvc.policy.weights import settled
-from tvc.policy.whole import check_frames, refusal, with_columns, with_depth
+from tvc.policy.whole import check_frames, check_pixels, refusal, with_columns, with_depth
 from tvc.program import Layout
 
 
@@ -302,6 +302,8 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
         _check_heads(policy, site, here, primitive, tap, layer)
         if tap.kind == "frame":
             check_frames(policy, site, here, primitive)
+        if tap.kind == "pixel":
+            check_pixels(policy, layout, site, here, primitive)
         if tap.kind == "attention" and layer is not None:
             rows = _rows(policy, layout, (*here, "of"), layer, tap.of)
             if "of" in type(primitive).model_fields:

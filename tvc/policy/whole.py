@@ -1,4 +1,6 @@
-"""What needs the visual tokens as they entered: rows of an image's grid, frames of a video; how a step is refused."""
+"""What needs the visual tokens as they entered: rows of an image's grid, frames of a video, pixels; how a step is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +35,30 @@ def check_frames(policy: Policy, site: SiteName, path: Path, primitive: Primitiv
         fix="move it in front" if earlier and not ranged else "write at: language.0",
         slug="no-frames",
     )
+
+
+def check_pixels(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> None:
+    """Refuses a primitive that looks at the pixels of visual tokens where these are not known."""
+    if layout.apart:
+        raise refusal(
+            policy,
+            path,
+            f"`{primitive.key}` looks at pixels, and no visual token of {layout.model_type} has any of its own",
+            got=layout.apart,
+            want="an encoder whose tokens each stand for a part of the picture",
+            fix="choose among features instead: select: {max_min: 25%}",
+            slug="untraced-vision" if layout.untraced else "resampled-vision",
+        )
+    if site.component != "language":
+        raise refusal(
+            policy,
+            path,
+            f"`{primitive.key}` looks at the pixels of visual tokens, which reach the decoder alone",
+            got=f"{primitive.key} at {site}",
+            want="a language site",
+            fix="write at: language.0",
+            slug="decoder-only",
+        )
 
 
 def with_depth(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> dict[str, Any]:
@@ -80,7 +106,10 @@ def with_columns(policy: Policy, layout: Layout, site: SiteName, path: Path, pri
             fix="move it in front, or choose with select: {top: ...} here",
             slug="broken-grid",
         )
-    columns = getattr(primitive, "columns", None) or layout.columns(site.component)
+    written = getattr(primitive, "columns", None)
+    if written is None and layout.spatial and any(tap.kind == "neighbour" for tap in primitive.taps().values()):
+        return {}
+    columns = written or layout.columns(site.component)
     if columns is None:
         raise refusal(
             policy,

@@ -1,4 +1,6 @@
-"""What a decoder does with position ids: turn queries and keys by them, as numbers, or look them up in a table."""
+"""What position ids tell of visual tokens, and what a decoder does with them: turn queries and keys by them, as
+numbers, or look them up in a table.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tvc.kernels.grid import neighbours_by_position
+
 A = torch.ops.aten
 # The operators that look something up, and which of their arguments says where.
 _LOOKUPS = {A.embedding.default: 1, A.index.Tensor: 1, A.index_select.default: 2, A.gather.default: 2}
+
+
+def tells_grid(position_ids: torch.Tensor | None, visual: torch.Tensor) -> bool:
+    """Whether positions [3, B, S], on axes of time, rows and columns, say which visual token [B, S] is beside which."""
+    if position_ids is None or position_ids.dim() != 3 or position_ids.shape[0] != 3:
+        return False
+    pictures = torch.where(visual, 0, -1)
+    return all(bool((side >= 0).any()) for side in neighbours_by_position(position_ids, pictures))
 
 
 class PositionUse(TorchDispatchMode):

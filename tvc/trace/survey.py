@@ -22,7 +22,7 @@ from tvc.trace.extras import arguments, laid_out, on_all_slots, read_extras, str
 from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
 from tvc.trace.layout import blocks, cost_fields, resampler, residual_argument, used_vision_blocks
 from tvc.trace.parts import decoder_weight, no_decoder
-from tvc.trace.position_use import PositionUse
+from tvc.trace.position_use import PositionUse, tells_grid
 from tvc.trace.route import note_images
 from tvc.trace.sample import default_size, doubled, pixel_inputs, visual_token_ids, with_text
 from tvc.trace.spans import read_spans
@@ -162,6 +162,7 @@ def _survey(
     layout = _layout(meta, fields, first, shape, identity, lengths, size, untraced or reason)
     layout = _with_shared_caches(layout, caches, getattr(meta.get_decoder().config, "layer_types", None))
     layout = dataclasses.replace(layout, untraced=untraced, resampled=resampled, whole_positions=use.whole(axes))
+    layout = dataclasses.replace(layout, spatial=tells_grid(call.position_ids, visual))
     real = call.position_ids is not None and call.position_ids.is_floating_point()
     found = (caches, axes, tokens, spans, extras, structure(beside(call.extra, crossing)), crossing, real)
     return Survey(layout, host, sample, *found)

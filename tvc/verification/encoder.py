@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,30 +46,42 @@ def token_map(model: torch.nn.Module, inputs: Mapping[str, Any]) -> torch.Tensor
         features = flat_features(model, inputs)
         leaf = observer.leaf
         if leaf is None or not features.requires_grad:
-            raise _unmapped("the features do not depend on the encoder's blocks")
+            raise unmapped("the features do not depend on the encoder's blocks")
         generator = torch.Generator().manual_seed(0)
         direction = torch.randn(features.shape[1], generator=generator).to(features)
         told = features @ direction
-        numbers = torch.arange(len(told), device=told.device)
 
         def gradient(weights: torch.Tensor) -> torch.Tensor:
             made = torch.autograd.grad((told * weights.to(told)).sum(), leaf, retain_graph=True)[0]
             return made.reshape(-1, leaf.shape[-1]).double()
 
-        plain = gradient(torch.ones_like(numbers))
-        length = (plain * plain).sum(1)
-        result, factor = torch.zeros(len(plain), dtype=torch.int64, device=plain.device), 1
-        while factor <= max(1, len(told) - 1):
-            digit = gradient(numbers // factor % _BASE)
-            ratio = (digit * plain).sum(1) / length.clamp(min=1e-30)
-            if bool(((ratio - ratio.round()).abs() > 0.1)[length > 0].any()):
-                raise _unmapped("an encoder token ends in several visual tokens")
-            result += ratio.round().long() * factor
-            factor *= _BASE
+        return numbered(gradient, len(told), told.device)
+
+
+def numbered(gradient: Callable[[torch.Tensor], torch.Tensor], count: int, device: torch.device) -> torch.Tensor:
+    """[rows] int64: which of `count` outputs each row of inputs moves, -1 for none.
+
+    Args:
+        gradient: [rows, channels] float64 of the sum of the outputs, each times its entry of the weights [count].
+
+    Raises:
+        TraceError: a row moves several of them.
+    """
+    numbers = torch.arange(count, device=device)
+    plain = gradient(torch.ones_like(numbers))
+    length = (plain * plain).sum(1)
+    result, factor = torch.zeros(len(plain), dtype=torch.int64, device=plain.device), 1
+    while factor <= max(1, count - 1):
+        digit = gradient(numbers // factor % _BASE)
+        ratio = (digit * plain).sum(1) / length.clamp(min=1e-30)
+        if bool(((ratio - ratio.round()).abs() > 0.1)[length > 0].any()):
+            raise unmapped("what goes in ends in several visual tokens")
+        result += ratio.round().long() * factor
+        factor *= _BASE
     return torch.where(length > 0, result, -1)
 
 
-def _unmapped(why: str) -> TraceError:
+def unmapped(why: str) -> TraceError:
     return TraceError(
         "encoder tokens cannot be matched with visual tokens",
         where="verification",

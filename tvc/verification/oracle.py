@@ -25,6 +25,7 @@ from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
 from tvc.verification.following import cached_values, followed, layer_of
 from tvc.verification.masks import evicted, in_window, narrowed, running
 from tvc.verification.numbering import Rotary, in_fractions
+from tvc.verification.pictures import Pictures, token_pixels
 from tvc.verification.steps import Outcome, Sample, carry_out, frames_in, text_behind, text_that_rates
 
 UNTURNED = "at position 0"  # behind a layer's name: what its probe saw when no position turned it
@@ -81,13 +82,17 @@ class _Oracle(Observer):
             self.steps.setdefault(step.at, []).append((number, step))
         taps = [tap for p in self.primitives for tap in p.taps().values()]
         self.tapped = {tap.layer for tap in taps if tap.layer}
-        self.sees_encoder = any(name.startswith("vision.") for name in (*self.tapped, *self.steps))
+        self.sees_pixels = any(tap.kind == "pixel" for tap in taps)
+        inside = any(name.startswith("vision.") for name in (*self.tapped, *self.steps))
+        self.sees_encoder = self.sees_pixels or inside
         self.seen: dict[str, list[Seen]] = {}
         self.inputs_of: dict[str, torch.Tensor] = {}  # hidden states that enter a tapped decoder layer
         self.expected = Expected(torch.empty(0))
         self.lengths: dict[str, list[int]] = {}  # visual tokens of each image and of each video
         self.frames_of: list[int] = []  # frames of each image and video of the batch, as `_owners` numbers them
         self.frames: list[tuple[torch.Tensor, torch.Tensor]] = []  # per sample (frame, place) of each visual token
+        self.pictures = Pictures()
+        self.pixels = torch.empty(0)  # [visual tokens of all samples, P], where a step looks at them
         self.samples: list[Sample] = []
         self.tiles: list[Sample] = []
         self.doubt = 1.0  # how many times more than rounding does elsewhere, merges in doubt may move what is behind
@@ -110,6 +115,8 @@ class _Oracle(Observer):
         if self.sees_encoder:
             with kept_offsets(self.model):
                 self.map = token_map(self.model, self.case.inputs)
+                if self.sees_pixels:
+                    self.pixels = token_pixels(self.model, self.case.inputs, self.map, sum(self._visual_counts()))
         owner: Any = feature_owner(self.model)
 
         def noting(name: str, original: Any) -> Any:
@@ -277,6 +284,7 @@ class _Oracle(Observer):
             numbers = [known.setdefault(image, len(known)) for image in owner[row, slots].tolist()]
             segment = torch.tensor(numbers, dtype=torch.int64, device=ids.device)
             self.frames.append(frames_in(owner[row, slots], self.frames_of))
+            self.pictures.shown.append(owner[row, slots])
             self.samples.append(Sample.fresh(row, (mask[row] & ~visual[row]).nonzero().flatten(), slots, segment))
         self._drop_of_encoder()
 
@@ -300,8 +308,9 @@ class _Oracle(Observer):
             if lengths is None:
                 lengths = [int((places[:, 0] == row).sum()) for row in range(len(ids))]
             videos = lengths is self.lengths.get("get_video_features")
-            grids = self.case.inputs.get("video_grid_thw") if videos else None
-            self.frames_of += [1] * len(lengths) if grids is None else grids[:, 0].tolist()
+            grids = self.case.inputs.get("video_grid_thw" if videos else "image_grid_thw")
+            self.frames_of += [1] * len(lengths) if grids is None or not videos else grids[:, 0].tolist()
+            self.pictures.note(lengths, grids)
             for part in places.split(lengths):
                 owner[part[:, 0], part[:, 1]] = found
                 found += 1
@@ -429,7 +438,9 @@ class _Oracle(Observer):
             return sample.spent(int(layer.removeprefix("language.")))
         if tap.kind == "frame":
             return tuple(values[sample.number][None] for values in self.frames[sample.row])
-        if not inside and layer.startswith("vision."):
+        if tap.kind == "neighbour":
+            return self.pictures.beside(sample, self.frames[sample.row], tap.columns)
+        if tap.kind == "pixel" or (not inside and layer.startswith("vision.")):
             return self._encoder_tap(tap, primitive, sample)
         if tap.kind in ("feature", "text") and layer in self.inputs_of:
             hidden = self.inputs_of[layer]
@@ -470,8 +481,11 @@ class _Oracle(Observer):
 
     def _encoder_tap(self, tap: Tap, primitive: Any, sample: Sample) -> torch.Tensor:
         visual = self._visual_counts()
-        taps, calls = EncoderTaps(self.map, sum(visual), self.lengths["get_image_features"]), self.seen[str(tap.layer)]
-        if tap.kind == "attention" and primitive.key == "global":
+        taps = EncoderTaps(self.map, sum(visual), self.lengths["get_image_features"])
+        calls = self.seen.get(str(tap.layer), [])
+        if tap.kind == "pixel":
+            values = self.pixels
+        elif tap.kind == "attention" and primitive.key == "global":
             values = taps.of_global(calls, primitive.above)
         elif tap.kind == "attention":
             values = taps.attention(calls, tap.of[0], primitive.heads)

@@ -1,0 +1,186 @@
+"""The pixels of each visual token, against boxes cut out of the picture; numbers followed through graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.fx as fx
+
+import support
+from tvc.errors import SiteError
+from tvc.graphs import open_draft
+from tvc.passes.insert_vision import VisionInsertion
+from tvc.passes.patches import find_patches, number_patches, patch_rows
+from tvc.passes.retrace import export_draft
+from tvc.passes.token_map import TokenMap
+from tvc.program import Component
+from tvc.trace.load import load
+from tvc.trace.survey import survey
+from tvc.trace.vision import capture_vision
+
+AUTO = torch.export.Dim.AUTO
+SLOW = pytest.mark.conformance
+
+
+def boxes(pixels: torch.Tensor, side: int) -> torch.Tensor:
+    """[n * F, C * side * side]: pictures [n, C, H, W] cut into boxes, row by row."""
+    rows, columns = range(0, pixels.shape[2], side), range(0, pixels.shape[3], side)
+    return torch.stack(
+        [image[:, y : y + side, x : x + side].flatten() for image in pixels for y in rows for x in columns]
+    )
+
+
+def fours(patches: torch.Tensor) -> torch.Tensor:
+    """[P / 4, 4 w]: Qwen2-VL's processor puts the four patches of a visual token one after another."""
+    return patches.reshape(len(patches) // 4, -1)
+
+
+@pytest.mark.parametrize(
+    ("family", "cells"),
+    [
+        ("llava", lambda pixels: boxes(pixels, 14)),
+        ("qwen2_5_vl", fours),
+        pytest.param("qwen2_vl", fours, marks=SLOW),
+        pytest.param("qwen3_vl", fours, marks=SLOW),
+        pytest.param("internvl", lambda pixels: boxes(pixels, 28), marks=SLOW),
+        pytest.param("smolvlm", lambda pixels: boxes(pixels, 28), marks=SLOW),
+        pytest.param("paligemma", lambda pixels: boxes(pixels, 14), marks=SLOW),
+    ],
+)
+@torch.no_grad()
+def test_each_visual_token_gets_the_pixels_of_its_cell(family: str, cells: Any) -> None:
+    model, processor = support.build(family)
+    surveyed = survey(load(model, processor=processor).meta, processor)
+    component = capture_vision(model, surveyed.host, surveyed.sample)
+    component.draft = open_draft(component)
+    VisionInsertion(component, surveyed.layout).add_pixels("tap.pixels", "test")
+    export_draft(component)
+    # Other pictures than those of the trace, the first of them twice.
+    names, given = component.inputs, dict(zip(component.inputs, component.sample, strict=True))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(given[names[0]].shape, generator=generator)
+    values = component.exported.module(check_guards=False)(pixels, *component.sample[1:])
+    got, features = values[-1], values[0]
+    assert got.shape[:-1] == features.shape[:-1]
+    assert component.meta["tap_widths"] == {"tap.pixels": got.shape[-1]}
+    # Which of a cell's pixels comes first is all the same, as long as it is in all of them.
+    want = cells(pixels)
+    order = torch.stack([(want[0] == value).nonzero()[0, 0] for value in got.flatten(0, -2)[0]])
+    assert order.sort().values.tolist() == list(range(want.shape[1]))
+    assert torch.equal(got.flatten(0, -2), want[:, order])
+
+
+class Embedding(torch.nn.Module):
+    def __init__(self, layer: torch.nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.layer(pixels.to(torch.float32) * 1.0)
+
+
+def draft_of(module: torch.nn.Module, given: torch.Tensor) -> fx.GraphModule:
+    """The module's graph, its weights as attributes."""
+    dynamic = ({0: AUTO},)
+    exported = torch.export.export(module, (given,), dynamic_shapes=dynamic, strict=False)
+    return open_draft(Component("vision", exported, ("given",), ("made",), (given,), dynamic))
+
+
+def found(layer: torch.nn.Module, pixels: torch.Tensor) -> Any:
+    nodes = draft_of(Embedding(layer), pixels).graph.nodes
+    made = [find_patches(node, "test") for node in nodes if node.op == "call_function"]
+    return next((one for one in made if one is not None), None)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "rows"),
+    [
+        (torch.nn.Conv2d(3, 5, 2, 2), (2, 3, 4, 6), 12),
+        (torch.nn.Conv2d(3, 5, (2, 3), (2, 3)), (2, 3, 4, 6), 8),
+        (torch.nn.Conv2d(3, 5, 2, 2, padding="valid"), (2, 3, 5, 7), 12),  # a rest that is in no patch
+        (torch.nn.Conv3d(3, 5, (2, 2, 2), (2, 2, 2)), (2, 3, 4, 4, 6), 24),
+        (torch.nn.Linear(12, 5), (2, 7, 12), 14),
+    ],
+    ids=["square", "oblong", "cropped", "in-time", "linear"],
+)
+@torch.no_grad()
+def test_the_rows_are_what_each_patch_was_made_of(layer: Any, shape: tuple[int, ...], rows: int) -> None:
+    pixels = torch.randn(shape)
+    patches, made = found(layer, pixels), layer(pixels)
+    assert patches.width == layer.weight[0].numel()
+    got = patch_rows(pixels, made, patches.kernel)
+    assert got.shape == (rows, patches.width)
+    numbers = number_patches(made, patches.kernel)
+    assert numbers.shape == made.shape
+    # Each patch times the weights is what the layer gives at the patch's number.
+    product = got @ layer.weight.flatten(1).T + layer.bias
+    channels = product[
+        numbers, torch.arange(5).reshape(-1, *[1] * (made.dim() - 2)) if patches.kernel else torch.arange(5)
+    ]
+    torch.testing.assert_close(channels, made)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        torch.nn.Conv2d(3, 5, 3, 2),
+        torch.nn.Conv2d(3, 5, 2, 2, padding=1),
+        torch.nn.Conv2d(3, 5, 3, 1, padding="same"),
+        torch.nn.Conv2d(3, 6, 2, 2, groups=3),
+        torch.nn.Conv2d(3, 5, 2, 2, dilation=2),
+    ],
+    ids=["overlapping", "padded", "same", "grouped", "dilated"],
+)
+def test_patches_that_do_not_lie_side_by_side_are_refused(layer: Any) -> None:
+    with pytest.raises(SiteError, match="which pixels") as caught:
+        found(layer, torch.zeros(2, 3, 8, 8))
+    assert caught.value.slug == "pixels-not-traceable"
+
+
+def test_a_layer_over_numbers_that_are_no_pixels_is_passed_by() -> None:
+    class Sizes(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(2, 4)
+
+        def forward(self, sizes: torch.Tensor) -> torch.Tensor:
+            return self.layer(sizes.float())
+
+    nodes = draft_of(Sizes(), torch.ones(3, 2, dtype=torch.int64)).graph.nodes
+    assert all(find_patches(node, "test") is None for node in nodes if node.op == "call_function")
+
+
+class Joined(torch.nn.Module):
+    """Tokens with two others in front, turned round, and every other of them."""
+
+    def __init__(self, broken: bool = False):
+        super().__init__()
+        self.broken = broken
+        self.first = torch.nn.Parameter(torch.zeros(1, 2, 4))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        hidden = hidden * 2.0
+        others = hidden.split(1, 1)[0] if self.broken else self.first.expand(hidden.shape[0], -1, -1)
+        whole = torch.cat([others, hidden], 1)
+        return whole[:, torch.tensor([6, 5, 4, 3, 2, 1, 0])][:, ::2] + 1.0
+
+
+def followed(module: Joined, hidden: torch.Tensor) -> torch.Tensor:
+    draft = draft_of(module, hidden)
+    (source,) = [node for node in draft.graph.nodes if node.op == "placeholder"]
+    (output,) = [node for node in draft.graph.nodes if node.op == "output"]
+    output.args = (TokenMap(draft.graph, source, output.args[0][0], "test").columns(),)
+    draft.recompile()
+    return draft(hidden)
+
+
+@torch.no_grad()
+def test_tokens_put_beside_others_have_no_number() -> None:
+    assert followed(Joined(), torch.zeros(3, 5, 4)).tolist() == [[[4], [2], [0], [-1]]] * 3
+
+
+def test_tokens_that_were_lost_on_the_way_are_refused() -> None:
+    with pytest.raises(SiteError, match="cannot be followed"):
+        followed(Joined(broken=True), torch.zeros(3, 6, 4))
