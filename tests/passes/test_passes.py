@@ -15,6 +15,7 @@ from tvc.passes.base import Pass
 from tvc.passes.insert_reductions import InsertReductions
 from tvc.passes.lower_ops import LowerOps
 from tvc.passes.rebind_cuts import RebindCuts
+from tvc.passes.reselect_keys import ReselectKeys
 from tvc.passes.retrace import Retrace
 from tvc.program import Change, Program
 
@@ -61,7 +62,7 @@ def test_a_pass_that_changes_nothing_has_failed(traced: Callable[[str], Any]) ->
 
 def test_the_passes_of_the_compiler_stand_in_an_order_that_works() -> None:
     facts: frozenset[str] = frozenset({"traced"})
-    for made in (InsertReductions, RebindCuts, Retrace, LowerOps):
+    for made in (InsertReductions, RebindCuts, ReselectKeys, Retrace, LowerOps):
         assert made.needs <= facts
         facts = (facts - made.ends) | made.gives
 

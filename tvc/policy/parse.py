@@ -75,7 +75,7 @@ def parse(document: Document) -> Policy:
             raise document.unknown((key,), key, TOP_KEYS, "the policy")
     _version(document, top)
     expanded = expand(document)
-    alone = isinstance(expanded.data.get("positions"), dict) or "reselect" in expanded.data  # they need no step
+    alone = isinstance(expanded.data.get("positions"), dict) or expanded.data.get("reselect")  # they need no step
     raw = expanded.data.get("steps", [] if alone else None)
     if not isinstance(raw, list) or (not raw and "steps" in expanded.data):
         raise document.error(

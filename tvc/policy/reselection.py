@@ -64,14 +64,14 @@ def read_reselect(document: Document) -> Reselect | None:
     Raises:
         PolicyError: a key that there is not or that is missing, or a value that cannot be.
     """
-    if "reselect" not in document.data:
+    settings = document.data.get("reselect")
+    if settings is None:
         return None
-    settings = document.data["reselect"]
     if not isinstance(settings, dict):
         raise document.error(
             PATH,
             "`reselect` does not say from where on decode steps attend to fewer tokens",
-            got="nothing" if settings is None else settings,
+            got=settings,
             want="at and keep",
             fix="write reselect: {at: language.3, keep: 30%}",
             slug="wrong-type",
@@ -154,9 +154,10 @@ def _named(text: str) -> SiteName:
 
 def in_words(rule: Reselect) -> str:
     """What a decode step does."""
-    otherwise = "all" if rule.bug_compatible else "those of the step before"
-    unless = f"; {otherwise}, where its attention is {rule.alike:g} alike" if rule.alike else ""
+    layer = "the layer before" if rule.layer == PREVIOUS else rule.layer
+    otherwise = "all of them" if rule.bug_compatible else "those of the step before"
+    unless = f", or {otherwise}, where its attention is {rule.alike:g} alike" if rule.alike else ""
     return (
-        f"In every decode step, from {rule.at} on: the {rule.keep} of the cached visual tokens that the new token pays "
-        f"most attention to in layer {rule.layer}{unless}. Caches keep all."
+        f"In every decode step {rule.at} and the layers behind it attend, of the cached visual tokens, to {rule.keep}: "
+        f"those that the new token pays most attention to in {layer}{unless}. Caches hold all."
     )
