@@ -69,6 +69,7 @@ def untouched(made: Made, inputs: Inputs, parts: Sequence[tuple[int, torch.Tenso
     visual = support.visual_mask("llava", inputs["input_ids"]) & valid
     size = valid.shape[1]
     columns, itself = torch.arange(size), torch.eye(size, dtype=torch.bool)
+    inputs = {**inputs, "position_ids": (valid.long().cumsum(1) - 1).clamp(min=0)}  # padding is not counted
     seen = ((columns <= columns[:, None])[None] & valid[:, None, :]) | itself  # pads see themselves: finite numbers
     masks = [seen.clone() for _ in made.plain.get_decoder().layers]
     start = 0
@@ -136,7 +137,6 @@ def test_a_padded_batch_decodes_as_the_untouched_model_under_masks(made: Made) -
     fed = out.sequences[:, :-1]
     want, alike = untouched(made, behind(inputs, fed), [(prompt, kept), *singles(fed, prompt)])
     close(torch.stack(out.logits, 1), want[:, prompt - 1 :])
-    print(alike)
     assert {True, False} == set(alike)
 
 
@@ -243,16 +243,20 @@ def test_verification_sees_steps_that_attend_to_all(made: Made) -> None:
 
 
 @pytest.mark.conformance
-@pytest.mark.parametrize("target", ["torch", "ort", "pt2", "torchscript"])
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3", "lfm2_vl"])
+@pytest.mark.parametrize(
+    ("family", "target"),
+    [
+        *(("llava", target) for target in ("ort", "pt2", "torchscript")),
+        *((family, target) for family in ("qwen2_5_vl", "gemma3", "lfm2_vl") for target in ("torch", "ort")),
+    ],
+)
 def test_families_and_targets_agree_with_the_definition(family: str, target: str) -> None:
-    """Positions on several axes, windows and spans, layers without attention."""
+    """Positions on several axes, windows and spans, layers without attention; images of several sizes in a batch."""
     model, processor = support.build(family)
     prepared = Prepared(model, processor=processor, inputs=None if processor is not None else support.inputs(family, 2))
-    for rule in ({"unless_alike": ALIKE}, {"unless_alike": ALIKE, "bug_compatible": True}, {}):
-        asked_for = {"version": 1, "reselect": {"at": "language.3", "keep": "30%", **rule}}
-        compiled = prepared.compile(asked_for, target, verify=False)
-        for batch in (1, 3):
-            rows = compare(compiled, model, support.inputs(family, batch)).comparisons
-            assert not [row for row in rows if not row.passed]
-            assert "reselection" in {row.output for row in rows}
+    rule = {"at": "language.3", "keep": "30%", "unless_alike": ALIKE}
+    compiled = prepared.compile({"version": 1, "reselect": rule}, target, verify=False)
+    for batch in (1, 3):
+        rows = compare(compiled, model, support.inputs(family, batch)).comparisons
+        assert not [row for row in rows if not row.passed]
+        assert "reselection" in {row.output for row in rows}

@@ -54,8 +54,13 @@ def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, prog
 
 def reduce(program: Program, policy: ResolvedPolicy, progress: Progress = print) -> Program:
     """The program with the policy's reductions in it; ops are still whole."""
+    return run(program, [*reductions(policy), Retrace()], progress)
+
+
+def reductions(policy: ResolvedPolicy) -> list[Pass]:
+    """The passes that put the policy into drafts of the graphs."""
     decoding: list[Pass] = [ReselectKeys(policy.reselect)] if policy.reselect is not None else []
-    return run(program, [InsertReductions(policy), RebindCuts(), *decoding, Retrace()], progress)
+    return [InsertReductions(policy), RebindCuts(), *decoding]
 
 
 def lower(program: Program, target: str, progress: Progress = print) -> Program:
