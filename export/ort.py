@@ -64,7 +64,7 @@ def sizes(component: Component, program: Program) -> dict[str, dict[int, str]]:
     named: dict[str, dict[int, str]] = {}
     for name, tensor in zip(component.inputs, component.sample, strict=True):
         kind, _, index = name.partition(".")
-        if kind == "past_key_positions":
+        if kind in ("past_key_positions", "past_visual", "past_seen", "past_chosen"):
             named[name] = {0: "batch", 1: f"past_{index}"}
         elif kind in ("past_key", "past_value"):
             named[name] = {0: "batch", 2: f"past_{stage.get(int(index), 0)}"}

@@ -50,6 +50,8 @@ class InsertReductions(Pass):
         if stride := component.meta["shape"].stride:
             what = f"visual tokens take {stride}/256 of a position each"
             changes.append(Change("decoder", "position_ids", what, "positions"))
+        if not self.policy.steps and self.policy.reselect is not None:
+            changes.append(Change("decoder", f"{PAST_POSITIONS}0", "one stage, without a cut", "reselect"))
         component.draft = open_draft(component)
         component.meta = {**component.meta, "cuts": [], "partings": [], "stages": [], "tap_widths": {}}
         return changes + _DecoderInsertion(component, program, self._renumber(component, steps["language"])).insert(

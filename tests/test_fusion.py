@@ -63,6 +63,16 @@ def _check_runs(compiled: Any) -> None:
         assert runs.dtype == torch.int32
 
 
+@pytest.mark.conformance
+def test_steps_that_choose_their_keys_attend_by_positions(fused: list[Any]) -> None:
+    model, _ = build("llava")
+    rule = {"at": "language.3", "keep": "30%", "unless_alike": 0.9}
+    compiled = tvc.compile(model, {"version": 1, "reselect": rule}, inputs=inputs("llava", 2), verify=False)
+    assert Counter(change.what for change in fused) == {"attends by positions": 6, "scores by positions": 1}
+    assert tvc.verify(compiled, model, inputs("llava", 3)).passed
+    _check_runs(compiled)
+
+
 def test_what_does_not_fit_stays_and_says_why(fused: list[Any]) -> None:
     model, _ = build("gemma3")
     tvc.compile(model, load_policy("fastv"), inputs=inputs("gemma3", 2), verify=False)

@@ -19,6 +19,10 @@ past_key_positions.s   [B, P_s] int64 places of the tokens cached by stage s, -1
 past_key.i past_value.i  [B, G, P_s, d] the cache of layer i, as long as its stage's
                        (P_c tokens in layers with cross-attention, which cache visual tokens alone)
 past_state.i           [B, C, L] the cache of a layer without attention: the last L inputs of its convolution
+past_visual.s          [B, P_s] bool which of the tokens cached by stage s are visual; this and the next two only where
+                       decode steps choose among them (see kernels/reselect.py)
+past_seen.s            [B, P_s] float32 the attention that the last decode step paid each of them, zeros behind others
+past_chosen.s          [B, P_s] bool which of them it attended to; an output alone where nothing asks
 
 Every past_ input is an output without `past_`. Beside these and the logits there may be:
 
@@ -44,6 +48,8 @@ CHUNK_INPUTS = (
 )
 PAST_POSITIONS = "past_key_positions."
 PAST_KEY, PAST_VALUE, PAST_STATE = "past_key.", "past_value.", "past_state."
+PAST_VISUAL, PAST_SEEN, PAST_CHOSEN = "past_visual.", "past_seen.", "past_chosen."
+PAST_MARKS = {PAST_VISUAL: torch.bool, PAST_SEEN: torch.float32, PAST_CHOSEN: torch.bool}
 TAP = "tap."
 SPANS = "query_spans"
 EXTRA = "extra."
@@ -141,6 +147,11 @@ def varying_axes(name: str, shape: DecoderShape) -> tuple[int, ...]:
     return (1, 2) if name == "position_ids" and shape.axes else (0, 1)
 
 
+def mark_type(name: str) -> torch.dtype | None:
+    """The type of an input that says something of every cached token, None where the input is another one."""
+    return next((dtype for prefix, dtype in PAST_MARKS.items() if name.startswith(prefix)), None)
+
+
 def blank(extra: Extra, batch: int, slots: int, dtype: torch.dtype) -> torch.Tensor:
     """What a chunk without the extra says in its place: zeros."""
     return torch.zeros(batch, slots, *extra.trailing, dtype=getattr(torch, extra.dtype) if extra.dtype else dtype)
@@ -180,6 +191,8 @@ def sample_inputs(
             return chunk[name]
         if name.startswith(PAST_POSITIONS):
             return torch.arange(past + 3 * int(name.removeprefix(PAST_POSITIONS))).repeat(batch, 1)
+        if (mark := mark_type(name)) is not None:
+            return torch.ones(batch, past + 3 * int(name.split(".")[1]), dtype=mark)
         if name.startswith(TAP):
             tap = torch.rand(batch, visual, max(tap_widths[name], 1))
             return tap if tap_widths[name] else tap[..., 0].clone()

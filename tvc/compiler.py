@@ -19,6 +19,7 @@ from tvc.passes.fuse_attention import FuseAttention
 from tvc.passes.insert_reductions import InsertReductions
 from tvc.passes.lower_ops import LowerOps
 from tvc.passes.rebind_cuts import RebindCuts
+from tvc.passes.reselect_keys import ReselectKeys
 from tvc.passes.retrace import Retrace
 from tvc.passes.text_only import without_cuts
 from tvc.policy import ResolvedPolicy
@@ -53,8 +54,13 @@ def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, prog
 
 def reduce(program: Program, policy: ResolvedPolicy, progress: Progress = print) -> Program:
     """The program with the policy's reductions in it; ops are still whole."""
-    passes: list[Pass] = [InsertReductions(policy), RebindCuts(), Retrace()]
-    return run(program, passes, progress)
+    return run(program, [*reductions(policy), Retrace()], progress)
+
+
+def reductions(policy: ResolvedPolicy) -> list[Pass]:
+    """The passes that put the policy into drafts of the graphs."""
+    decoding: list[Pass] = [ReselectKeys(policy.reselect)] if policy.reselect is not None else []
+    return [InsertReductions(policy), RebindCuts(), *decoding]
 
 
 def lower(program: Program, target: str, progress: Progress = print) -> Program:

@@ -18,8 +18,6 @@ import support
 from tvc import api, compiler
 from tvc.errors import PassError, TvcError, VerificationError
 from tvc.graphs import open_draft
-from tvc.passes.insert_reductions import InsertReductions
-from tvc.passes.rebind_cuts import RebindCuts
 from tvc.policy import load_policy, resolve
 from tvc.policy.schema import COMPONENTS
 from tvc.trace.host import PIXEL_NAMES
@@ -28,6 +26,7 @@ from tvc.verification import samples
 from tvc.verification.check import compare
 from tvc.verification.oracle import Case, expect
 from tvc.verification.report import TOLERANCES
+from tvc.verification.reselection import of_run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 STEPS = 3  # tokens that are generated for each comparison
@@ -146,7 +145,7 @@ class Bench:
         """The compiled model in this process, its graphs neither exported again nor lowered."""
 
         def reduce(program: Any, resolved: Any, progress: Any) -> Any:
-            return compiler.run(program, [InsertReductions(resolved), RebindCuts()], progress)
+            return compiler.run(program, compiler.reductions(resolved), progress)
 
         with (
             mock.patch.object(compiler, "reduce", reduce),
@@ -189,7 +188,7 @@ class Bench:
             for site, row in answer.kept.items()
         }
         nothing = tensors["input_ids"][:, :0]
-        return self._defined(compiled, tensors, nothing, kept, answer.logits, "padded on the right")
+        return self._defined(compiled.policy, compiled, tensors, nothing, kept, answer, "padded on the right")
 
     def _later(self, tokens: int, compiled: Any, tensors: dict[str, torch.Tensor]) -> Outcome:
         """A later turn is what the definition says of its tokens behind the prompt."""
@@ -203,26 +202,36 @@ class Bench:
             if value.shape == tensors["input_ids"].shape and name not in ("input_ids", "attention_mask")
         }
         second = compiled(input_ids=more, attention_mask=mask, past_key_values=first.past_key_values, **kinds)
-        return self._defined(compiled, tensors, more, first.kept, second.logits, "later turn")
+        policy = compiled.policy
+        if tokens > 1:  # read whole; a single token is a decode step
+            policy = dataclasses.replace(policy, policy=dataclasses.replace(policy.policy, reselect=None))
+        return self._defined(policy, compiled, tensors, more, first.kept, second, "later turn")
 
     def _defined(
         self,
+        policy: Any,
         compiled: Any,
         tensors: dict[str, torch.Tensor],
         tokens: torch.Tensor,
         kept: dict[str, torch.Tensor],
-        logits: torch.Tensor,
+        answer: Any,
         where: str,
     ) -> Outcome:
-        """The outcome of comparing the logits of the last token with their definition."""
-        axes, slack = compiled.engine.interface.shape.axes, TOLERANCES[compiled.dtype].relative
-        case = Case(tensors, tokens, kept, axes, visual_token_ids(self.model))
-        expected = expect(self.model, compiled.policy, case, slack)
+        """The outcome of comparing the logits of the answer's last token with their definition."""
+        interface, slack = compiled.engine.interface, TOLERANCES[compiled.dtype].relative
+        columns = tensors["input_ids"].shape[1] + tokens.shape[1]
+        chosen = of_run([answer.past_key_values] if tokens.shape[1] else [], interface.stages - 1, columns)
+        ids = visual_token_ids(self.model)
+        case = Case(tensors, tokens, kept, interface.shape.axes, ids, chosen=chosen)
+        expected = expect(self.model, policy, case, slack)
+        for choice in expected.choices:
+            if choice.gap > choice.allowed:
+                return Outcome("failed", "reselection", where, choice.gap, choice.allowed, 1)
         for _, site, outcomes in expected.outcomes:
             for one in outcomes:
                 if not one.gap <= slack * one.scale:
                     return Outcome("failed", "selection", f"{where}, {site}", one.gap, slack * one.scale, 1)
-        return _alike(logits[:, -1], expected.logits[:, -1], expected.doubts[-1], where)
+        return _alike(answer.logits[:, -1], expected.logits[:, -1], expected.doubts[-1], where)
 
 
 def _shows(tensors: dict[str, torch.Tensor]) -> bool:

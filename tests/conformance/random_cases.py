@@ -158,7 +158,18 @@ def policies(draw: st.DrawFn, blocks: Mapping[str, int], components: tuple[str, 
     if draw(st.integers(0, 9)):
         steps.sort(key=lambda step: _place(step["at"], blocks))
     # Numbering afresh needs a cut in the decoder, so it is refused for many policies.
-    return _as_policy(steps, draw(st.sampled_from((*WORDS, "keep", "keep"))))
+    made = _as_policy(steps, draw(st.sampled_from((*WORDS, "keep", "keep"))))
+    return made if draw(st.integers(0, 4)) else {**made, "reselect": draw(_reselections(blocks))}
+
+
+@st.composite
+def _reselections(draw: st.DrawFn, blocks: Mapping[str, int]) -> Settings:
+    """What decode steps attend to, most often from the last layer on: cuts stand in front of it."""
+    made: Settings = {"at": draw(st.one_of(st.just("language.-1"), _sites(blocks, ("language",))))}
+    made["keep"] = draw(st.sampled_from(("10%", "30%", "50%", "100%", 1, 3)))
+    if draw(st.booleans()):
+        made |= {"unless_alike": draw(st.sampled_from((0.5, 0.9, 0.99))), "bug_compatible": draw(st.booleans())}
+    return made
 
 
 def everywhere(blocks: Mapping[str, int], seed: int, resolves: Callable[[Settings], bool]) -> Settings:

@@ -75,6 +75,8 @@ def _features(row: Row) -> Iterator[tuple[str, str]]:
     except TvcError:  # written for an older grammar
         return
     yield "positions", policy.positions
+    if policy.reselect is not None:
+        yield "reselect", "unless alike" if policy.reselect.alike else "always"
     yield "steps", str(len(policy.steps))
     touched = {step.at.partition(".")[0] for step in policy.steps}
     yield "components", "+".join(name for name in COMPONENTS if name in touched)

@@ -244,6 +244,12 @@ class OneGraph(torch.nn.Module):
                 out[f"shorten.{label}.{number}"] = part
             out[f"evict.places.{label}"] = OP.evict(at.key_positions, parts[-1], slots)
             out[f"evict.keys.{label}"] = OP.evict(at.key, parts[-1], slots)
+        past = at.key_positions.shape[1] - at.query_positions.shape[1]
+        paid, visual = at.key.mean((1, 3)).sigmoid(), at.key_positions % 3 > 0
+        before, single = paid[:, :past].flip(1) * visual[:, :past], at.query_positions[:, -1] % 2 == 0
+        for label, last in (("whole", None), ("last", before > 0.5)):
+            parts = OP.reselect(paid, before, last, visual, single, 300, 0, 0.9)
+            out[f"reselect.{label}.chosen"], out[f"reselect.{label}.seen"] = parts
 
     def merges(self, at: Inputs, score: torch.Tensor, scope: Scope, out: dict[str, torch.Tensor]) -> None:
         rules: dict[str, Any] = {

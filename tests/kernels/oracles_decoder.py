@@ -172,7 +172,46 @@ def mean_query_score(
     return result
 
 
+def reselect(
+    attention: list[Row],
+    before: list[Row],
+    chosen_before: list[Row] | None,
+    visual: list[Row],
+    single: Row,
+    permille: int,
+    count: int,
+    alike: float,
+) -> tuple[list[Row], list[Row]]:
+    chosen, seen = [], []
+    for b, (paid, there) in enumerate(zip(attention, visual, strict=True)):
+        if not single[b]:
+            chosen.append([True] * len(paid))
+            seen.append([0.0] * len(paid))
+            continue
+        paid = [0.0 if math.isnan(value) else value for value in paid]
+        keys = [n for n, ok in enumerate(there) if ok]
+        now, then = ({n: row[n] for n in keys if n < len(row)} for row in (paid, before[b]))
+        size = math.hypot(*now.values()) * math.hypot(*before[b])
+        cosine = sum(now[n] * then.get(n, 0.0) for n in keys) / size if size else 0.0
+        own = set(_best(keys, paid, _budget(len(keys), permille, count)))
+        if alike and cosine >= alike:
+            last = [True] * len(before[b]) if chosen_before is None else chosen_before[b]
+            chosen.append([*last, *[True] * (len(paid) - len(last))])
+        else:
+            chosen.append([n in own or not ok for n, ok in enumerate(there)])
+        seen.append([value if ok else 0.0 for value, ok in zip(paid, there, strict=True)])
+    return chosen, seen
+
+
 ORACLES |= {
     function.__name__: function
-    for function in (mean_query_score, merge_clusters, pagerank_score, pivot_keep, text_raters, transition_score)
+    for function in (
+        mean_query_score,
+        merge_clusters,
+        pagerank_score,
+        pivot_keep,
+        reselect,
+        text_raters,
+        transition_score,
+    )
 }

@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from tvc import compiler
+from tvc.chunks import mark_type
 from tvc.errors import PassError, SiteError
+from tvc.graphs import find_blocks, identifier
 from tvc.kernels.op import OPS
 from tvc.passes.base import Pass
 from tvc.passes.insert_reductions import InsertReductions
 from tvc.passes.lower_ops import LowerOps
 from tvc.passes.rebind_cuts import RebindCuts
+from tvc.passes.reselect_keys import ReselectKeys
 from tvc.passes.retrace import Retrace
 from tvc.program import Change, Program
 
@@ -61,7 +64,7 @@ def test_a_pass_that_changes_nothing_has_failed(traced: Callable[[str], Any]) ->
 
 def test_the_passes_of_the_compiler_stand_in_an_order_that_works() -> None:
     facts: frozenset[str] = frozenset({"traced"})
-    for made in (InsertReductions, RebindCuts, Retrace, LowerOps):
+    for made in (InsertReductions, RebindCuts, ReselectKeys, Retrace, LowerOps):
         assert made.needs <= facts
         facts = (facts - made.ends) | made.gives
 
@@ -102,6 +105,37 @@ def test_layers_behind_the_cut_are_shorter_symbolically(reduced: Program) -> Non
     assert chunk not in str(shapes["key.2"][2])
     assert f"{visual}//2" in str(shapes["key.2"][2])
     assert [stage.layers for stage in reduced.stages] == [range(2), range(2, 6)]
+
+
+@pytest.mark.parametrize(
+    ("rule", "marks"),
+    [
+        ({}, ["visual.1", "seen.1"]),
+        ({"unless_alike": 0.9, "bug_compatible": True}, ["visual.1", "seen.1"]),
+        ({"unless_alike": 0.9}, ["visual.1", "seen.1", "chosen.1"]),
+    ],
+)
+def test_layers_from_a_reselection_on_share_a_mask_of_their_own(
+    traced: Callable[[str], Any], rule: dict[str, Any], marks: list[str]
+) -> None:
+    given = traced("llava")
+    resolved = given.resolved({**FASTV, "reselect": {"at": "language.4", "keep": "30%", **rule}})
+    cut = RebindCuts()(InsertReductions(resolved)(given.program))
+    before = [block.attention.args[3].name for block in find_blocks(cut.components["decoder"].graph)]
+    program = ReselectKeys(resolved.reselect)(cut)
+    decoder = program.components["decoder"]
+    masks = [block.attention.args[3] for block in find_blocks(decoder.graph)]
+    assert [mask.name for mask in masks[:4]] == before[:4]
+    assert masks[4] is masks[5]
+    assert masks[4].target is masks[3].target
+    assert masks[4].args[0] is masks[3].args[0]
+    (change,) = program.history[-1][1]
+    assert change.node == before[4]
+    assert decoder.outputs[-3:] == ("visual.1", "seen.1", "chosen.1")
+    names = [f"past_{mark}" for mark in marks]
+    assert [name for name in decoder.inputs if mark_type(name) is not None] == names
+    placeholders = [str(node.target) for node in decoder.graph.find_nodes(op="placeholder")]
+    assert placeholders == [identifier(name) for name in decoder.inputs]
 
 
 def test_positions_are_recomputed_not_gathered(reduced: Program) -> None:

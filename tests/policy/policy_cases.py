@@ -80,6 +80,15 @@ READING: dict[str, tuple[object, object]] = {
     "positions-stride-of-a-share": ("version: 1\npositions: {stride: 25%}", ()),
     "positions-without-stride": ("version: 1\npositions: {}", ()),
     "positions-unknown-key": ("version: 1\npositions: {step: 64}", ()),
+    "reselect-not-a-mapping": ("version: 1\nreselect: 30%", ()),
+    "reselect-without-a-share": ("version: 1\nreselect: {at: language.3}", ()),
+    "reselect-unknown-key": ("version: 1\nreselect: {at: language.3, keep: 30%, alike: 0.9}", ()),
+    "reselect-outside-the-decoder": ("version: 1\nreselect: {at: projector, keep: 30%}", ()),
+    "reselect-at-a-range": ("version: 1\nreselect: {at: language.1..2, keep: 30%}", ()),
+    "reselect-by-the-encoder": ("version: 1\nreselect: {at: language.3, keep: 30%, layer: vision.2}", ()),
+    "reselect-on-average": ("version: 1\nreselect: {at: language.3, keep: {average: 3}}", ()),
+    "reselect-more-than-alike": ("version: 1\nreselect: {at: language.3, keep: 30%, unless_alike: 90}", ()),
+    "reselect-bug-of-nothing": ("version: 1\nreselect: {at: language.3, keep: 30%, bug_compatible: true}", ()),
     "steps-empty-beside-fractions": ("version: 1\nsteps: []\npositions: {stride: 64}", ()),
     "positions-unknown": (policy(step("language.2"), head="version: 1\npositions: kept"), ()),
     "unknown-step-key": (policy(step("language.2"), "at: language.4\n    selekt: {top: 3}"), ()),
@@ -184,6 +193,21 @@ READING: dict[str, tuple[object, object]] = {
 
 # Found against a model: name -> (policy, layout).
 RESOLVING: dict[str, tuple[str, Layout]] = {
+    "reselect-at-the-first-layer": ("version: 1\nreselect: {at: language.0, keep: 30%}", layout()),
+    "reselect-by-a-later-layer": ("version: 1\nreselect: {at: language.3, keep: 30%, layer: language.3}", layout()),
+    "reselect-beyond-the-last-layer": ("version: 1\nreselect: {at: language.12, keep: 30%}", layout()),
+    "reselect-in-front-of-a-cut": (
+        policy(step("language.2"), step("language.4"), head="version: 1\nreselect: {at: language.4, keep: 30%}"),
+        layout(),
+    ),
+    "reselect-of-nothing": (
+        policy(step("language.2", "exit: {when: always}"), head="version: 1\nreselect: {at: language.4, keep: 30%}"),
+        layout(),
+    ),
+    "reselect-where-nothing-is-in-the-sequence": (
+        "version: 1\nreselect: {at: language.3, keep: 30%}",
+        layout(refused={"language.3": "the text reads the image by cross-attention"}),
+    ),
     "fractions-on-axes": (
         "version: 1\npositions: {stride: 64}",
         dataclasses.replace(layout(), whole_positions="its tokens have positions on 3 axes"),

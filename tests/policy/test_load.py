@@ -251,6 +251,26 @@ def test_fractions_of_positions_need_no_step() -> None:
     assert child.digest() != load_policy("fastv").digest()
 
 
+def test_what_decode_steps_attend_to_needs_no_step() -> None:
+    text = 'version: 1\nparameters: {share: 30%}\nreselect: {at: language.3, keep: "{share}"}'
+    alone = load_policy(text)
+    assert alone.steps == ()
+    assert alone.reselect is not None
+    assert (alone.reselect.at, str(alone.reselect.keep), alone.reselect.alike) == ("language.3", "30%", 0.0)
+    other = load_policy(text, set=["share=4", "reselect.unless_alike=0.5"]).reselect
+    assert other is not None
+    assert (other.keep.count, other.alike) == (4, 0.5)
+    fastv = load_policy("fastv")
+    child = load_policy("version: 1\nextends: fastv\nreselect: {at: language.3, keep: 30%}\n")
+    assert child.steps == fastv.steps
+    assert len({child.digest(), fastv.digest(), alone.digest()}) == 3
+    spelled = load_policy("version: 1\nreselect: {at: language.3, layer: previous, keep: 30%, bug_compatible: false}")
+    assert spelled.digest() == alone.digest()
+    without = load_policy("version: 1\nextends: dycoke\nreselect:\n")
+    assert without.reselect is None
+    assert set(without.parameters) == {"keep", "window", "bug_compatible"}
+
+
 def test_digest_is_of_the_meaning() -> None:
     fastv = load_policy("fastv")
     assert load_policy("fastv", set=["name=other", "about=words"]).digest() == fastv.digest()
@@ -303,6 +323,10 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
         if made["at"].startswith("language.") and draw(st.booleans()):
             made["evict"] = draw(st.sampled_from(["earlier", "language.2", "language.-3", "language.7%"]))
     document = {"version": 1, "name": draw(texts), "about": draw(texts), "steps": steps}
+    if draw(st.booleans()):
+        alike = draw(st.one_of(st.none(), st.floats(0.01, 1)))
+        more = {"unless_alike": alike, "bug_compatible": draw(st.booleans())} if alike is not None else {}
+        document["reselect"] = {"at": "language.-1", "keep": draw(st.sampled_from(["30%", 7])), **more}
     fractions = st.builds(lambda stride: {"stride": stride}, st.integers(1, 256))
     return {**document, "positions": draw(st.one_of(st.sampled_from(["keep", "renumber"]), fractions))}
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from policy_cases import layout
 
+from tvc.kernels.reselect import reselect
 from tvc.passes.reduction import decide
 from tvc.passes.taps import frames_of
 from tvc.policy import Step, load_policy, resolve
@@ -108,6 +109,53 @@ def test_dycoke_without_its_open_ends_thins_every_window() -> None:
     odd = kept(step_of("dycoke", "bug_compatible=false"), film(7, 10), 10)
     assert [sum(i // 10 == t for i in odd) for t in range(7)] == [10, 3, 3, 3, 10, 3, 3]
     assert kept(step_of("dycoke"), film(1, 10), 10) == list(range(10))
+
+
+def test_dycoke_attends_to_as_many_as_its_code() -> None:
+    rule = resolve(load_policy("dycoke"), layout()).reselect
+    assert rule is not None
+    assert (rule.first, rule.observed, rule.alike) == (3, 2, 0.9)
+    assert all(rule.keep.kept(number) == int(number * (1 - 0.7)) for number in range(6273))
+
+
+def drifting(steps: int, image: int, text: int, seed: int) -> list[Row]:
+    """Per decode step the attention to text, an image in the middle of it, and the tokens since: some steps alike."""
+    torch.manual_seed(seed)
+    own, rows = torch.rand(image), []
+    for step in range(steps):
+        own = own if step % 3 else torch.rand(image)
+        now = own + 0.02 * torch.rand(image)
+        rows.append(torch.cat([torch.rand(text), now, torch.rand(text + step)]).tolist())
+    return rows
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("image", "text"), [(10, 3), (23, 2), (1, 4)])
+def test_dycoke_chooses_keys_step_by_step(image: int, text: int, whole: bool) -> None:
+    rule = resolve(load_policy("dycoke", set=[f"bug_compatible={str(whole).lower()}"]), layout()).reselect
+    assert rule is not None
+    rows, branches = drifting(8, image, text, seed=image), set()
+    before: Row = []
+    keys: set[int] = set()
+    cached = 2 * text + image - 1
+    seen, chosen = torch.zeros(1, cached), torch.ones(1, cached, dtype=torch.bool)
+    for row in rows:
+        now = row[text : text + image]
+        alike = bool(before) and cosine(now, before) >= 0.9
+        if not alike:
+            keys = best(dict(enumerate(row[text : text + image])), int(image * (1 - 0.7)))
+        attended = set(range(image)) if alike and whole else keys
+        branches.add(alike)
+        want = [not text <= n < text + image or n - text in attended for n in range(len(row))]
+        visual = torch.tensor([[text <= n < text + image for n in range(len(row))]])
+        last = None if whole else chosen
+        one = torch.tensor([True])
+        chosen, seen = reselect.overload(
+            torch.tensor([row]), seen, last, visual, one, rule.keep.permille, 0, rule.alike
+        )
+        assert chosen[0].tolist() == want
+        before = now
+    assert branches == {True, False}
 
 
 # STC ------------------------------------------------------------------------------------------------------------------

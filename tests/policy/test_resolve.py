@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from fractions import Fraction
 
 import pytest
@@ -212,3 +213,24 @@ def test_steps_that_only_keep_their_caches_say_nothing_of_it() -> None:
     plain = load_policy(policy(step("language.4", "select: {stride: 3}")))
     assert "evict" not in resolve(plain, layout()).to_yaml()
     assert plain.digest() == load_policy(policy(step("language.4", "select: {stride: 3}\n    evict:"))).digest()
+
+
+@pytest.mark.parametrize(
+    ("written", "at", "layer"),
+    [
+        ("at: language.3", "language.3", "language.2"),
+        ("at: language.-1", "language.11", "language.10"),
+        ("at: language.25%", "language.3", "language.2"),
+        ("at: language.6", "language.6", "language.3"),  # layers 4 and 5 have no attention
+        ("at: language.6, layer: language.1", "language.6", "language.1"),
+    ],
+)
+def test_decode_steps_choose_by_a_layer_that_the_model_has(written: str, at: str, layer: str) -> None:
+    model = layout()
+    blind = dataclasses.replace(model.language[0], heads=0)
+    model = dataclasses.replace(model, language=(*model.language[:4], blind, blind, *model.language[6:]))
+    resolved = resolve(load_policy(f"version: 1\nreselect: {{{written}, keep: 30%}}"), model)
+    assert resolved.reselect is not None
+    assert (resolved.reselect.at, resolved.reselect.layer) == (at, layer)
+    assert (resolved.reselect.first, resolved.reselect.observed) == (int(at[9:]), int(layer[9:]))
+    assert resolve(load_policy(resolved.to_yaml()), model).policy == resolved.policy

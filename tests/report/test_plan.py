@@ -18,6 +18,7 @@ from tvc.errors import ArgumentError
 from tvc.kernels.budget import Budget
 from tvc.kernels.op import PRIMITIVES, Merging, Rest, Select, When
 from tvc.policy import load_policy
+from tvc.policy.reselection import Reselect
 from tvc.program import Layer, Layout, Site
 from tvc.report.cost import attention_flops, one_image, plan_costs
 from tvc.report.schedule import make_plan, plan_policy, solve_average, solve_kept
@@ -80,6 +81,7 @@ class Step:
 class Steps:
     steps: tuple[Step, ...]
     name: str = "test"
+    reselect: Reselect | None = None
 
 
 def share(site: str, keep: object, **more: object) -> Step:
@@ -139,6 +141,17 @@ def test_each_image_keeps_its_own_share():
     assert visual(plan)[1:] == [8] * 7
     assert not plan.exact
     assert "depend on content" in plan.text()
+
+
+def test_what_decode_steps_attend_to_is_told_and_saves_nothing():
+    steps = (share("language.1", 101),)
+    rule = Reselect(at="language.3", layer="language.2", keep=Budget(permille=300))
+    plain, plan = make_plan(Steps(steps), layout()), make_plan(Steps(steps, reselect=rule), layout())
+    assert [layer.unread for layer in plan.layers] == [0] * 3 + [101 - 30] * 5
+    assert [layer.held for layer in plan.layers] == [layer.held for layer in plain.layers]
+    assert plan.compiled == plain.compiled
+    assert "attend to 30 of 101 visual tokens from layer 3 on" in plan.text()
+    assert "decode steps" not in plain.text()
 
 
 def test_tiles_inside_the_encoder_are_cut_one_by_one():

@@ -16,6 +16,8 @@ BATCH, STAGES = 3, (5, 2)  # tokens that each stage holds
 SHAPE = DecoderShape(8, 0, ((2, 4, 6), (7, 3), (1, 5, 5)), torch.float32, torch.device("cpu"))
 PLACES = [torch.tensor([[0, 1, 2, 3, 4], [-1, 0, 1, 2, 3], [-1, -1, 0, 1, 2]]), torch.tensor([[0, 4], [0, 3], [0, 2]])]
 
+MARKS = {"visual.1": torch.tensor([[True, False], [False, True], [True, True]]), "seen.1": torch.rand(BATCH, 2)}
+
 
 def held() -> dict[str, torch.Tensor]:
     sizes = {"key.0": (2, 5, 4), "value.0": (2, 5, 6), "state.1": (7, 3), "key.2": (1, 2, 5), "value.2": (1, 2, 5)}
@@ -24,7 +26,7 @@ def held() -> dict[str, torch.Tensor]:
 
 
 def made() -> StagedCache:
-    return StagedCache(SHAPE, held(), PLACES, seen=9, saved=torch.tensor([5, 0, 7]))
+    return StagedCache(SHAPE, held(), PLACES, seen=9, saved=torch.tensor([5, 0, 7]), marks=MARKS)
 
 
 MOVES: dict[str, tuple[Callable[[Any], None], list[int]]] = {
@@ -49,6 +51,9 @@ def test_a_move_takes_every_tensor_along(move: str) -> None:
         assert places.tolist() == [before[row].tolist() for row in rows]
     assert cache.saved is not None
     assert cache.saved.tolist() == [[5, 0, 7][row] for row in rows]
+    assert {name: mark.tolist() for name, mark in cache.marks.items()} == {
+        name: [mark[row].tolist() for row in rows] for name, mark in MARKS.items()
+    }
     assert cache.get_seq_length() == 9
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from tvc.kernels.op import PRIMITIVES, Kind, Primitive
 from tvc.policy.evictions import EARLIER
 from tvc.policy.positions import positions_schema
+from tvc.policy.reselection import Reselect
 from tvc.policy.schema import NORMALIZE, SCOPES, SITE_PATTERN, SPAN_PATTERN, VERSION
 
 _TEMPLATE = {"type": "string", "pattern": r"^\{[A-Za-z_][A-Za-z0-9_]*\}$", "description": "a parameter's value"}
@@ -18,6 +19,7 @@ def json_schema() -> dict[str, Any]:
     choices = {kind: _choices(kind, definitions) for kind in PRIMITIVES}
     term = {"weight": {"type": "number", "default": 1}, "normalize": {"enum": list(NORMALIZE), "default": "none"}}
     definitions["scores"] = _scores(choices["score"], term)
+    definitions["reselect"] = _fields(Reselect, definitions)
     definitions["step"] = {
         "type": "object",
         "additionalProperties": False,
@@ -65,6 +67,7 @@ def json_schema() -> dict[str, Any]:
             {"required": ["steps"]},
             {"required": ["extends"]},
             {"required": ["positions"], "properties": {"positions": {"type": "object"}}},
+            {"required": ["reselect"]},
         ],
         "properties": {
             "version": {"const": VERSION},
@@ -84,6 +87,7 @@ def json_schema() -> dict[str, Any]:
             },
             "steps": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/step"}},
             "positions": {"anyOf": [*positions_schema(), {"$ref": "#/$defs/template"}], "default": "keep"},
+            "reselect": {"$ref": "#/$defs/reselect"},
         },
         "$defs": definitions,
     }
@@ -93,15 +97,20 @@ def _choices(kind: Kind, definitions: dict[str, Any]) -> dict[str, Any]:
     """For each primitive of a kind, the schema of what may follow its name; its own definitions go to `definitions`."""
     found = {}
     for key, cls in sorted(PRIMITIVES[kind].items()):
-        schema = cls.model_json_schema(ref_template="#/$defs/{model}")
-        definitions.update(schema.pop("$defs", {}))
-        schema["properties"] = {
-            name: {"anyOf": [field, {"$ref": "#/$defs/template"}]} | _annotations(field)
-            for name, field in schema.get("properties", {}).items()
-        }
-        definitions[f"{kind}.{key}"] = schema
+        schema = definitions[f"{kind}.{key}"] = _fields(cls, definitions)
         found[key] = _settings(cls, f"#/$defs/{kind}.{key}", schema)
     return found
+
+
+def _fields(cls: type[Primitive], definitions: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a primitive's settings, each of which may be a parameter."""
+    schema = cls.model_json_schema(ref_template="#/$defs/{model}")
+    definitions.update(schema.pop("$defs", {}))
+    schema["properties"] = {
+        name: {"anyOf": [field, {"$ref": "#/$defs/template"}]} | _annotations(field)
+        for name, field in schema.get("properties", {}).items()
+    }
+    return schema
 
 
 def _annotations(field: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from tvc.policy.evictions import check_evictions, start
 from tvc.policy.evictions import settled as evicted
 from tvc.policy.order import check_behind_cuts, check_order, closest, ranges, rank
 from tvc.policy.positions import Positions, check_positions, positions_data
+from tvc.policy.reselection import Reselect
+from tvc.policy.reselection import settled as reselected
 from tvc.policy.schema import (
     Policy,
     SiteName,
@@ -25,6 +27,7 @@ from tvc.policy.schema import (
     dump_yaml,
     parse_site,
     parse_sites,
+    reselect_data,
     steps_data,
 )
 from tvc.policy.weights import settled
@@ -52,6 +55,10 @@ class ResolvedPolicy:
     def positions(self) -> Positions:
         return self.policy.positions
 
+    @property
+    def reselect(self) -> Reselect | None:
+        return self.policy.reselect
+
     def to_yaml(self) -> str:
         """The resolved policy with every default written out; it loads as a policy of its own."""
         return dump_yaml(self.policy.document.data)
@@ -77,14 +84,16 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
     check_evictions(policy, steps)
     steps = with_averages(policy, with_spreads(steps, layout), layout)
     check_nothing_emptied(policy, steps, layout)
+    rule = reselected(policy, layout, steps, lambda path, name: _concrete(policy, layout, path, name))
     data: dict[str, Any] = {"version": policy.version, "name": policy.name}
     data |= {key: value for key in ("about", "reference", "covers") if (value := getattr(policy, key))}
     data |= {key: list(value) for key in ("deviations", "unverified") if (value := getattr(policy, key))}
     data |= {"steps": steps_data(steps)} if steps else {}
     data["positions"] = positions_data(policy.positions)
+    data |= {"reselect": reselect_data(rule)} if rule is not None else {}
     document = from_data(data, f"resolved {policy.name}")
-    settled_policy = dataclasses.replace(policy, steps=steps, parameters={}, budgets={}, document=document)
-    return ResolvedPolicy(settled_policy, policy)
+    changes: dict[str, Any] = {"steps": steps, "reselect": rule, "document": document}
+    return ResolvedPolicy(dataclasses.replace(policy, parameters={}, budgets={}, **changes), policy)
 
 
 def _blocks(layout: Layout, component: str) -> int:

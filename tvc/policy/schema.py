@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 
@@ -15,6 +15,9 @@ from tvc.kernels.op import Merging, Primitive, Rest, Score, Select, When
 from tvc.kernels.weights import Trained
 from tvc.policy.document import Document
 from tvc.policy.positions import Positions, positions_data
+
+if TYPE_CHECKING:
+    from tvc.policy.reselection import Reselect
 
 VERSION = 1
 Normalize = Literal["none", "minmax", "softmax", "sum"]
@@ -155,6 +158,7 @@ class Policy:
     unverified: tuple[str, ...] = ()
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     budgets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)  # by share
+    reselect: Reselect | None = None  # what decode steps attend to; None: everything
 
     def to_yaml(self) -> str:
         """The policy as YAML that loads back to an equal policy, parameters included; `extends` is written out."""
@@ -167,6 +171,8 @@ class Policy:
             "steps": steps_data(self.steps, names=False),
             "version": self.version,
         }
+        if self.reselect is not None:
+            meaning["reselect"] = reselect_data(self.reselect)
         files = {p.weights for step in self.steps for p in step.primitives() if isinstance(p, Trained)}
         if files:  # what is in them, not where they lie
             meaning["weights"] = {str(file): file.digest() for file in files}
@@ -218,6 +224,11 @@ def primitive_data(primitive: Primitive) -> str | dict[str, Any]:
     """`drop`, or `{top: {keep: 25%}}`, with every default written out."""
     fields = primitive.model_dump(mode="json", exclude_none=True)
     return {primitive.key: fields} if fields else primitive.key
+
+
+def reselect_data(rule: Reselect) -> dict[str, Any]:
+    """`{at: language.3, keep: 30%}`, with every default written out."""
+    return rule.model_dump(mode="json", exclude_none=True)
 
 
 def score_data(scores: tuple[WeightedScore, ...]) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from tvc.kernels.op import Primitive
 from tvc.policy.evictions import EARLIER
 from tvc.policy.positions import Stride
+from tvc.policy.reselection import in_words as decode_steps
 from tvc.policy.schema import Policy, Step, WeightedScore
 
 _SCOPES = {"image": "in each image", "sequence": "in all images of a prompt together"}
@@ -26,6 +27,7 @@ def in_words(policy: Policy) -> list[str]:
     for number, step in enumerate(policy.steps, start=1):
         lines.append(f"{number}. Before {step.at}, {_SCOPES.get(step.scope, step.scope)}:")
         lines += [f"   {part:<7} {text}" for part, text in _parts(step)]
+    lines += [decode_steps(policy.reselect)] if policy.reselect is not None else []
     return lines
 
 

@@ -116,6 +116,7 @@ def plan_costs(
     sites: Mapping[int, tuple[str, ...]] | None = None,
     exact: bool = True,
     evicted: Sequence[int] | None = None,
+    unread: Sequence[int] | None = None,
 ) -> Plan:
     """The plan of given token counts.
 
@@ -130,6 +131,8 @@ def plan_costs(
         sites: decoder layer -> names of the cuts before it.
         exact: False where counts depend on content.
         evicted: visual tokens that leave the cache of each decoder layer when the prompt has been read; default: none.
+        unread: visual tokens that a decode step does not attend to in each decoder layer, for the reader alone: masks
+            hide them from a kernel that computes all pairs; default: none.
     """
     dense_tiles = tile_lengths(layout)
     depth = len(layout.vision)
@@ -140,12 +143,14 @@ def plan_costs(
     lengths = lengths[:vision_blocks]
     plan_layers = []
     parts = held(layout, visual_tokens_per_layer, text_tokens)
-    gone = [0] * len(layout.language) if evicted is None else evicted
+    none = [0] * len(layout.language)
+    gone, hidden = none if evicted is None else evicted, none if unread is None else unread
     for index, (layer, (visual, text), left) in enumerate(zip(layout.language, parts, gone, strict=True)):
         count = visual + text
         flops = block_flops(layout, layer, text_tokens if layer.crosses else count, count, count)
         cached = kv_bytes(layer, count - left, layout.element_size)
-        plan_layers.append(PlanLayer(index, (sites or {}).get(index, ()), visual, text, flops, cached, left))
+        there = (sites or {}).get(index, ())
+        plan_layers.append(PlanLayer(index, there, visual, text, flops, cached, left, hidden[index]))
     every = [sum(layout.visual_tokens)] * len(plan_layers)
     untouched = [visual + text for visual, text in held(layout, every, text_tokens)]
     dense_vision = vision_flops(layout, [dense_tiles] * depth, _projected(layout, dense_tiles))

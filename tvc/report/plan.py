@@ -43,6 +43,7 @@ class PlanLayer:
     flops: int  # prefill
     kv_bytes: int
     evicted: int = 0  # visual tokens that leave the layer's cache when the prompt has been read
+    unread: int = 0  # visual tokens of the cache that a decode step does not attend to, where it chooses anew
 
     @property
     def tokens(self) -> int:
@@ -161,6 +162,12 @@ class Plan:
             lines.append("solved: " + " ".join(f"--set {key}={value}" for key, value in self.settings))
         if not self.exact:
             lines.append("the images of a sequence share one budget: their split, and later counts, depend on content")
+        if reading := [layer for layer in self.layers if layer.unread]:
+            first, total = reading[0], reading[0].visual
+            lines.append(
+                f"decode steps that choose anew attend to {total - first.unread} of {total} visual tokens from layer "
+                f"{first.index} on; caches hold all of them, and costs count all of them"
+            )
         if self.fired:
             low = self.fired
             lines.append(

@@ -39,8 +39,8 @@ def make_plan(
     """The plan of a resolved policy for one model and its sample images.
 
     Args:
-        policy: a resolved policy: `name` and `steps`, each with `site`, `scope`, `select`, `rest`, `merge`, `exit` and
-            `evict`.
+        policy: a resolved policy: `name`, `reselect` and `steps`, each with `site`, `scope`, `select`, `rest`, `merge`,
+            `exit` and `evict`.
         layout: the model.
         text_tokens: text tokens of the prompt.
         new_tokens: how many new tokens the decode cost is averaged over.
@@ -79,9 +79,10 @@ def plan_policy(
 
 
 def _priced(policy: Any, layout: Layout, track: _Track, text_tokens: int, new_tokens: int, blocks: int | None) -> Plan:
+    counts, rule = _per_layer(track, layout), policy.reselect
     return plan_costs(
         layout,
-        _per_layer(track, layout),
+        counts,
         text_tokens,
         track.vision,
         new_tokens,
@@ -90,6 +91,10 @@ def _priced(policy: Any, layout: Layout, track: _Track, text_tokens: int, new_to
         sites=track.sites,
         exact=track.exact,
         evicted=[track.evicted.get(index, 0) for index in range(len(layout.language))],
+        unread=[
+            count - rule.keep.kept(count) if rule is not None and index >= rule.first else 0
+            for index, count in enumerate(counts)
+        ],
     )
 
 
@@ -194,6 +199,7 @@ class _Scaled:
 
     name: str
     steps: tuple[Any, ...]
+    reselect: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +281,7 @@ def _solve(policy: Any, layout: Layout, goal: _Goal, text_tokens: int, vision_bl
         )
 
     def scaled(factor: int) -> _Scaled:
-        return _Scaled(policy.name, tuple(_scaled_step(step, factor) for step in policy.steps))
+        return _Scaled(policy.name, tuple(_scaled_step(step, factor) for step in policy.steps), policy.reselect)
 
     def measure(factor: int) -> float:
         return goal.measure(scaled(factor).steps)

@@ -29,9 +29,11 @@ class StagedCache(Cache):
         crossed: torch.Tensor | None = None,
         offered: int = 0,
         saved: torch.Tensor | None = None,
+        marks: Mapping[str, torch.Tensor] | None = None,
     ):
         """`held` has the cache of every layer by the names of `DecoderShape.cached`.
 
+        `marks` [B, P_s] are what else the decoder has to know of cached tokens, by the names of its outputs.
         `saved` [B] int64 are the positions that visual tokens have saved, where they take fractions of one.
         """
         layers = []
@@ -43,6 +45,7 @@ class StagedCache(Cache):
         super().__init__(layers=layers)
         self.key_positions = list(key_positions)  # [B, P_s] int64 sequence place of every cached token, -1 pads
         self.seen, self.saved = seen, saved
+        self.marks = dict(marks or {})
         self.crossed = crossed  # [B, C] int64 number of every visual token that layers with cross-attention cache
         self.offered = offered  # visual tokens that each sample was given for them so far, reduced ones counted in
 
@@ -78,6 +81,7 @@ class StagedCache(Cache):
         self.key_positions = [picked(positions) for positions in self.key_positions]
         self.crossed = picked(self.crossed) if self.crossed is not None else None
         self.saved = None if self.saved is None else picked(self.saved)
+        self.marks = {name: picked(mark) for name, mark in self.marks.items()}
 
     def crop(self, tokens_to_remove: int) -> None:
         raise InputError(

@@ -13,6 +13,7 @@ from tvc.chunks import (
     CROSS_MASK,
     ENTERED,
     PAST_KEY,
+    PAST_MARKS,
     PAST_POSITIONS,
     PAST_STATE,
     PAST_VALUE,
@@ -21,6 +22,7 @@ from tvc.chunks import (
     Crossing,
     DecoderShape,
     Extra,
+    mark_type,
 )
 from tvc.errors import InputError
 from tvc.runtime.cache import StagedCache
@@ -346,6 +348,9 @@ class Engine:
                 stage = int(name.removeprefix(PAST_POSITIONS))
                 empty = torch.zeros(batch, 0, dtype=torch.int64, device=chunk.embeds.device)
                 inputs[name] = past.key_positions[stage] if past is not None else empty
+            elif (mark := mark_type(name)) is not None:
+                empty = torch.zeros(batch, 0, dtype=mark, device=chunk.embeds.device)
+                inputs[name] = past.marks[name.removeprefix("past_")] if past is not None else empty
             elif name.startswith((PAST_KEY, PAST_VALUE, PAST_STATE)):
                 held = past.tensor(name) if past is not None else interface.shape.empty_cache(name, batch, 0)
                 inputs[name] = held.to(chunk.embeds.device)
@@ -358,6 +363,7 @@ class Engine:
             columns,
             offered,
             chunk.saved,
+            {name: value for name, value in outputs.items() if f"past_{name}".startswith(tuple(PAST_MARKS))},
         )
         for site, source in interface.sites.items():
             if source.startswith("key_positions."):

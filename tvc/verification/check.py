@@ -19,6 +19,7 @@ from tvc.verification import samples
 from tvc.verification.across import expect_across
 from tvc.verification.oracle import Case, Expected, expect
 from tvc.verification.report import TOLERANCES, Comparison, Report, Tolerance
+from tvc.verification.reselection import of_run
 
 STEPS = 8
 LARGE = 1_000_000_000  # parameters from which on one short comparison has to do
@@ -134,13 +135,15 @@ class _Comparing:
             self.compiled.engine.interface.shape.axes,
             visual_token_ids(self.model),
             functools.partial(run.values, self.compiled, inputs["input_ids"].shape[1] + self.steps - 1),
+            run.chosen,
         )
         crossing = self.compiled.engine.interface.shape.crossing
         if crossing is not None:
             expected = expect_across(self.model, self.compiled.policy, case, crossing, self.tolerance.relative)
         else:
             expected = expect(self.model, self.compiled.policy, case, self.tolerance.relative)
-        rows = [*self._selections(name, case, expected), *self._caches(name, run, expected)]
+        rows = [*self._selections(name, case, expected), *self._choices(name, expected)]
+        rows += self._caches(name, run, expected)
         for step in range(run.logits.shape[1]):
             rows.append(self._logits(name, step, run.logits[:, step], expected.logits[:, step], expected.doubts[-1]))
         run.doubt, run.unsettled = expected.doubts[-1], expected.unsettled
@@ -173,6 +176,14 @@ class _Comparing:
         for site, kept in case.kept.items():
             if site.startswith("language."):
                 yield self._kept(name, site, kept, case, expected)
+
+    def _choices(self, name: str, expected: Expected) -> Iterator[Comparison]:
+        """What decode steps attend to, the one of them that is furthest from the rule."""
+        if expected.choices:
+            worst = max(expected.choices, key=lambda choice: choice.gap - choice.allowed)
+            where = f"sample {worst.sample}, token {worst.step}, {worst.different} tokens" if worst.different else ""
+            site = self.compiled.policy.reselect.at
+            yield Comparison(name, site, "reselection", worst.gap, worst.allowed, where)
 
     def _kept(self, name: str, site: str, kept: torch.Tensor, case: Case, expected: Expected) -> Comparison:
         """Every text token and what the step left, ascending."""
@@ -251,6 +262,7 @@ class Run:
     logits: torch.Tensor  # [B, steps, vocabulary]
     kept: dict[str, torch.Tensor]
     cache: Any  # the `StagedCache` after the last call
+    chosen: list[torch.Tensor]  # per decode step [B, S] bool what it attended to; none where it attends to everything
     doubt: float = 1.0  # how much of a difference behind its merges is rounding, see `Tolerance.allowed`
     unsettled: float = 1.0  # the same, had no choice been followed
 
@@ -299,6 +311,7 @@ def generate(compiled: Any, model: Any, inputs: samples.Inputs, steps: int) -> R
         logits=torch.cat([answer.logits[:, -1:] for answer in answers], 1),
         kept=answers[0].kept,
         cache=answers[-1].cache,
+        chosen=of_run([answer.cache for answer in answers[1:]], compiled.engine.interface.stages - 1, ids.shape[1] - 1),
     )
 
 

@@ -26,6 +26,7 @@ from tvc.verification.following import cached_values, followed, layer_of
 from tvc.verification.masks import evicted, in_window, narrowed, running
 from tvc.verification.numbering import Rotary, in_fractions
 from tvc.verification.pictures import Pictures, token_pixels
+from tvc.verification.reselection import Choice, Reselection
 from tvc.verification.steps import Outcome, Sample, carry_out, frames_in, text_behind, text_that_rates
 
 UNTURNED = "at position 0"  # behind a layer's name: what its probe saw when no position turned it
@@ -41,6 +42,7 @@ class Expected:
     doubts: list[float] = dataclasses.field(default_factory=list)  # per layer, see `carry_out`
     unsettled: float = 1.0  # how far rounding may move merged values where it settles choices otherwise
     outcomes: list[tuple[int, str, list[Outcome]]] = dataclasses.field(default_factory=list)  # step, site, per sample
+    choices: list[Choice] = dataclasses.field(default_factory=list)  # of decode steps, where they choose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Case:
     axes: int  # rotary position axes; 0: plain positions
     visual_token_ids: tuple[int, ...]
     cached: Callable[[int], torch.Tensor | None] = lambda _layer: None  # its values [B, H, S, d] of a layer, or NaN
+    chosen: Sequence[torch.Tensor] = ()  # [steps - 1] of [B, S] bool: what its decode steps attended to
 
     @property
     def prompt(self) -> int:
@@ -103,6 +106,8 @@ class _Oracle(Observer):
         self.rates = any("raters" in tap.of for tap in taps)
         self.raters: list[torch.Tensor] = []  # per sample the columns of the text that rates
         self.probing = False
+        rule = policy.reselect
+        self.reselection = None if rule is None else Reselection(rule, case.prompt, case.chosen, slack)
         self.closed: tuple[torch.Tensor, torch.Tensor] | None = None  # what `leaving` has to put back
         self.turned_by: Any = None  # the position embeddings that the block was given
         self.rotary = Rotary(model.get_decoder())
@@ -202,6 +207,9 @@ class _Oracle(Observer):
             seen.mask = in_window(seen.mask, seen.window, self.case.prompt)
         if name in self.tapped:
             self.seen.setdefault(name, []).append(dataclasses.replace(seen))
+        if self.reselection is not None and name == self.reselection.rule.layer and not self.probing:
+            self.reselection.look(seen, [sample.slots for sample in self.samples])
+            self.expected.choices = self.reselection.choices
         return seen.mask
 
     def _close_up(self, name: str, arguments: dict[str, Any]) -> None:
@@ -223,8 +231,9 @@ class _Oracle(Observer):
         return hidden.scatter(1, places, output)
 
     def _narrowed(self, own: torch.Tensor | None) -> torch.Tensor:
-        """The model's own mask without the keys that were dropped."""
-        return narrowed(own, self.alive, self._lost(), self.case.prompt)
+        """The model's own mask without the keys that were dropped, or are left out by decode steps."""
+        mask = narrowed(own, self.alive, self._lost(), self.case.prompt)
+        return mask if self.reselection is None else self.reselection.narrowed(mask, self.layer)
 
     def _lost(self) -> torch.Tensor:
         """[B, S] bool: what leaves the cache of the block at hand."""
