@@ -17,6 +17,7 @@ import torch.fx as fx
 from tvc.chunks import PAST_POSITIONS, SPANS, TAP
 from tvc.errors import SiteError, TraceError
 from tvc.graphs import annotate, find_blocks, first_node, identifier, open_draft, placeholders
+from tvc.kernels.segments import follow
 from tvc.passes.base import Pass
 from tvc.passes.branches import branches
 from tvc.passes.cuts import RESULTS, ChunkState, Cut, Parting, cut_function, gather_tokens, start_sizes
@@ -32,6 +33,7 @@ class InsertReductions(Pass):
     """Adds the steps of a resolved policy to the components they belong to."""
 
     gives = frozenset({"reductions-inserted"})
+    may_be_idle = True  # a policy that edits masks alone has no step
 
     def __init__(self, policy: Any):
         self.policy = policy
@@ -50,7 +52,8 @@ class InsertReductions(Pass):
         if stride := component.meta["shape"].stride:
             what = f"visual tokens take {stride}/256 of a position each"
             changes.append(Change("decoder", "position_ids", what, "positions"))
-        component.draft = open_draft(component)
+        if component.draft is None:  # else an earlier pass has opened it
+            component.draft = open_draft(component)
         component.meta = {**component.meta, "cuts": [], "partings": [], "stages": [], "tap_widths": {}}
         return changes + _DecoderInsertion(component, program, self._renumber(component, steps["language"])).insert(
             steps["language"]
@@ -183,6 +186,7 @@ class _DecoderInsertion:
             origin,
             named[identifier(f"{PAST_POSITIONS}0")],
             named.get(SPANS),
+            self.component.meta.get("chunks"),
         )
 
     def _placeholder(self, name: str, after: fx.Node, axes: int = 2) -> fx.Node:
@@ -258,6 +262,8 @@ class _DecoderInsertion:
             parts = {name: self.graph.call_function(operator.getitem, (node, i)) for i, name in enumerate(RESULTS)}
             if state.spans is not None:
                 parts["spans"] = self.graph.call_function(gather_tokens, (state.spans, parts["kept"], (1,)))
+            if state.chunks is not None:
+                parts["chunks"] = self.graph.call_function(follow, (state.chunks, parts["kept"]))
         for name, part in parts.items():
             annotate(part, note)
             if name in (

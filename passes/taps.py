@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from tvc.graphs import Block, annotate, backward_closure, clone, first_node, ide
 from tvc.kernels.frames import first_of
 from tvc.kernels.op import Tap
 from tvc.kernels.segments import follow, ranks, take_rows
-from tvc.passes.cuts import ChunkState, Cut
+from tvc.passes.cuts import ChunkState, Cut, mask_of
 
 
 def crosses(tap: Tap) -> bool:
@@ -263,9 +264,7 @@ class DecoderTaps:
             known = {self.position_ids: self.call(torch.zeros_like, self.position_ids), residual: residual}
             ahead = backward_closure([query, key], stop=known)  # type: ignore[list-item]
         copies = clone(ahead, known, self.note)
-        window = mask.args[2]  # type: ignore[union-attr]
-        keys = self.call(_joined, self.key_positions, state.query_positions)
-        mask = self.call(torch.ops.tvc.attention_mask.default, state.query_positions, keys, window, state.spans)
+        mask = mask_of(mask, dataclasses.replace(state, key_positions=self.key_positions), self.note)  # type: ignore[arg-type]
         return copies.get(query, query), copies.get(key, key), mask, scale, len(self.states) - 1  # type: ignore
 
     def _transition(self, layer: int) -> fx.Node:
@@ -325,7 +324,3 @@ def _first(pair: tuple[Any, Any]) -> Any:
 
 def _second(pair: tuple[Any, Any]) -> Any:
     return pair[1]
-
-
-def _joined(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return torch.cat([one, other], 1)

@@ -15,6 +15,7 @@ from tvc.graphs import join_equal, open_draft, operators
 from tvc.kernels.op import OPS
 from tvc.kernels.providers import PROVIDED, dispatched
 from tvc.passes.base import Pass
+from tvc.passes.chunk_attention import ChunkAttention
 from tvc.passes.fuse_attention import FuseAttention
 from tvc.passes.insert_reductions import InsertReductions
 from tvc.passes.lower_ops import LowerOps
@@ -53,8 +54,9 @@ def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, prog
 
 def reduce(program: Program, policy: ResolvedPolicy, progress: Progress = print) -> Program:
     """The program with the policy's reductions in it; ops are still whole."""
+    chunks: list[Pass] = [] if policy.attention is None else [ChunkAttention(policy.attention)]
     passes: list[Pass] = [InsertReductions(policy), RebindCuts(), Retrace()]
-    return run(program, passes, progress)
+    return run(program, [*chunks, *passes], progress)
 
 
 def lower(program: Program, target: str, progress: Progress = print) -> Program:

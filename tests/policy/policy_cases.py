@@ -81,6 +81,10 @@ READING: dict[str, tuple[object, object]] = {
     "positions-without-stride": ("version: 1\npositions: {}", ()),
     "positions-unknown-key": ("version: 1\npositions: {step: 64}", ()),
     "steps-empty-beside-fractions": ("version: 1\nsteps: []\npositions: {stride: 64}", ()),
+    "attention-of-no-name": ("version: 1\nattention: {}", ()),
+    "attention-unknown-name": ("version: 1\nattention: {chunk: {frames: 4}}", ()),
+    "attention-chunks-of-nothing": ("version: 1\nattention: {chunks: {frames: 0}}", ()),
+    "attention-chunks-without-frames": ("version: 1\nattention: {chunks: {previous: 3}}", ()),
     "positions-unknown": (policy(step("language.2"), head="version: 1\npositions: kept"), ()),
     "unknown-step-key": (policy(step("language.2"), "at: language.4\n    selekt: {top: 3}"), ()),
     "step-not-a-mapping": (policy("language.2"), ()),
@@ -257,6 +261,10 @@ RESOLVING: dict[str, tuple[str, Layout]] = {
     ),
     "same-site-of-a-model": (policy(step("language.3"), step("language.-1")), layout(language=4)),
     "step-order-of-a-model": (policy(step("language.-1"), step("language.2")), layout(language=4)),
+    "chunks-behind-a-step-before-the-decoder": (
+        policy(step("projector", "select: {stride: 3}"), head="version: 1\nattention: {chunks: {frames: 4}}"),
+        layout(),
+    ),
     "frames-outside-the-decoder": (
         policy(step("projector", "score: change\n    select: {top: 3}")),
         layout(),

@@ -16,6 +16,7 @@ from tvc.kernels.budget import Budget
 from tvc.kernels.rest_merge import StrideTargets
 from tvc.policy import Policy, json_schema, load_policy, parse_site, presets
 from tvc.policy.document import from_yaml
+from tvc.policy.options import Chunks
 from tvc.policy.positions import Stride
 from tvc.policy.schema import dump_yaml, steps_data
 
@@ -250,6 +251,16 @@ def test_fractions_of_positions_need_no_step() -> None:
     assert child.digest() != load_policy("fastv").digest()
 
 
+def test_chunks_of_frames_need_no_step() -> None:
+    alone = load_policy("version: 1\nparameters: {n: 4}\nattention: {chunks: {frames: '{n}'}}")
+    assert (alone.steps, alone.attention) == ((), Chunks(frames=4, previous=0))
+    assert load_policy(alone, set=["n=5", "attention.chunks.previous=2"]).attention == Chunks(frames=5, previous=2)
+    child = load_policy("version: 1\nextends: fastv\nattention: {chunks: {frames: 4, previous: 0}}\n")
+    assert (len(child.steps), child.attention) == (1, alone.attention)
+    assert child.digest() != load_policy("fastv").digest()
+    assert load_policy(child.to_yaml()) == child
+
+
 def test_digest_is_of_the_meaning() -> None:
     fastv = load_policy("fastv")
     assert load_policy("fastv", set=["name=other", "about=words"]).digest() == fastv.digest()
@@ -303,6 +314,8 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
             made["evict"] = draw(st.sampled_from(["earlier", "language.2", "language.-3", "language.7%"]))
     document = {"version": 1, "name": draw(texts), "about": draw(texts), "steps": steps}
     fractions = st.builds(lambda stride: {"stride": stride}, st.integers(1, 256))
+    if draw(st.booleans()):
+        document["attention"] = {"chunks": {"frames": draw(st.integers(1, 9)), "previous": draw(st.integers(0, 9))}}
     return {**document, "positions": draw(st.one_of(st.sampled_from(["keep", "renumber"]), fractions))}
 
 

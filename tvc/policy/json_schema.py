@@ -6,6 +6,7 @@ from typing import Any
 
 from tvc.kernels.op import PRIMITIVES, Kind, Primitive
 from tvc.policy.evictions import EARLIER
+from tvc.policy.options import OPTIONS, options_schema
 from tvc.policy.positions import positions_schema
 from tvc.policy.schema import NORMALIZE, SCOPES, SITE_PATTERN, SPAN_PATTERN, VERSION
 
@@ -65,6 +66,7 @@ def json_schema() -> dict[str, Any]:
             {"required": ["steps"]},
             {"required": ["extends"]},
             {"required": ["positions"], "properties": {"positions": {"type": "object"}}},
+            *({"required": [place]} for place in OPTIONS),
         ],
         "properties": {
             "version": {"const": VERSION},
@@ -84,6 +86,7 @@ def json_schema() -> dict[str, Any]:
             },
             "steps": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/step"}},
             "positions": {"anyOf": [*positions_schema(), {"$ref": "#/$defs/template"}], "default": "keep"},
+            **options_schema({"$ref": "#/$defs/template"}),
         },
         "$defs": definitions,
     }

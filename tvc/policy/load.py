@@ -15,7 +15,7 @@ from typing import Any
 import tvc.policy.presets as preset_files
 from tvc.errors import PolicyError
 from tvc.policy.document import Document, Path, dotted, from_data, from_yaml, nearest
-from tvc.policy.parse import TOP_KEYS, parse, used_parameters
+from tvc.policy.parse import TEMPLATED, TOP_KEYS, parse, used_parameters
 from tvc.policy.published import without
 from tvc.policy.schema import Policy
 
@@ -154,7 +154,7 @@ def _without_unused(document: Document, spare: Any) -> Document:
     data = document.data
     if not isinstance(data, dict) or not isinstance(data.get("parameters"), dict) or not isinstance(spare, Mapping):
         return document
-    used = used_parameters([data.get("steps"), data.get("positions")])
+    used = used_parameters([data.get(key) for key in TEMPLATED])
     kept = {name: value for name, value in data["parameters"].items() if name in used or name in spare}
     trimmed = {**data, "parameters": kept} if kept else {k: v for k, v in data.items() if k != "parameters"}
     if len(kept) < len(data["parameters"]):

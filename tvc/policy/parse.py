@@ -14,6 +14,7 @@ from tvc.kernels.weights import Trained, Weights
 from tvc.policy.document import Document, Path, nearest
 from tvc.policy.evictions import written
 from tvc.policy.explain import build
+from tvc.policy.options import OPTIONS, read_options
 from tvc.policy.order import behind
 from tvc.policy.positions import read_positions
 from tvc.policy.published import published
@@ -43,7 +44,9 @@ TOP_KEYS = (
     "budgets",
     "steps",
     "positions",
+    *OPTIONS,
 )
+TEMPLATED = ("steps", "positions", *OPTIONS)  # where parameters are put in
 STEP_KEYS = ("at", "evict", "exit", "merge", "name", "rest", "scope", "score", "select")
 ACTIONS = ("select", "merge", "exit")
 SITES = "vision.K, projector or language.K (K a block, 0-based; -1 the last; 25% by depth; 1..-2 or all for several)"
@@ -72,7 +75,8 @@ def parse(document: Document) -> Policy:
             raise document.unknown((key,), key, TOP_KEYS, "the policy")
     _version(document, top)
     expanded = expand(document)
-    raw = expanded.data.get("steps", [] if isinstance(expanded.data.get("positions"), dict) else None)
+    others = [expanded.data.get(key) for key in ("positions", *OPTIONS)]
+    raw = expanded.data.get("steps", [] if any(isinstance(other, dict) for other in others) else None)
     if not isinstance(raw, list) or (not raw and "steps" in expanded.data):
         raise document.error(
             ("steps",),
@@ -87,7 +91,8 @@ def parse(document: Document) -> Policy:
     return Policy(
         name=_text(document, ("name",), top.get("name", "unnamed")),
         steps=steps,
-        positions=read_positions(expanded),  # fractions need no step beside them
+        positions=read_positions(expanded),  # fractions need no step beside them, nor do options
+        **read_options(expanded),
         document=document,
         about=_text(document, ("about",), top.get("about", "")),
         reference=_mapping(document, ("reference",), top.get("reference", {}), "`reference`"),
@@ -124,7 +129,7 @@ def _version(document: Document, top: Mapping[str, Any]) -> None:
 
 
 def expand(document: Document) -> Document:
-    """The document with `{name}` in the steps and in `positions` replaced by the parameter's value."""
+    """The document with `{name}` in `TEMPLATED` replaced by the parameter's value."""
     parameters = _mapping(document, ("parameters",), document.data.get("parameters", {}), "`parameters`")
     for name, value in parameters.items():
         if not name.isidentifier() or name in TOP_KEYS:
@@ -147,7 +152,7 @@ def expand(document: Document) -> Document:
             )
     used: set[str] = set()
     data, marks = dict(document.data), dict(document.marks)
-    for key in ("steps", "positions"):
+    for key in TEMPLATED:
         if key in data:
             here = dataclasses.replace(document, data=data, marks=marks)
             data[key] = _expand(here, (key,), data[key], parameters, used, marks)

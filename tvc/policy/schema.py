@@ -14,6 +14,7 @@ import yaml
 from tvc.kernels.op import Merging, Primitive, Rest, Score, Select, When
 from tvc.kernels.weights import Trained
 from tvc.policy.document import Document
+from tvc.policy.options import Chunks, Option, options_data
 from tvc.policy.positions import Positions, positions_data
 
 VERSION = 1
@@ -155,6 +156,12 @@ class Policy:
     unverified: tuple[str, ...] = ()
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     budgets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)  # by share
+    attention: Chunks | None = None
+
+    @property
+    def options(self) -> dict[str, Option | None]:
+        """What the policy says of all layers at once, by its keys."""
+        return {"attention": self.attention}
 
     def to_yaml(self) -> str:
         """The policy as YAML that loads back to an equal policy, parameters included; `extends` is written out."""
@@ -167,6 +174,7 @@ class Policy:
             "steps": steps_data(self.steps, names=False),
             "version": self.version,
         }
+        meaning |= options_data(self.options)
         files = {p.weights for step in self.steps for p in step.primitives() if isinstance(p, Trained)}
         if files:  # what is in them, not where they lie
             meaning["weights"] = {str(file): file.digest() for file in files}

@@ -23,6 +23,7 @@ def in_words(policy: Policy) -> list[str]:
     if isinstance(policy.positions, Stride):
         meaning = (inspect.getdoc(Stride) or "").split("\n\n")[0].replace("\n", " ")
         lines.append(f"Positions (stride: {policy.positions.stride}): {meaning}")
+    lines += [f"{place.capitalize()} by {_phrase(option)}" for place, option in policy.options.items() if option]
     for number, step in enumerate(policy.steps, start=1):
         lines.append(f"{number}. Before {step.at}, {_SCOPES.get(step.scope, step.scope)}:")
         lines += [f"   {part:<7} {text}" for part, text in _parts(step)]

@@ -23,7 +23,7 @@ from tvc.trace.parts import feature_owner
 from tvc.verification.branches import changes, watched
 from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
 from tvc.verification.following import cached_values, followed, layer_of
-from tvc.verification.masks import evicted, in_window, narrowed, running
+from tvc.verification.masks import evicted, in_window, narrowed, out_of_reach, running
 from tvc.verification.numbering import Rotary, in_fractions
 from tvc.verification.steps import Outcome, Sample, carry_out, frames_in, text_behind, text_that_rates
 
@@ -101,6 +101,7 @@ class _Oracle(Observer):
         self.closed: tuple[torch.Tensor, torch.Tensor] | None = None  # what `leaving` has to put back
         self.turned_by: Any = None  # the position embeddings that the block was given
         self.rotary = Rotary(model.get_decoder())
+        self.unseen: torch.Tensor | None = None  # [B, S, S] bool, where tokens see some chunks of frames alone
         self.fractions: torch.Tensor | None = None  # [B, S] positions, where visual tokens take fractions of one
 
     # The call ---------------------------------------------------------------------------------------------------------
@@ -217,7 +218,8 @@ class _Oracle(Observer):
 
     def _narrowed(self, own: torch.Tensor | None) -> torch.Tensor:
         """The model's own mask without the keys that were dropped."""
-        return narrowed(own, self.alive, self._lost(), self.case.prompt)
+        seen = narrowed(own, self.alive, self._lost(), self.case.prompt)
+        return seen if self.unseen is None else seen & ~self.unseen[:, None, -seen.shape[2] :]
 
     def _lost(self) -> torch.Tensor:
         """[B, S] bool: what leaves the cache of the block at hand."""
@@ -278,7 +280,16 @@ class _Oracle(Observer):
             segment = torch.tensor(numbers, dtype=torch.int64, device=ids.device)
             self.frames.append(frames_in(owner[row, slots], self.frames_of))
             self.samples.append(Sample.fresh(row, (mask[row] & ~visual[row]).nonzero().flatten(), slots, segment))
+        if (rule := self.policy.attention) is not None:
+            self.unseen = out_of_reach(self._frame_of_columns(), rule.frames, rule.previous)
         self._drop_of_encoder()
+
+    def _frame_of_columns(self) -> torch.Tensor:
+        """[B, S] int64: the frame that each column of the sequence shows, counted through its sample; -1 for text."""
+        made = torch.full(self.mask.shape, -1, dtype=torch.int64, device=self.mask.device)
+        for sample, (frame, _) in zip(self.samples, self.frames, strict=True):
+            made[sample.row, sample.slots] = frame
+        return made
 
     def _in_fractions(self, owner: torch.Tensor, stride: int) -> torch.Tensor:
         generated = self.mask.shape[1] - owner.shape[1]
