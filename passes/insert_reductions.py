@@ -23,7 +23,9 @@ from tvc.passes.branches import branches
 from tvc.passes.cuts import RESULTS, ChunkState, Cut, Parting, cut_function, gather_tokens, start_sizes
 from tvc.passes.insert_projector import add_projector
 from tvc.passes.insert_vision import VisionInsertion
+from tvc.passes.pool_caches import relevance
 from tvc.passes.taps import DecoderTaps, crosses, crossing, frames_of, rater_mask, tap_name, transitions
+from tvc.policy.options import Pool
 from tvc.program import Change, Component, Program, Stage
 
 COMPONENTS = ("vision", "projector", "language")
@@ -55,9 +57,10 @@ class InsertReductions(Pass):
         if component.draft is None:  # else an earlier pass has opened it
             component.draft = open_draft(component)
         component.meta = {**component.meta, "cuts": [], "partings": [], "stages": [], "tap_widths": {}}
-        return changes + _DecoderInsertion(component, program, self._renumber(component, steps["language"])).insert(
-            steps["language"]
-        )
+        insertion = _DecoderInsertion(component, program, self._renumber(component, steps["language"]))
+        if self.policy.cache is not None:
+            insertion.frames_that_stay(self.policy.cache)
+        return changes + insertion.insert(steps["language"])
 
     def _vision(self, program: Program, steps: list[Any], asked: list[Any]) -> list[Change]:
         wanted = [(step, *tap) for step in asked for tap in crossing(step)]
@@ -152,6 +155,22 @@ class _DecoderInsertion:
         self.program.stages[:] = stages
         self.component.meta["stages"] = openings
         return self.changes
+
+    def frames_that_stay(self, rule: Pool) -> None:
+        """Notes frames of the visual tokens, and which of these caches hold as they are, where the prompt enters."""
+        note, first = "cache", first_node(self.graph, self.blocks[0])
+        frames, score = self._frames(note), None
+        with self.graph.inserting_before(first):
+            if rule.best:
+                arguments = (self._residual(first), self.inputs["visual_index"], self.inputs["text_index"])
+                score = self.graph.call_function(relevance, arguments)
+            number = self.graph.call_function(operator.getitem, (frames, 0))
+            settings = (rule.chunk, rule.first, rule.last, rule.best)
+            whole = self.graph.call_function(torch.ops.tvc.whole_chunks.default, (number, score, *settings))
+        for node in (score, number, whole):
+            if node is not None:
+                annotate(node, note)
+        self.component.meta["frames"] = (frames, whole)
 
     def _stage(self, layer: int, site: str | None, state: ChunkState, stages: list[Stage]) -> fx.Node:
         """Opens a stage in front of `layer`; returns the places of the tokens that it has cached."""

@@ -161,6 +161,7 @@ class _StageOutputs:
 
     def write(self) -> list[Change]:
         places: list[fx.Node] = []
+        left: list[ChunkState] = []
         entered: dict[str, fx.Node] = {}
         caches = [name for name in self.component.outputs if name.startswith(("key.", "value.", "state."))]
         opened: dict[int, Cut | Parting] = {id(cut.after): cut for cut in self.cuts}
@@ -177,8 +178,10 @@ class _StageOutputs:
                     if stage.site is not None:
                         entered[f"{ENTERED}{stage.index}"] = state.query_positions
                 places.append(joined)
+                left.append(evicting[-1].after if evicting else state)
         names = ("logits", *(f"key_positions.{s}" for s in range(len(places))), *caches, *entered)
         values = (self.values["logits"], *places, *(self.values[name] for name in caches), *entered.values())
+        self.component.meta["left"] = left  # the chunk as each stage's caches hold it
         self.output.args = (values,)
         self.component.outputs = names
         return self.changes

@@ -19,6 +19,7 @@ from tvc.passes.chunk_attention import ChunkAttention
 from tvc.passes.fuse_attention import FuseAttention
 from tvc.passes.insert_reductions import InsertReductions
 from tvc.passes.lower_ops import LowerOps
+from tvc.passes.pool_caches import PoolCaches
 from tvc.passes.rebind_cuts import RebindCuts
 from tvc.passes.retrace import Retrace
 from tvc.passes.text_only import without_cuts
@@ -33,7 +34,7 @@ from tvc.trace.survey import Survey
 from tvc.trace.vision import capture_vision
 
 Progress = Callable[[str], None]
-CUTS = frozenset({"shorten", "evict"})  # whole, so that a chunk without visual tokens can go without them
+CUTS = frozenset({"shorten", "evict", "pool_cache"})  # whole, so that a chunk without visual tokens can go without them
 
 
 def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, progress: Progress = print) -> Program:
@@ -55,8 +56,9 @@ def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, prog
 def reduce(program: Program, policy: ResolvedPolicy, progress: Progress = print) -> Program:
     """The program with the policy's reductions in it; ops are still whole."""
     chunks: list[Pass] = [] if policy.attention is None else [ChunkAttention(policy.attention)]
-    passes: list[Pass] = [InsertReductions(policy), RebindCuts(), Retrace()]
-    return run(program, [*chunks, *passes], progress)
+    pools: list[Pass] = [] if policy.cache is None else [PoolCaches(policy.cache)]
+    passes: list[Pass] = [*chunks, InsertReductions(policy), RebindCuts(), *pools, Retrace()]
+    return run(program, passes, progress)
 
 
 def lower(program: Program, target: str, progress: Progress = print) -> Program:

@@ -23,6 +23,7 @@ ORACLES = (
             "recover",
             "modules",
             "scenes",
+            "caches",
         )
     ),
 )

@@ -84,6 +84,8 @@ READING: dict[str, tuple[object, object]] = {
     "attention-of-no-name": ("version: 1\nattention: {}", ()),
     "attention-unknown-name": ("version: 1\nattention: {chunk: {frames: 4}}", ()),
     "attention-chunks-of-nothing": ("version: 1\nattention: {chunks: {frames: 0}}", ()),
+    "cache-pool-of-one": ("version: 1\ncache: {pool: {tokens: 1}}", ()),
+    "cache-pool-unknown-key": ("version: 1\ncache: {pool: {tokens: 4, top: 3}}", ()),
     "attention-chunks-without-frames": ("version: 1\nattention: {chunks: {previous: 3}}", ()),
     "positions-unknown": (policy(step("language.2"), head="version: 1\npositions: kept"), ()),
     "unknown-step-key": (policy(step("language.2"), "at: language.4\n    selekt: {top: 3}"), ()),

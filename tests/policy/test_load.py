@@ -16,7 +16,7 @@ from tvc.kernels.budget import Budget
 from tvc.kernels.rest_merge import StrideTargets
 from tvc.policy import Policy, json_schema, load_policy, parse_site, presets
 from tvc.policy.document import from_yaml
-from tvc.policy.options import Chunks
+from tvc.policy.options import Chunks, Pool
 from tvc.policy.positions import Stride
 from tvc.policy.schema import dump_yaml, steps_data
 
@@ -65,6 +65,7 @@ KNOWN = (
     "uniform",
     "v2pe",
     "vflowopt",
+    "video-xl-2",
     "visiondrop",
     "visionzip",
     "vispruner",
@@ -261,6 +262,13 @@ def test_chunks_of_frames_need_no_step() -> None:
     assert load_policy(child.to_yaml()) == child
 
 
+def test_pooled_caches_need_no_step() -> None:
+    alone = load_policy("version: 1\ncache: {pool: {tokens: 4, first: 1}}")
+    assert (alone.steps, alone.cache) == ((), Pool(tokens=4, chunk=1, first=1, last=0, best=0))
+    assert load_policy(alone, set=["cache.pool.best=2"]).digest() != alone.digest()
+    assert load_policy("video-xl-2", set=["pooled=2"]).cache == Pool(tokens=2, chunk=4, first=1, last=1, best=4)
+
+
 def test_digest_is_of_the_meaning() -> None:
     fastv = load_policy("fastv")
     assert load_policy("fastv", set=["name=other", "about=words"]).digest() == fastv.digest()
@@ -316,6 +324,9 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
     fractions = st.builds(lambda stride: {"stride": stride}, st.integers(1, 256))
     if draw(st.booleans()):
         document["attention"] = {"chunks": {"frames": draw(st.integers(1, 9)), "previous": draw(st.integers(0, 9))}}
+    if draw(st.booleans()):
+        numbers = {name: draw(st.integers(0, 9)) for name in ("first", "last", "best")}
+        document["cache"] = {"pool": {"tokens": draw(st.integers(2, 9)), "chunk": draw(st.integers(1, 9)), **numbers}}
     return {**document, "positions": draw(st.one_of(st.sampled_from(["keep", "renumber"]), fractions))}
 
 

@@ -67,6 +67,7 @@ class Untouched:
 
     name: str = DENSE
     steps: tuple[Any, ...] = ()
+    cache: None = None
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:

@@ -1,4 +1,4 @@
-"""What a policy says of all decoder layers at once, beside its steps: whom tokens see while a prompt is read."""
+"""What a policy says of all decoder layers at once, beside its steps: whom tokens see, what caches hold of frames."""
 
 from __future__ import annotations
 
@@ -33,7 +33,33 @@ class Chunks(Option):
     previous: int = Field(0, ge=0, le=_MANY, description="chunks before its own that a visual token sees as well")
 
 
-OPTIONS: dict[str, type[Option]] = {option.place: option for option in (Chunks,)}
+class Pool(Option):
+    """Once a prompt has been read, caches hold the mean key and value of several neighbours in a frame, at the place of
+    the first of them; chunks of frames that are named stay as they are.
+    """
+
+    place: ClassVar[str] = "cache"
+    key: ClassVar[str] = "pool"
+    tokens: int = Field(gt=1, le=_MANY, description="tokens of a frame that become one entry; its last may be fewer")
+    chunk: int = Field(1, gt=0, le=_MANY, description="frames of a chunk; an image is a frame")
+    first: int = Field(0, ge=0, le=_MANY, description="chunks at the start that stay as they are")
+    last: int = Field(0, ge=0, le=_MANY, description="chunks at the end that stay as they are")
+    best: int = Field(
+        0, ge=0, le=_MANY, description="chunks that stay as they are since they are most like the text behind them all"
+    )
+
+    def held(self, frames: Sequence[int], fires: bool) -> int:
+        """How many entries caches hold of frames of so many tokens: the plan's side, the most; `fires`: the least."""
+        chunks = [frames[start : start + self.chunk] for start in range(0, len(frames), self.chunk)]
+        sizes = [(sum(chunk), sum(-(-tokens // self.tokens) for tokens in chunk)) for chunk in chunks]
+        named = [n < self.first or n >= len(chunks) - self.last for n in range(len(chunks))]
+        saved = sorted(whole - pooled for (whole, pooled), stays in zip(sizes, named, strict=True) if not stays)
+        # The best may be among those that stay anyway.
+        further = min(len(saved), max(0, self.best - sum(named)) if fires else self.best)
+        return sum(whole for whole, _ in sizes) - sum(saved[further:] if fires else saved[: len(saved) - further])
+
+
+OPTIONS: dict[str, type[Option]] = {option.place: option for option in (Chunks, Pool)}
 
 
 def read_options(document: Document) -> dict[str, Any]:

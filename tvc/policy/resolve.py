@@ -14,7 +14,7 @@ from tvc.policy.budgets import check_nothing_emptied, with_averages, with_spread
 from tvc.policy.document import Path, from_data
 from tvc.policy.evictions import check_evictions, start
 from tvc.policy.evictions import settled as evicted
-from tvc.policy.options import Chunks, check_options, options_data
+from tvc.policy.options import Chunks, Pool, check_options, options_data
 from tvc.policy.order import check_behind_cuts, check_order, closest, ranges, rank
 from tvc.policy.positions import Positions, check_positions, positions_data
 from tvc.policy.schema import (
@@ -56,6 +56,10 @@ class ResolvedPolicy:
     @property
     def attention(self) -> Chunks | None:
         return self.policy.attention
+
+    @property
+    def cache(self) -> Pool | None:
+        return self.policy.cache
 
     def to_yaml(self) -> str:
         """The resolved policy with every default written out; it loads as a policy of its own."""

@@ -14,7 +14,7 @@ import yaml
 from tvc.kernels.op import Merging, Primitive, Rest, Score, Select, When
 from tvc.kernels.weights import Trained
 from tvc.policy.document import Document
-from tvc.policy.options import Chunks, Option, options_data
+from tvc.policy.options import Chunks, Option, Pool, options_data
 from tvc.policy.positions import Positions, positions_data
 
 VERSION = 1
@@ -157,11 +157,12 @@ class Policy:
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     budgets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)  # by share
     attention: Chunks | None = None
+    cache: Pool | None = None
 
     @property
     def options(self) -> dict[str, Option | None]:
         """What the policy says of all layers at once, by its keys."""
-        return {"attention": self.attention}
+        return {"attention": self.attention, "cache": self.cache}
 
     def to_yaml(self) -> str:
         """The policy as YAML that loads back to an equal policy, parameters included; `extends` is written out."""

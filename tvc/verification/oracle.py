@@ -23,8 +23,9 @@ from tvc.trace.parts import feature_owner
 from tvc.verification.branches import changes, watched
 from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
 from tvc.verification.following import cached_values, followed, layer_of
-from tvc.verification.masks import evicted, in_window, narrowed, out_of_reach, running
+from tvc.verification.masks import evicted, in_window, narrowed, running
 from tvc.verification.numbering import Rotary, in_fractions
+from tvc.verification.options import Options
 from tvc.verification.steps import Outcome, Sample, carry_out, frames_in, text_behind, text_that_rates
 
 UNTURNED = "at position 0"  # behind a layer's name: what its probe saw when no position turned it
@@ -61,12 +62,15 @@ class Case:
 def expect(model: Any, policy: Any, case: Case, slack: float) -> Expected:
     """Runs the untouched `model` on `case`; `policy` is resolved, `slack` see `carry_out`."""
     with torch.no_grad():
-        expected = _Oracle(model, policy, case, slack).run()
+        oracle = _Oracle(model, policy, case, slack)
+        expected = oracle.run()
+        lost = [torch.zeros_like(held) for held in expected.held]
         if any(step.evict for step in policy.steps):
             # What leaves earlier caches is known when the last cut has been made: once more, with that masked.
             lost = evicted(policy.steps, expected.held)
-            expected = _Oracle(model, policy, case, slack, lost).run()
-            expected.held = [held & ~gone for held, gone in zip(expected.held, lost, strict=True)]
+            oracle = _Oracle(model, policy, case, slack, lost)
+            expected = oracle.run()
+        expected.held = oracle.options.left(expected.held, lost, expected.cache)
         return expected
 
 
@@ -101,7 +105,7 @@ class _Oracle(Observer):
         self.closed: tuple[torch.Tensor, torch.Tensor] | None = None  # what `leaving` has to put back
         self.turned_by: Any = None  # the position embeddings that the block was given
         self.rotary = Rotary(model.get_decoder())
-        self.unseen: torch.Tensor | None = None  # [B, S, S] bool, where tokens see some chunks of frames alone
+        self.options = Options(policy, case.prompt, slack)
         self.fractions: torch.Tensor | None = None  # [B, S] positions, where visual tokens take fractions of one
 
     # The call ---------------------------------------------------------------------------------------------------------
@@ -169,7 +173,7 @@ class _Oracle(Observer):
             return
         self.layer = index
         if index == 0:
-            self._enter_decoder()
+            self._enter_decoder(hidden)
             hidden = self._steps_at("projector", hidden, block, arguments)
             if self.rates:
                 self.raters = [text_that_rates(sample, hidden[sample.row]) for sample in self.samples]
@@ -196,7 +200,7 @@ class _Oracle(Observer):
             seen.mask = in_window(seen.mask, seen.window, self.case.prompt)
         if name in self.tapped:
             self.seen.setdefault(name, []).append(dataclasses.replace(seen))
-        return seen.mask
+        return self.options.attend(index, seen) if component == "language" else seen.mask
 
     def _close_up(self, name: str, arguments: dict[str, Any]) -> None:
         """A block that mixes neighbours runs on the tokens that are left, side by side; masking would not do."""
@@ -218,12 +222,12 @@ class _Oracle(Observer):
 
     def _narrowed(self, own: torch.Tensor | None) -> torch.Tensor:
         """The model's own mask without the keys that were dropped."""
-        seen = narrowed(own, self.alive, self._lost(), self.case.prompt)
-        return seen if self.unseen is None else seen & ~self.unseen[:, None, -seen.shape[2] :]
+        return self.options.narrowed(narrowed(own, self.alive, self._lost(), self.case.prompt))
 
     def _lost(self) -> torch.Tensor:
         """[B, S] bool: what leaves the cache of the block at hand."""
-        return self.lost[self.layer] if self.lost else torch.zeros_like(self.alive)
+        lost = self.lost[self.layer] if self.lost else torch.zeros_like(self.alive)
+        return lost | self.options.away(self.layer, self.alive & ~lost)
 
     def _cut_before(self, index: int) -> bool:
         sites = [at for at in self.steps if at.startswith("language.")]
@@ -266,7 +270,7 @@ class _Oracle(Observer):
         added = sizes.log().to(seen.query.dtype)[:, None, None, :].expand(allowed.shape)
         return added.masked_fill(~allowed, float("-inf"))
 
-    def _enter_decoder(self) -> None:
+    def _enter_decoder(self, hidden: torch.Tensor) -> None:
         ids = self.case.inputs["input_ids"]
         mask = self.case.inputs["attention_mask"].bool()
         visual = torch.isin(ids, torch.tensor(self.case.visual_token_ids, device=ids.device)) & mask
@@ -280,16 +284,8 @@ class _Oracle(Observer):
             segment = torch.tensor(numbers, dtype=torch.int64, device=ids.device)
             self.frames.append(frames_in(owner[row, slots], self.frames_of))
             self.samples.append(Sample.fresh(row, (mask[row] & ~visual[row]).nonzero().flatten(), slots, segment))
-        if (rule := self.policy.attention) is not None:
-            self.unseen = out_of_reach(self._frame_of_columns(), rule.frames, rule.previous)
+        self.options.enter(self.samples, self.frames, hidden, self.case.cached, self.depth)
         self._drop_of_encoder()
-
-    def _frame_of_columns(self) -> torch.Tensor:
-        """[B, S] int64: the frame that each column of the sequence shows, counted through its sample; -1 for text."""
-        made = torch.full(self.mask.shape, -1, dtype=torch.int64, device=self.mask.device)
-        for sample, (frame, _) in zip(self.samples, self.frames, strict=True):
-            made[sample.row, sample.slots] = frame
-        return made
 
     def _in_fractions(self, owner: torch.Tensor, stride: int) -> torch.Tensor:
         generated = self.mask.shape[1] - owner.shape[1]
@@ -380,7 +376,7 @@ class _Oracle(Observer):
     def _cached(self, site: str, block: torch.nn.Module, arguments: dict[str, Any]) -> torch.Tensor | None:
         """What the compiled model's next block cached of the tokens that `site` left, where that can be said."""
         between = site == "projector" and "language.0" in self.steps
-        known = not between and has_attention(block) and "past_key_values" in arguments
+        known = not between and has_attention(block) and "past_key_values" in arguments and not self.options.pool
         return self.case.cached(layer_of(site)) if known else None
 
     def _theirs(self, site: str, sample: Sample) -> torch.Tensor | None:
