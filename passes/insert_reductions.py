@@ -26,6 +26,7 @@ from tvc.passes.insert_vision import VisionInsertion
 from tvc.passes.pool_caches import relevance
 from tvc.passes.taps import DecoderTaps, crosses, crossing, frames_of, rater_mask, tap_name, transitions
 from tvc.policy.options import Pool
+from tvc.policy.positions import Rescale
 from tvc.program import Change, Component, Program, Stage
 
 COMPONENTS = ("vision", "projector", "language")
@@ -53,6 +54,9 @@ class InsertReductions(Pass):
         component = program.components["decoder"]
         if stride := component.meta["shape"].stride:
             what = f"visual tokens take {stride}/256 of a position each"
+            changes.append(Change("decoder", "position_ids", what, "positions"))
+        if isinstance(self.policy.positions, Rescale):
+            what = f"turns at frequencies for inputs {self.policy.positions.factor:g} times as long"
             changes.append(Change("decoder", "position_ids", what, "positions"))
         if component.draft is None:  # else an earlier pass has opened it
             component.draft = open_draft(component)

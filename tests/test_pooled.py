@@ -122,7 +122,8 @@ def test_targets_and_families_beside_cuts_that_evict(family: str, target: str) -
     steps = [{"at": f"language.{layer}", **CUT, "score": "norm", "evict": "language.1"} for layer in (2, 4)]
     options = {"attention": {"chunks": {"frames": 1, "previous": 1}}}
     policy = {"version": 1, "cache": {"pool": {"tokens": 3, "last": 1, "best": 1}}, **options, "steps": steps}
-    compiled = tvc.compile(model, policy, target, processor=processor, verify=False)
+    sample = None if processor is not None else support.inputs(family, 2)
+    compiled = tvc.compile(model, policy, target, processor=processor, inputs=sample, verify=False)
     for batch in (1, 3):
         given = support.inputs(family, batch, images=PICTURES)
         assert not [row for row in compare(compiled, model, given, steps=3).comparisons if not row.passed]

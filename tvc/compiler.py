@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,11 +25,12 @@ from tvc.passes.rebind_cuts import RebindCuts
 from tvc.passes.retrace import Retrace
 from tvc.passes.text_only import without_cuts
 from tvc.policy import ResolvedPolicy
-from tvc.policy.positions import stride_of
+from tvc.policy.positions import Rescale, stride_of
 from tvc.program import Component, Program
 from tvc.report.plan import Operators
 from tvc.runtime.engine import Interface
 from tvc.trace.decoder import capture_decoder, capture_embeddings
+from tvc.trace.frequencies import rescaled
 from tvc.trace.parts import decoder_weight
 from tvc.trace.survey import Survey
 from tvc.trace.vision import capture_vision
@@ -49,7 +51,12 @@ def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, prog
     progress("trace decoder")
     components |= capture_embeddings(model, survey.host.tables)
     windows = {layer.window for layer in survey.layout.language}
-    components["decoder"] = capture_decoder(model, survey.boundary, shape, survey.arguments, windows)
+    rule = policy.positions if policy is not None else None
+    with contextlib.ExitStack() as stack:
+        if isinstance(rule, Rescale):
+            settings = (rule.factor, rule.window, rule.fast, rule.slow)
+            stack.enter_context(rescaled(model.get_decoder(), *settings))
+        components["decoder"] = capture_decoder(model, survey.boundary, shape, survey.arguments, windows)
     return Program(survey.layout, components, facts=frozenset({"traced"}))
 
 

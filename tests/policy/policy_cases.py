@@ -79,6 +79,8 @@ READING: dict[str, tuple[object, object]] = {
     "positions-stride-of-nothing": ("version: 1\npositions: {stride: 0}", ()),
     "positions-stride-of-a-share": ("version: 1\npositions: {stride: 25%}", ()),
     "positions-without-stride": ("version: 1\npositions: {}", ()),
+    "positions-rescale-by-one": ("version: 1\npositions: {rescale: {factor: 1}}", ()),
+    "positions-two-of-them": ("version: 1\npositions: {stride: 64, rescale: {factor: 2}}", ()),
     "positions-unknown-key": ("version: 1\npositions: {step: 64}", ()),
     "steps-empty-beside-fractions": ("version: 1\nsteps: []\npositions: {stride: 64}", ()),
     "attention-of-no-name": ("version: 1\nattention: {}", ()),
@@ -266,6 +268,10 @@ RESOLVING: dict[str, tuple[str, Layout]] = {
     "chunks-behind-a-step-before-the-decoder": (
         policy(step("projector", "select: {stride: 3}"), head="version: 1\nattention: {chunks: {frames: 4}}"),
         layout(),
+    ),
+    "frequencies-of-a-decoder-that-keeps-them": (
+        "version: 1\npositions: {rescale: {factor: 4}}",
+        dataclasses.replace(layout(), fixed_frequencies="its frequencies are rescaled already (yarn)"),
     ),
     "frames-outside-the-decoder": (
         policy(step("projector", "score: change\n    select: {top: 3}")),

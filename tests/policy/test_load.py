@@ -17,7 +17,7 @@ from tvc.kernels.rest_merge import StrideTargets
 from tvc.policy import Policy, json_schema, load_policy, parse_site, presets
 from tvc.policy.document import from_yaml
 from tvc.policy.options import Chunks, Pool
-from tvc.policy.positions import Stride
+from tvc.policy.positions import Rescale, Stride
 from tvc.policy.schema import dump_yaml, steps_data
 
 KNOWN = (
@@ -269,6 +269,12 @@ def test_pooled_caches_need_no_step() -> None:
     assert load_policy("video-xl-2", set=["pooled=2"]).cache == Pool(tokens=2, chunk=4, first=1, last=1, best=4)
 
 
+def test_rescaled_frequencies_need_no_step() -> None:
+    alone = load_policy("version: 1\npositions: {rescale: {factor: 4}}")
+    assert (alone.steps, alone.positions) == ((), Rescale(factor=4.0, window=None, fast=32, slow=1))
+    assert load_policy(alone, set=["positions.rescale.window=4096"]).digest() != alone.digest()
+
+
 def test_digest_is_of_the_meaning() -> None:
     fastv = load_policy("fastv")
     assert load_policy("fastv", set=["name=other", "about=words"]).digest() == fastv.digest()
@@ -327,7 +333,8 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
     if draw(st.booleans()):
         numbers = {name: draw(st.integers(0, 9)) for name in ("first", "last", "best")}
         document["cache"] = {"pool": {"tokens": draw(st.integers(2, 9)), "chunk": draw(st.integers(1, 9)), **numbers}}
-    return {**document, "positions": draw(st.one_of(st.sampled_from(["keep", "renumber"]), fractions))}
+    rescaled = st.builds(lambda factor: {"rescale": {"factor": factor, "window": 64}}, st.integers(2, 16))
+    return {**document, "positions": draw(st.one_of(st.sampled_from(["keep", "renumber"]), fractions, rescaled))}
 
 
 @given(documents())

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tvc.kernels.op import Attention, Tap
-from tvc.policy.positions import Stride
+from tvc.policy.positions import Rescale, Stride
 from tvc.trace.layout import blocks, has_attention, residual_argument
 from tvc.trace.observe import Observer, Seen, kept_offsets, observed, plain_cache, replaced
 from tvc.trace.parts import feature_owner
@@ -24,7 +24,7 @@ from tvc.verification.branches import changes, watched
 from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
 from tvc.verification.following import cached_values, followed, layer_of
 from tvc.verification.masks import evicted, in_window, narrowed, running
-from tvc.verification.numbering import Rotary, in_fractions
+from tvc.verification.numbering import Rotary, at_frequencies, in_fractions
 from tvc.verification.options import Options
 from tvc.verification.steps import Outcome, Sample, carry_out, frames_in, text_behind, text_that_rates
 
@@ -134,6 +134,8 @@ class _Oracle(Observer):
             for rotary in self.rotary.modules:
                 stack.callback(rotary.register_forward_hook(self.rotary.seen, with_kwargs=True).remove)
             stack.enter_context(watched(self.model, self.transitions))
+            if isinstance(rule := self.policy.positions, Rescale):
+                stack.enter_context(at_frequencies(self.rotary.modules[0], rule))
             steps = self.case.tokens.shape[1] + 1
             if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
                 inputs["logits_to_keep"] = steps
