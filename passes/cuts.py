@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from tvc.graphs import annotate
 from tvc.kernels.segments import take_rows
 from tvc.passes.reduction import decide
 
@@ -28,6 +29,7 @@ class ChunkState:
     origin: fx.Node  # [B, V] where each visual token stood among those that entered the decoder
     key_positions: fx.Node  # the placeholder of this stage's cached positions
     spans: fx.Node | None = None  # [B, S, 2] of each slot, where the model has spans
+    chunks: fx.Node | None = None  # [B, S] of each slot, where tokens see those of some chunks alone
     kept: fx.Node | None = None  # [B, S'] slots of the stage before that make this one
     chosen: fx.Node | None = None  # [B, V'] visual tokens of the stage before that make this one's
 
@@ -104,6 +106,20 @@ def cut_function(step: Any, renumber: bool, name: str) -> Callable[..., tuple[to
 
     cut.__name__ = cut.__qualname__ = name
     return cut
+
+
+def mask_of(mask: fx.Node, state: ChunkState, note: str) -> fx.Node:
+    """The mask `mask` for the chunk and the cache as `state` says they are; at the graph's insertion point."""
+    graph, queries = mask.graph, state.query_positions
+    keys = graph.call_function(torch.ops.aten.cat.default, ([state.key_positions, queries], 1))
+    arguments = (queries, keys, mask.args[2], state.spans)
+    if state.chunks is not None:
+        arguments = (*arguments, state.chunks, mask.args[5])
+    made = graph.call_function(torch.ops.tvc.attention_mask.default, arguments)
+    made.meta["val"] = mask.meta["val"]
+    for node in (keys, made):
+        annotate(node, note)
+    return made
 
 
 def gather_tokens(values: torch.Tensor, kept: torch.Tensor, axes: tuple[int, ...]) -> torch.Tensor:

@@ -55,6 +55,8 @@ def _unfit(mask: object, softcap: object = 0.0) -> str:
         return f"its window of {window} tokens counts dropped tokens too"
     if spans is not None:
         return "tokens of a span attend in both directions"
+    if len(mask.args) > 4 and mask.args[4] is not None:
+        return "visual tokens see those of some chunks alone"
     return f"its logits have a soft cap of {softcap}" if softcap else ""
 
 

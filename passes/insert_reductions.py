@@ -17,12 +17,16 @@ import torch.fx as fx
 from tvc.chunks import PAST_POSITIONS, SPANS, TAP
 from tvc.errors import SiteError, TraceError
 from tvc.graphs import annotate, find_blocks, first_node, identifier, open_draft, placeholders
+from tvc.kernels.segments import follow
 from tvc.passes.base import Pass
 from tvc.passes.branches import branches
 from tvc.passes.cuts import RESULTS, ChunkState, Cut, Parting, cut_function, gather_tokens, start_sizes
 from tvc.passes.insert_projector import add_projector
 from tvc.passes.insert_vision import VisionInsertion
+from tvc.passes.pool_caches import relevance
 from tvc.passes.taps import DecoderTaps, crosses, crossing, frames_of, rater_mask, tap_name, transitions
+from tvc.policy.options import Pool
+from tvc.policy.positions import Rescale
 from tvc.program import Change, Component, Program, Stage
 
 COMPONENTS = ("vision", "projector", "language")
@@ -32,6 +36,7 @@ class InsertReductions(Pass):
     """Adds the steps of a resolved policy to the components they belong to."""
 
     gives = frozenset({"reductions-inserted"})
+    may_be_idle = True  # a policy that edits masks alone has no step
 
     def __init__(self, policy: Any):
         self.policy = policy
@@ -52,11 +57,16 @@ class InsertReductions(Pass):
             changes.append(Change("decoder", "position_ids", what, "positions"))
         if not self.policy.steps and self.policy.reselect is not None:
             changes.append(Change("decoder", f"{PAST_POSITIONS}0", "one stage, without a cut", "reselect"))
-        component.draft = open_draft(component)
+        if isinstance(self.policy.positions, Rescale):
+            what = f"turns at frequencies for inputs {self.policy.positions.factor:g} times as long"
+            changes.append(Change("decoder", "position_ids", what, "positions"))
+        if component.draft is None:  # else an earlier pass has opened it
+            component.draft = open_draft(component)
         component.meta = {**component.meta, "cuts": [], "partings": [], "stages": [], "tap_widths": {}}
-        return changes + _DecoderInsertion(component, program, self._renumber(component, steps["language"])).insert(
-            steps["language"]
-        )
+        insertion = _DecoderInsertion(component, program, self._renumber(component, steps["language"]))
+        if self.policy.cache is not None:
+            insertion.frames_that_stay(self.policy.cache)
+        return changes + insertion.insert(steps["language"])
 
     def _vision(self, program: Program, steps: list[Any], asked: list[Any]) -> list[Change]:
         wanted = [(step, *tap) for step in asked for tap in crossing(step)]
@@ -154,6 +164,22 @@ class _DecoderInsertion:
         self.component.meta["stages"] = openings
         return self.changes
 
+    def frames_that_stay(self, rule: Pool) -> None:
+        """Notes frames of the visual tokens, and which of these caches hold as they are, where the prompt enters."""
+        note, first = "cache", first_node(self.graph, self.blocks[0])
+        frames, score = self._frames(note), None
+        with self.graph.inserting_before(first):
+            if rule.best:
+                arguments = (self._residual(first), self.inputs["visual_index"], self.inputs["text_index"])
+                score = self.graph.call_function(relevance, arguments)
+            number = self.graph.call_function(operator.getitem, (frames, 0))
+            settings = (rule.chunk, rule.first, rule.last, rule.best)
+            whole = self.graph.call_function(torch.ops.tvc.whole_chunks.default, (number, score, *settings))
+        for node in (score, number, whole):
+            if node is not None:
+                annotate(node, note)
+        self.component.meta["frames"] = (frames, whole)
+
     def _stage(self, layer: int, site: str | None, state: ChunkState, stages: list[Stage]) -> fx.Node:
         """Opens a stage in front of `layer`; returns the places of the tokens that it has cached."""
         stages[-1].layers = range(stages[-1].layers.start, layer)
@@ -187,6 +213,7 @@ class _DecoderInsertion:
             origin,
             named[identifier(f"{PAST_POSITIONS}0")],
             named.get(SPANS),
+            self.component.meta.get("chunks"),
         )
 
     def _placeholder(self, name: str, after: fx.Node, axes: int = 2) -> fx.Node:
@@ -262,6 +289,8 @@ class _DecoderInsertion:
             parts = {name: self.graph.call_function(operator.getitem, (node, i)) for i, name in enumerate(RESULTS)}
             if state.spans is not None:
                 parts["spans"] = self.graph.call_function(gather_tokens, (state.spans, parts["kept"], (1,)))
+            if state.chunks is not None:
+                parts["chunks"] = self.graph.call_function(follow, (state.chunks, parts["kept"]))
         for name, part in parts.items():
             annotate(part, note)
             if name in (

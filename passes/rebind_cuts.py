@@ -19,7 +19,7 @@ from tvc.chunks import ENTERED
 from tvc.graphs import annotate, backward_closure, clone
 from tvc.kernels.segments import follow
 from tvc.passes.base import Pass
-from tvc.passes.cuts import ChunkState, Cut, Parting, gather_tokens
+from tvc.passes.cuts import ChunkState, Cut, Parting, gather_tokens, mask_of
 from tvc.program import Change, Component, Program, Stage
 
 A = torch.ops.aten
@@ -99,7 +99,7 @@ class _Rebinding:
         if not isinstance(value, torch.Tensor):
             return None
         if node.target is torch.ops.tvc.attention_mask.default:
-            return self._mask(node)
+            return mask_of(node, self.after, self.note)
         axes = [axis for axis, size in enumerate(value.shape) if str(size) == str(self.size)]
         if not axes:
             return None
@@ -120,19 +120,6 @@ class _Rebinding:
                 pairs[node] = new_size if str(value) == str(self.size) else node
         return {node: copy for node, copy in pairs.items() if node is not None}
 
-    def _mask(self, node: fx.Node) -> fx.Node:
-        keys = self._note(
-            self.graph.call_function(A.cat.default, ([self.after.key_positions, self.after.query_positions], 1))
-        )
-        mask = self._note(
-            self.graph.call_function(
-                torch.ops.tvc.attention_mask.default,
-                (self.after.query_positions, keys, node.args[2], self.after.spans),
-            )
-        )
-        mask.meta["val"] = node.meta["val"]
-        return mask
-
 
 def _made_by_cut(node: fx.Node, state: ChunkState) -> bool:
     """Whether the node is one of the cut's own results."""
@@ -151,11 +138,7 @@ def _parted(component: Component, parting: Parting) -> list[Change]:
         if not users:
             continue
         with graph.inserting_before(parting.first):
-            keys = graph.call_function(A.cat.default, ([parting.state.key_positions, node.args[0]], 1))
-            mask = graph.call_function(node.target, (node.args[0], keys, *node.args[2:]))
-        mask.meta["val"] = node.meta["val"]
-        for made in (keys, mask):
-            annotate(made, f"RebindCuts: {parting.where}")
+            mask = mask_of(node, parting.state, f"RebindCuts: {parting.where}")
         for user in users:
             user.replace_input_with(node, mask)
         changes.append(Change("decoder", node.name, f"recomputed from language.{parting.layer} on", parting.where))
@@ -178,6 +161,7 @@ class _StageOutputs:
 
     def write(self) -> list[Change]:
         places: list[fx.Node] = []
+        left: list[ChunkState] = []
         entered: dict[str, fx.Node] = {}
         caches = [name for name in self.component.outputs if name.startswith(("key.", "value.", "state."))]
         opened: dict[int, Cut | Parting] = {id(cut.after): cut for cut in self.cuts}
@@ -194,8 +178,10 @@ class _StageOutputs:
                     if stage.site is not None:
                         entered[f"{ENTERED}{stage.index}"] = state.query_positions
                 places.append(joined)
+                left.append(evicting[-1].after if evicting else state)
         names = ("logits", *(f"key_positions.{s}" for s in range(len(places))), *caches, *entered)
         values = (self.values["logits"], *places, *(self.values[name] for name in caches), *entered.values())
+        self.component.meta["left"] = left  # the chunk as each stage's caches hold it
         self.output.args = (values,)
         self.component.outputs = names
         return self.changes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +17,7 @@ from tvc.kernels.frames import first_of
 from tvc.kernels.grid import neighbours_by_columns, neighbours_by_position
 from tvc.kernels.op import Tap
 from tvc.kernels.segments import follow, ranks, take_rows
-from tvc.passes.cuts import ChunkState, Cut
+from tvc.passes.cuts import ChunkState, Cut, mask_of
 
 
 def crosses(tap: Tap) -> bool:
@@ -283,9 +284,7 @@ class DecoderTaps:
             known = {self.position_ids: self.call(torch.zeros_like, self.position_ids), residual: residual}
             ahead = backward_closure([query, key], stop=known)  # type: ignore[list-item]
         copies = clone(ahead, known, self.note)
-        window = mask.args[2]  # type: ignore[union-attr]
-        keys = self.call(_joined, self.key_positions, state.query_positions)
-        mask = self.call(torch.ops.tvc.attention_mask.default, state.query_positions, keys, window, state.spans)
+        mask = mask_of(mask, dataclasses.replace(state, key_positions=self.key_positions), self.note)  # type: ignore[arg-type]
         return copies.get(query, query), copies.get(key, key), mask, scale, len(self.states) - 1  # type: ignore
 
     def _transition(self, layer: int) -> fx.Node:
@@ -345,7 +344,3 @@ def _first(pair: tuple[Any, Any]) -> Any:
 
 def _second(pair: tuple[Any, Any]) -> Any:
     return pair[1]
-
-
-def _joined(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return torch.cat([one, other], 1)

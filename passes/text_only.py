@@ -13,7 +13,8 @@ import torch.fx as fx
 
 from tvc.graphs import join_equal
 
-SHORTEN, EVICT = torch.ops.tvc.shorten.default, torch.ops.tvc.evict.default
+SHORTEN = torch.ops.tvc.shorten.default
+LEFT = (torch.ops.tvc.evict.default, torch.ops.tvc.pool_cache.default)  # both leave the cache of text as it is
 _SAME = (1, 3, 4, 5, 6, 7, 8, 9)  # the argument of `shorten` that each result but the last is, where nothing goes
 
 
@@ -24,7 +25,7 @@ def without_cuts(draft: fx.GraphModule) -> fx.GraphModule:
         draft: a decoder. Its weights are shared, and it stays as it is; where cuts are no longer whole, it is returned.
     """
     cuts = [node for node in draft.graph.nodes if node.target is SHORTEN]
-    if not cuts:
+    if not cuts and all(node.target not in LEFT for node in draft.graph.nodes):
         return draft
     graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     graph.output(graph.graph_copy(draft.graph, copies))
@@ -38,7 +39,7 @@ def without_cuts(draft: fx.GraphModule) -> fx.GraphModule:
                 with graph.inserting_before(result):
                     every = graph.call_function(_every_slot, (positions,))
                 result.replace_all_uses_with(every)
-    for node in [copies[node] for node in draft.graph.nodes if node.target is EVICT]:
+    for node in [copies[node] for node in draft.graph.nodes if node.target in LEFT]:
         node.replace_all_uses_with(cast("fx.Node", node.args[0]))
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     # Positions behind a cut are now those in front of it, and so is all that is made of them.

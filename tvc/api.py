@@ -16,7 +16,7 @@ from tvc.errors import ExportError, ModelError, TraceError, TvcError
 from tvc.export.base import target as find_target
 from tvc.model import CompiledModel
 from tvc.policy import Policy, ResolvedPolicy, load_policy, resolve
-from tvc.policy.positions import stride_of
+from tvc.policy.positions import traced_as
 from tvc.policy.weights import check_weights
 from tvc.program import Layout, Program
 from tvc.report.budget import settings_at, share_of
@@ -215,7 +215,7 @@ class Prepared:
             return attempt()
 
     def _components(self, cuts: tuple[str, ...], resolved: ResolvedPolicy | None, progress: Progress) -> Program:
-        key = (cuts, 0 if resolved is None else stride_of(resolved.positions))
+        key = (cuts, "keep" if resolved is None else traced_as(resolved.positions))
         if key not in self._traces:
             self._traces[key] = compiler.trace(self.source.model, self.survey, resolved, progress)
         traced = self._traces[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,25 +16,28 @@ from tvc.graphs import join_equal, open_draft, operators
 from tvc.kernels.op import OPS
 from tvc.kernels.providers import PROVIDED, dispatched
 from tvc.passes.base import Pass
+from tvc.passes.chunk_attention import ChunkAttention
 from tvc.passes.fuse_attention import FuseAttention
 from tvc.passes.insert_reductions import InsertReductions
 from tvc.passes.lower_ops import LowerOps
+from tvc.passes.pool_caches import PoolCaches
 from tvc.passes.rebind_cuts import RebindCuts
 from tvc.passes.reselect_keys import ReselectKeys
 from tvc.passes.retrace import Retrace
 from tvc.passes.text_only import without_cuts
 from tvc.policy import ResolvedPolicy
-from tvc.policy.positions import stride_of
+from tvc.policy.positions import Rescale, stride_of
 from tvc.program import Component, Program
 from tvc.report.plan import Operators
 from tvc.runtime.engine import Interface
 from tvc.trace.decoder import capture_decoder, capture_embeddings
+from tvc.trace.frequencies import rescaled
 from tvc.trace.parts import decoder_weight
 from tvc.trace.survey import Survey
 from tvc.trace.vision import capture_vision
 
 Progress = Callable[[str], None]
-CUTS = frozenset({"shorten", "evict"})  # whole, so that a chunk without visual tokens can go without them
+CUTS = frozenset({"shorten", "evict", "pool_cache"})  # whole, so that a chunk without visual tokens can go without them
 
 
 def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, progress: Progress = print) -> Program:
@@ -48,7 +52,12 @@ def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, prog
     progress("trace decoder")
     components |= capture_embeddings(model, survey.host.tables)
     windows = {layer.window for layer in survey.layout.language}
-    components["decoder"] = capture_decoder(model, survey.boundary, shape, survey.arguments, windows)
+    rule = policy.positions if policy is not None else None
+    with contextlib.ExitStack() as stack:
+        if isinstance(rule, Rescale):
+            settings = (rule.factor, rule.window, rule.fast, rule.slow)
+            stack.enter_context(rescaled(model.get_decoder(), *settings))
+        components["decoder"] = capture_decoder(model, survey.boundary, shape, survey.arguments, windows)
     return Program(survey.layout, components, facts=frozenset({"traced"}))
 
 
@@ -59,8 +68,10 @@ def reduce(program: Program, policy: ResolvedPolicy, progress: Progress = print)
 
 def reductions(policy: ResolvedPolicy) -> list[Pass]:
     """The passes that put the policy into drafts of the graphs."""
-    decoding: list[Pass] = [ReselectKeys(policy.reselect)] if policy.reselect is not None else []
-    return [InsertReductions(policy), RebindCuts(), *decoding]
+    chunks: list[Pass] = [] if policy.attention is None else [ChunkAttention(policy.attention)]
+    pools: list[Pass] = [] if policy.cache is None else [PoolCaches(policy.cache)]
+    decoding: list[Pass] = [] if policy.reselect is None else [ReselectKeys(policy.reselect)]
+    return [*chunks, InsertReductions(policy), RebindCuts(), *pools, *decoding]
 
 
 def lower(program: Program, target: str, progress: Progress = print) -> Program:

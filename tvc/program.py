@@ -62,6 +62,7 @@ class Layout:
     vision_width: int | None = None  # width of the encoder's hidden states; None: not known
     whole_positions: str = ""  # why the decoder takes no fractions of a position; empty where it does
     spatial: bool = False  # the decoder's positions tell the row and the column of a visual token
+    fixed_frequencies: str = ""  # why the decoder's rotary embedding keeps its frequencies; empty where it need not
     in_order: bool = True  # features leave the encoder tile by tile, row by row; False: packed, or stitched together
 
     def site(self, name: str) -> Site | None:

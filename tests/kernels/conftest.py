@@ -24,6 +24,7 @@ ORACLES = (
             "modules",
             "scenes",
             "regions",
+            "caches",
         )
     ),
 )

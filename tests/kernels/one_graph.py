@@ -58,6 +58,7 @@ from tvc.kernels.select_top import Top
 from tvc.kernels.when_always import Always
 from tvc.kernels.when_cross_attention import CrossAttention
 from tvc.kernels.when_threshold import ThresholdGate
+from tvc.passes.chunk_attention import chunk_of_slots
 from tvc.passes.taps import frames_of, grid_by_position
 
 OP = torch.ops.tvc
@@ -313,6 +314,13 @@ class OneGraph(torch.nn.Module):
         frames = frames_of(torch.stack([at.query_positions // 4, at.query_positions % 2]), *at.chunk())
         out["frames.number"], out["frames.place"] = frames
         out["score.change"] = ChangeScore(window=4).apply(scope, at.feature, frames)
+        chunks = chunk_of_slots(frames, at.visual_index, at.query_positions, 2)
+        places = (at.query_positions, at.key_positions)
+        out["attention_mask.chunks"] = OP.attention_mask(*places, 0, None, chunks, 1)
+        whole = out["whole_chunks"] = OP.whole_chunks(frames[0], score, 2, 1, 0, 1)
+        entry, kept = OP.pool_entries(at.query_positions, at.visual_index, frames[0], whole, 3)
+        out["pool_entries.entry"], out["pool_entries.kept"] = entry, kept
+        out["pool_cache"] = OP.pool_cache(at.key, entry, kept)
         rule = {"keep": "40%", "window": 4, "bug_compatible": True}
         out["select.frames"] = FrameSelect.model_validate(rule).apply(score, scope, frames)
 

@@ -12,19 +12,31 @@ Row = list[Any]
 NAN_LAST = float("-inf")
 
 
-def attention_mask(query: list[Row], key: list[Row], window: int, spans: list[Row] | None = None) -> Any:
+def attention_mask(
+    query: list[Row],
+    key: list[Row],
+    window: int,
+    spans: list[Row] | None = None,
+    chunks: list[Row] | None = None,
+    previous: int = 0,
+) -> Any:
     def allowed(q: int, k: int, first: int, last: int) -> bool:
-        if q < 0:
-            return True
         if k < 0 or (k > q and k > last):
             return False
         return window == 0 or k > q - window or k >= first
 
-    spanned = spans or [[[q, q] for q in queries] for queries in query]
-    return [
-        [[[allowed(q, k, *span) for k in keys] for q, span in zip(queries, own, strict=True)]]
-        for queries, keys, own in zip(query, key, spanned, strict=True)
-    ]
+    made = []
+    for b, (queries, keys) in enumerate(zip(query, key, strict=True)):
+        rows = []
+        for i, q in enumerate(queries):
+            row = [q < 0 or allowed(q, k, *(spans[b][i] if spans else (q, q))) for k in keys]
+            if chunks and q >= 0 and chunks[b][i] >= 0:
+                for j, other in enumerate(chunks[b]):
+                    if 0 <= other < chunks[b][i] - previous:
+                        row[len(keys) - len(queries) + j] = False
+            rows.append(row)
+        made.append([rows])
+    return made
 
 
 def shorten(

@@ -16,7 +16,8 @@ from tvc.kernels.budget import Budget
 from tvc.kernels.rest_merge import StrideTargets
 from tvc.policy import Policy, json_schema, load_policy, parse_site, presets
 from tvc.policy.document import from_yaml
-from tvc.policy.positions import Stride
+from tvc.policy.options import Chunks, Pool
+from tvc.policy.positions import Rescale, Stride
 from tvc.policy.schema import dump_yaml, steps_data
 
 KNOWN = (
@@ -65,6 +66,7 @@ KNOWN = (
     "uniform",
     "v2pe",
     "vflowopt",
+    "video-xl-2",
     "visiondrop",
     "visionzip",
     "vispruner",
@@ -271,6 +273,29 @@ def test_what_decode_steps_attend_to_needs_no_step() -> None:
     assert set(without.parameters) == {"keep", "window", "bug_compatible"}
 
 
+def test_chunks_of_frames_need_no_step() -> None:
+    alone = load_policy("version: 1\nparameters: {n: 4}\nattention: {chunks: {frames: '{n}'}}")
+    assert (alone.steps, alone.attention) == ((), Chunks(frames=4, previous=0))
+    assert load_policy(alone, set=["n=5", "attention.chunks.previous=2"]).attention == Chunks(frames=5, previous=2)
+    child = load_policy("version: 1\nextends: fastv\nattention: {chunks: {frames: 4, previous: 0}}\n")
+    assert (len(child.steps), child.attention) == (1, alone.attention)
+    assert child.digest() != load_policy("fastv").digest()
+    assert load_policy(child.to_yaml()) == child
+
+
+def test_pooled_caches_need_no_step() -> None:
+    alone = load_policy("version: 1\ncache: {pool: {tokens: 4, first: 1}}")
+    assert (alone.steps, alone.cache) == ((), Pool(tokens=4, chunk=1, first=1, last=0, best=0))
+    assert load_policy(alone, set=["cache.pool.best=2"]).digest() != alone.digest()
+    assert load_policy("video-xl-2", set=["pooled=2"]).cache == Pool(tokens=2, chunk=4, first=1, last=1, best=4)
+
+
+def test_rescaled_frequencies_need_no_step() -> None:
+    alone = load_policy("version: 1\npositions: {rescale: {factor: 4}}")
+    assert (alone.steps, alone.positions) == ((), Rescale(factor=4.0, window=None, fast=32, slow=1))
+    assert load_policy(alone, set=["positions.rescale.window=4096"]).digest() != alone.digest()
+
+
 def test_digest_is_of_the_meaning() -> None:
     fastv = load_policy("fastv")
     assert load_policy("fastv", set=["name=other", "about=words"]).digest() == fastv.digest()
@@ -328,7 +353,13 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
         more = {"unless_alike": alike, "bug_compatible": draw(st.booleans())} if alike is not None else {}
         document["reselect"] = {"at": "language.-1", "keep": draw(st.sampled_from(["30%", 7])), **more}
     fractions = st.builds(lambda stride: {"stride": stride}, st.integers(1, 256))
-    return {**document, "positions": draw(st.one_of(st.sampled_from(["keep", "renumber"]), fractions))}
+    if draw(st.booleans()):
+        document["attention"] = {"chunks": {"frames": draw(st.integers(1, 9)), "previous": draw(st.integers(0, 9))}}
+    if draw(st.booleans()):
+        numbers = {name: draw(st.integers(0, 9)) for name in ("first", "last", "best")}
+        document["cache"] = {"pool": {"tokens": draw(st.integers(2, 9)), "chunk": draw(st.integers(1, 9)), **numbers}}
+    rescaled = st.builds(lambda factor: {"rescale": {"factor": factor, "window": 64}}, st.integers(2, 16))
+    return {**document, "positions": draw(st.one_of(st.sampled_from(["keep", "renumber"]), fractions, rescaled))}
 
 
 @given(documents())

@@ -18,6 +18,7 @@ from tvc.errors import ArgumentError
 from tvc.kernels.budget import Budget
 from tvc.kernels.op import PRIMITIVES, Merging, Rest, Select, When
 from tvc.policy import load_policy
+from tvc.policy.options import Pool
 from tvc.policy.reselection import Reselect
 from tvc.program import Layer, Layout, Site
 from tvc.report.cost import attention_flops, one_image, plan_costs
@@ -82,6 +83,7 @@ class Steps:
     steps: tuple[Step, ...]
     name: str = "test"
     reselect: Reselect | None = None
+    cache: Pool | None = None
 
 
 def share(site: str, keep: object, **more: object) -> Step:
@@ -371,6 +373,22 @@ def test_what_is_evicted_counts_in_prefill_and_not_in_caches():
     assert [(stage.first, stage.last, stage.held) for stage in plan.stages if stage.part == "language"] == [
         (0, 0, 640), (1, 1, 136), (2, 3, 136), (4, 7, 136),
     ]  # fmt: skip
+
+
+def test_what_is_pooled_counts_in_prefill_and_not_in_caches():
+    """Five frames of 7 tokens in chunks of two; each frame becomes 2 entries where its chunk does not stay as it is."""
+    sizes = layout(visual_tokens=(7,) * 5)
+    ends = make_plan(Steps((), cache=Pool(tokens=4, chunk=2, first=1)), sizes, text_tokens=9)
+    assert [layer.held for layer in ends.layers] == [9 + 14 + 3 * 2] * 8
+    assert ends.fired is None
+    assert ends.compiled.prefill == ends.dense.prefill
+    some = make_plan(Steps((), cache=Pool(tokens=4, chunk=2, first=1, best=1)), sizes, text_tokens=9)
+    assert some.layers[0].held == 9 + 14 + 14 + 2  # the best may be another one, or the first itself
+    assert some.fired.layers[0].held == 9 + 14 + 3 * 2
+    steps = (Step("language.2", Keep(keep=Budget(count=5)), evict="language.1"),)
+    cut = make_plan(Steps(steps, cache=Pool(tokens=4)), sizes, text_tokens=9)
+    assert [layer.held for layer in cut.layers] == [9 + 5 * 2, *[9 + 5 * 2] * 7]
+    assert [layer.tokens for layer in cut.layers] == [9 + 35] * 2 + [9 + 25] * 6
 
 
 def legal(sizes: Layout) -> Layout:

@@ -12,7 +12,7 @@ from tvc.trace.sample import visual_token_ids
 from tvc.verification import samples
 from tvc.verification.oracle import Case, expect
 
-NOTHING = types.SimpleNamespace(steps=(), positions="keep", reselect=None)
+NOTHING = types.SimpleNamespace(steps=(), positions="keep", attention=None, cache=None, reselect=None)
 
 
 @pytest.mark.parametrize("family", ("paligemma2", "gemma3", "qwen2_vl"))

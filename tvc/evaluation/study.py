@@ -68,6 +68,7 @@ class Untouched:
     name: str = DENSE
     steps: tuple[Any, ...] = ()
     reselect: Any = None
+    cache: None = None
 
 
 def _silent(_what: str, _done: int, _total: int) -> None:

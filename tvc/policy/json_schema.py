@@ -6,6 +6,7 @@ from typing import Any
 
 from tvc.kernels.op import PRIMITIVES, Kind, Primitive
 from tvc.policy.evictions import EARLIER
+from tvc.policy.options import OPTIONS, options_schema
 from tvc.policy.positions import positions_schema
 from tvc.policy.reselection import Reselect
 from tvc.policy.schema import NORMALIZE, SCOPES, SITE_PATTERN, SPAN_PATTERN, VERSION
@@ -68,6 +69,7 @@ def json_schema() -> dict[str, Any]:
             {"required": ["extends"]},
             {"required": ["positions"], "properties": {"positions": {"type": "object"}}},
             {"required": ["reselect"]},
+            *({"required": [place]} for place in OPTIONS),
         ],
         "properties": {
             "version": {"const": VERSION},
@@ -88,6 +90,7 @@ def json_schema() -> dict[str, Any]:
             "steps": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/step"}},
             "positions": {"anyOf": [*positions_schema(), {"$ref": "#/$defs/template"}], "default": "keep"},
             "reselect": {"$ref": "#/$defs/reselect"},
+            **options_schema({"$ref": "#/$defs/template"}),
         },
         "$defs": definitions,
     }

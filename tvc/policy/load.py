@@ -15,7 +15,8 @@ from typing import Any
 import tvc.policy.presets as preset_files
 from tvc.errors import PolicyError
 from tvc.policy.document import Document, Path, dotted, from_data, from_yaml, nearest
-from tvc.policy.parse import PLACES, TOP_KEYS, parse, used_parameters
+from tvc.policy.parameters import used_parameters
+from tvc.policy.parse import TEMPLATED, TOP_KEYS, parse
 from tvc.policy.published import without
 from tvc.policy.schema import Policy
 
@@ -154,7 +155,7 @@ def _without_unused(document: Document, spare: Any) -> Document:
     data = document.data
     if not isinstance(data, dict) or not isinstance(data.get("parameters"), dict) or not isinstance(spare, Mapping):
         return document
-    used = used_parameters([data.get(place) for place in PLACES])
+    used = used_parameters([data.get(key) for key in TEMPLATED])
     kept = {name: value for name, value in data["parameters"].items() if name in used or name in spare}
     trimmed = {**data, "parameters": kept} if kept else {k: v for k, v in data.items() if k != "parameters"}
     if len(kept) < len(data["parameters"]):
@@ -205,7 +206,7 @@ def _target(document: Document, key: str, mark: str) -> Path:
     if len(parts) == 1 and parts[0] in parameters:
         return ("parameters", parts[0])
     if parts[0] not in TOP_KEYS or parts[0] in ("extends", "version"):
-        known = [*parameters, *PLACES, "name", "about"]
+        known = [*parameters, *TEMPLATED, "name", "about"]
         close = nearest(str(parts[0]), known)
         raise PolicyError(
             "a setting names neither a parameter nor a place in the policy",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -14,7 +12,9 @@ from tvc.kernels.weights import Trained, Weights
 from tvc.policy.document import Document, Path, nearest
 from tvc.policy.evictions import written
 from tvc.policy.explain import build
+from tvc.policy.options import OPTIONS, read_options
 from tvc.policy.order import behind
+from tvc.policy.parameters import filled
 from tvc.policy.positions import read_positions
 from tvc.policy.published import published
 from tvc.policy.reselection import read_reselect
@@ -45,8 +45,9 @@ TOP_KEYS = (
     "steps",
     "positions",
     "reselect",
+    *OPTIONS,
 )
-PLACES = ("steps", "positions", "reselect")  # where parameters may stand
+TEMPLATED = ("steps", "positions", "reselect", *OPTIONS)  # where parameters are put in
 STEP_KEYS = ("at", "evict", "exit", "merge", "name", "rest", "scope", "score", "select")
 ACTIONS = ("select", "merge", "exit")
 SITES = "vision.K, projector or language.K (K a block, 0-based; -1 the last; 25% by depth; 1..-2 or all for several)"
@@ -59,7 +60,6 @@ WORDS: dict[Kind, str] = {
 }
 GATE = "threshold"  # the gate that `when: {score: ..., above: ...}` stands for
 
-_TEMPLATE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _Choice = TypeVar("_Choice", bound=str)
 
 
@@ -74,9 +74,10 @@ def parse(document: Document) -> Policy:
         if key not in TOP_KEYS:
             raise document.unknown((key,), key, TOP_KEYS, "the policy")
     _version(document, top)
-    expanded = expand(document)
-    alone = isinstance(expanded.data.get("positions"), dict) or expanded.data.get("reselect")  # they need no step
-    raw = expanded.data.get("steps", [] if alone else None)
+    parameters = _mapping(document, ("parameters",), top.get("parameters", {}), "`parameters`")
+    expanded = filled(document, parameters, TEMPLATED, TOP_KEYS)
+    others = [expanded.data.get(key) for key in TEMPLATED[1:]]
+    raw = expanded.data.get("steps", [] if any(isinstance(other, dict) for other in others) else None)
     if not isinstance(raw, list) or (not raw and "steps" in expanded.data):
         raise document.error(
             ("steps",),
@@ -91,8 +92,9 @@ def parse(document: Document) -> Policy:
     return Policy(
         name=_text(document, ("name",), top.get("name", "unnamed")),
         steps=steps,
-        positions=read_positions(expanded),
+        positions=read_positions(expanded),  # fractions need no step beside them, nor do options
         reselect=read_reselect(expanded),
+        **read_options(expanded),
         document=document,
         about=_text(document, ("about",), top.get("about", "")),
         reference=_mapping(document, ("reference",), top.get("reference", {}), "`reference`"),
@@ -123,99 +125,6 @@ def _version(document: Document, top: Mapping[str, Any]) -> None:
         fix=f"write version: {VERSION}",
         slug="bad-version",
     )
-
-
-# Parameters -----------------------------------------------------------------------------------------------------------
-
-
-def expand(document: Document) -> Document:
-    """The document with `{name}` in the steps, `positions` and `reselect` replaced by the parameter's value."""
-    parameters = _mapping(document, ("parameters",), document.data.get("parameters", {}), "`parameters`")
-    for name, value in parameters.items():
-        if not name.isidentifier() or name in TOP_KEYS:
-            raise document.error(
-                ("parameters", name),
-                "a parameter has a name that can't be referred to",
-                got=name,
-                want="letters, digits and _, none of the policy's own keys",
-                fix="rename the parameter",
-                slug="bad-parameter",
-            )
-        if isinstance(value, str) and _TEMPLATE.search(value):
-            raise document.error(
-                ("parameters", name),
-                "a parameter refers to a parameter",
-                got=value,
-                want="a plain value",
-                fix="write the value out",
-                slug="bad-parameter",
-            )
-    used: set[str] = set()
-    data, marks = dict(document.data), dict(document.marks)
-    for key in PLACES:
-        if key in data:
-            here = dataclasses.replace(document, data=data, marks=marks)
-            data[key] = _expand(here, (key,), data[key], parameters, used, marks)
-    for name in parameters:
-        if name not in used:
-            close = nearest(name, [p for p in parameters if p in used])
-            raise document.error(
-                ("parameters", name),
-                "a parameter is used nowhere in the steps",
-                got=name,
-                want=f"one of {', '.join(sorted(used))}" if used else "no parameters",
-                fix=f'write "{close}"' if close else f'refer to it as "{{{name}}}" in a step, or remove it',
-                slug="unused-parameter",
-            )
-    return dataclasses.replace(document, data=data, marks=marks)
-
-
-def used_parameters(data: Any) -> set[str]:
-    """The names of all templates in a value."""
-    if isinstance(data, dict):
-        return {name for item in data.values() for name in used_parameters(item)}
-    if isinstance(data, list):
-        return {name for item in data for name in used_parameters(item)}
-    return set(_TEMPLATE.findall(data)) if isinstance(data, str) else set()
-
-
-def _expand(
-    document: Document, path: Path, value: Any, parameters: Mapping[str, Any], used: set[str], marks: dict[Path, str]
-) -> Any:
-    """The value with its templates replaced; one that is nothing but a template is marked with the parameter's line."""
-    if isinstance(value, dict):
-        for key in value:
-            if len(value) == 1 and value[key] is None and key in parameters:
-                raise document.error(
-                    path,
-                    "a reference to a parameter stands without quotes, which YAML reads as a mapping",
-                    got=f"{{{key}}}",
-                    want=f'"{{{key}}}"',
-                    fix=f'write "{{{key}}}", quotes included',
-                    slug="unquoted-parameter",
-                )
-        return {key: _expand(document, (*path, key), item, parameters, used, marks) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_expand(document, (*path, i), item, parameters, used, marks) for i, item in enumerate(value)]
-    if not isinstance(value, str):
-        return value
-    for name in _TEMPLATE.findall(value):
-        if name not in parameters:
-            close = nearest(name, parameters)
-            raise document.error(
-                path,
-                "a step refers to a parameter that the policy does not have",
-                got=f"{{{name}}}",
-                want=f"one of {', '.join(sorted(parameters))}" if parameters else "a name under `parameters`",
-                fix=f'write "{{{close}}}"' if close else f"add {name} under parameters",
-                slug="unknown-parameter",
-            )
-        used.add(name)
-    whole = _TEMPLATE.fullmatch(value)
-    if whole is None:
-        return _TEMPLATE.sub(lambda m: str(parameters[m[1]]), value)
-    marks[path] = marks.get(("parameters", whole[1]), document.source)
-    return parameters[whole[1]]
 
 
 # Steps ----------------------------------------------------------------------------------------------------------------

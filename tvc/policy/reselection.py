@@ -104,6 +104,16 @@ def settled(policy: Policy, layout: Layout, steps: Sequence[Step], concrete: Con
     asked = policy.reselect
     if asked is None:
         return None
+    if policy.cache is not None:
+        raise refusal(
+            policy,
+            PATH,
+            "decode steps choose among cached tokens, and `cache` puts means of several in their places",
+            got=f"reselect, and cache: {policy.cache.key}",
+            want="one of the two",
+            fix="leave cache out, or reselect",
+            slug="two-rules",
+        )
     site, layers = concrete((*PATH, "at"), _named(asked.at)), layout.language
     own, known = site.index or 0, layout.site(str(site))
     if known is not None and not known.legal:

@@ -14,6 +14,7 @@ from tvc.policy.budgets import check_nothing_emptied, with_averages, with_spread
 from tvc.policy.document import Path, from_data
 from tvc.policy.evictions import check_evictions, start
 from tvc.policy.evictions import settled as evicted
+from tvc.policy.options import Chunks, Pool, check_options, options_data
 from tvc.policy.order import check_behind_cuts, check_order, closest, ranges, rank
 from tvc.policy.positions import Positions, check_positions, positions_data
 from tvc.policy.reselection import Reselect
@@ -59,6 +60,14 @@ class ResolvedPolicy:
     def reselect(self) -> Reselect | None:
         return self.policy.reselect
 
+    @property
+    def attention(self) -> Chunks | None:
+        return self.policy.attention
+
+    @property
+    def cache(self) -> Pool | None:
+        return self.policy.cache
+
     def to_yaml(self) -> str:
         """The resolved policy with every default written out; it loads as a policy of its own."""
         return dump_yaml(self.policy.document.data)
@@ -74,6 +83,7 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
         SiteError: a layer or a tap that the model lacks, a cut without meaning, a budget that keeps nothing.
     """
     check_positions(policy.document, policy.positions, layout)
+    check_options(policy.document, policy.options, [step.at for step in policy.steps], layout)
     steps = tuple(
         _step(policy, layout, number, one)
         for number, step in enumerate(policy.steps)
@@ -89,7 +99,7 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
     data |= {key: value for key in ("about", "reference", "covers") if (value := getattr(policy, key))}
     data |= {key: list(value) for key in ("deviations", "unverified") if (value := getattr(policy, key))}
     data |= {"steps": steps_data(steps)} if steps else {}
-    data["positions"] = positions_data(policy.positions)
+    data |= {"positions": positions_data(policy.positions), **options_data(policy.options)}
     data |= {"reselect": reselect_data(rule)} if rule is not None else {}
     document = from_data(data, f"resolved {policy.name}")
     changes: dict[str, Any] = {"steps": steps, "reselect": rule, "document": document}

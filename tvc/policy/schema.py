@@ -14,6 +14,7 @@ import yaml
 from tvc.kernels.op import Merging, Primitive, Rest, Score, Select, When
 from tvc.kernels.weights import Trained
 from tvc.policy.document import Document
+from tvc.policy.options import Chunks, Option, Pool, options_data
 from tvc.policy.positions import Positions, positions_data
 
 if TYPE_CHECKING:
@@ -159,6 +160,13 @@ class Policy:
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     budgets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)  # by share
     reselect: Reselect | None = None  # what decode steps attend to; None: everything
+    attention: Chunks | None = None
+    cache: Pool | None = None
+
+    @property
+    def options(self) -> dict[str, Option | None]:
+        """What the policy says of all layers at once, by its keys."""
+        return {"attention": self.attention, "cache": self.cache}
 
     def to_yaml(self) -> str:
         """The policy as YAML that loads back to an equal policy, parameters included; `extends` is written out."""
@@ -173,6 +181,7 @@ class Policy:
         }
         if self.reselect is not None:
             meaning["reselect"] = reselect_data(self.reselect)
+        meaning |= options_data(self.options)
         files = {p.weights for step in self.steps for p in step.primitives() if isinstance(p, Trained)}
         if files:  # what is in them, not where they lie
             meaning["weights"] = {str(file): file.digest() for file in files}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from tvc.kernels.op import Primitive
 from tvc.policy.evictions import EARLIER
-from tvc.policy.positions import Stride
+from tvc.policy.positions import Rescale, Stride
 from tvc.policy.reselection import in_words as decode_steps
 from tvc.policy.schema import Policy, Step, WeightedScore
 
@@ -24,6 +24,9 @@ def in_words(policy: Policy) -> list[str]:
     if isinstance(policy.positions, Stride):
         meaning = (inspect.getdoc(Stride) or "").split("\n\n")[0].replace("\n", " ")
         lines.append(f"Positions (stride: {policy.positions.stride}): {meaning}")
+    if isinstance(policy.positions, Rescale):
+        lines.append(f"Positions by {_phrase(policy.positions)}")
+    lines += [f"{place.capitalize()} by {_phrase(option)}" for place, option in policy.options.items() if option]
     for number, step in enumerate(policy.steps, start=1):
         lines.append(f"{number}. Before {step.at}, {_SCOPES.get(step.scope, step.scope)}:")
         lines += [f"   {part:<7} {text}" for part, text in _parts(step)]

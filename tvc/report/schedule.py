@@ -27,6 +27,7 @@ class _Track:
     vision: dict[int, list[int]] = dataclasses.field(default_factory=dict)  # block -> tokens per tile
     language: dict[int, int] = dataclasses.field(default_factory=dict)  # layer -> visual tokens from there on
     evicted: dict[int, int] = dataclasses.field(default_factory=dict)  # layer -> visual tokens that leave its cache
+    cuts: list[tuple[int, list[int]]] = dataclasses.field(default_factory=list)  # (layer, counts in caches from there)
     sites: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     exact: bool = True
     decided_late: bool = False  # some count is settled at run time
@@ -39,8 +40,8 @@ def make_plan(
     """The plan of a resolved policy for one model and its sample images.
 
     Args:
-        policy: a resolved policy: `name`, `reselect` and `steps`, each with `site`, `scope`, `select`, `rest`, `merge`,
-            `exit` and `evict`.
+        policy: a resolved policy: `name`, `cache`, `reselect` and `steps`, each with `site`, `scope`, `select`, `rest`,
+            `merge`, `exit` and `evict`.
         layout: the model.
         text_tokens: text tokens of the prompt.
         new_tokens: how many new tokens the decode cost is averaged over.
@@ -48,10 +49,11 @@ def make_plan(
     """
     most = _follow(policy.steps, layout, fires=False)
     plan = _priced(policy, layout, most, text_tokens, new_tokens, vision_blocks)
-    if not most.decided_late:
+    if not most.decided_late and policy.cache is None:
         return plan
     least = _follow(policy.steps, layout, fires=True)
-    return dataclasses.replace(plan, fired=_priced(policy, layout, least, text_tokens, new_tokens, vision_blocks))
+    fired = _priced(policy, layout, least, text_tokens, new_tokens, vision_blocks, fires=True)
+    return dataclasses.replace(plan, fired=fired) if most.decided_late or fired != plan else plan
 
 
 def plan_policy(
@@ -78,7 +80,15 @@ def plan_policy(
     return dataclasses.replace(plan, settings=tuple(settings.items()))
 
 
-def _priced(policy: Any, layout: Layout, track: _Track, text_tokens: int, new_tokens: int, blocks: int | None) -> Plan:
+def _priced(
+    policy: Any,
+    layout: Layout,
+    track: _Track,
+    text_tokens: int,
+    new_tokens: int,
+    blocks: int | None,
+    fires: bool = False,
+) -> Plan:
     counts, rule = _per_layer(track, layout), policy.reselect
     return plan_costs(
         layout,
@@ -90,12 +100,23 @@ def _priced(policy: Any, layout: Layout, track: _Track, text_tokens: int, new_to
         policy=policy.name,
         sites=track.sites,
         exact=track.exact,
-        evicted=[track.evicted.get(index, 0) for index in range(len(layout.language))],
+        evicted=[
+            track.evicted.get(index, 0) + _pooled(policy.cache, track, index, fires=fires)
+            for index in range(len(layout.language))
+        ],
         unread=[
             count - rule.keep.kept(count) if rule is not None and index >= rule.first else 0
             for index, count in enumerate(counts)
         ],
     )
+
+
+def _pooled(pool: Any, track: _Track, layer: int, *, fires: bool) -> int:
+    """Visual tokens of a layer's cache for which others stand; images are taken for frames."""
+    if pool is None:
+        return 0
+    counts = next(counts for first, counts in reversed(track.cuts) if first <= layer)
+    return sum(counts) - int(pool.held(counts, fires))
 
 
 def _per_layer(track: _Track, layout: Layout) -> list[int]:
@@ -130,10 +151,12 @@ def _follow(steps: Sequence[Any], layout: Layout, *, fires: bool) -> _Track:
         _apply(step, track, fires=fires)
         track.sites[0] = (*track.sites.get(0, ()), str(step.site))
     track.language[-1] = sum(track.counts)
+    track.cuts.append((0, list(track.counts)))
     for step in (s for s in ordered if _place(s.site)[0] == "language"):
         index, entering = _place(step.site)[1], sum(track.counts)
         _apply(step, track, fires=fires)
         track.language[index] = sum(track.counts)
+        track.cuts.append((_place(step.evict)[1] if step.evict else index, list(track.counts)))
         for layer in range(_place(step.evict)[1], index) if step.evict else ():
             track.evicted[layer] = track.evicted.get(layer, 0) + entering - sum(track.counts)
         name = str(step.site)
@@ -200,6 +223,7 @@ class _Scaled:
     name: str
     steps: tuple[Any, ...]
     reselect: Any
+    cache: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +305,8 @@ def _solve(policy: Any, layout: Layout, goal: _Goal, text_tokens: int, vision_bl
         )
 
     def scaled(factor: int) -> _Scaled:
-        return _Scaled(policy.name, tuple(_scaled_step(step, factor) for step in policy.steps), policy.reselect)
+        steps = tuple(_scaled_step(step, factor) for step in policy.steps)
+        return _Scaled(policy.name, steps, policy.reselect, policy.cache)
 
     def measure(factor: int) -> float:
         return goal.measure(scaled(factor).steps)

@@ -50,7 +50,7 @@ class Observer:
         return None
 
     def attention(self, component: str, index: int, seen: Seen) -> torch.Tensor | None:
-        """The mask to attend with."""
+        """The mask to attend with; keys and values are those of `seen`, which may be changed."""
         return seen.mask
 
 
@@ -76,7 +76,9 @@ def _attention(
         scale = kwargs.get("scaling")
         scale = float(scale) if scale is not None else query.shape[-1] ** -0.5
         window = int(kwargs.get("sliding_window") or 0)
-        attention_mask = observer.attention(*place, Seen(query, key, value, attention_mask, scale, window))
+        seen = Seen(query, key, value, attention_mask, scale, window)
+        attention_mask = observer.attention(*place, seen)
+        key, value = seen.key, seen.value
         if observer.silent:
             batch, heads, length, _ = query.shape
             return query.new_zeros(batch, length, heads, value.shape[-1]), None

@@ -19,6 +19,7 @@ from tvc.trace.attention import attention_as, decoder_masks
 from tvc.trace.crossing import beside, crossing_arguments, read_crossing, seen_by
 from tvc.trace.exporters import any_experts
 from tvc.trace.extras import arguments, laid_out, on_all_slots, read_extras, structure
+from tvc.trace.frequencies import fixed
 from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
 from tvc.trace.layout import blocks, cost_fields, resampler, residual_argument, used_vision_blocks
 from tvc.trace.parts import decoder_weight, no_decoder
@@ -163,6 +164,7 @@ def _survey(
     layout = _with_shared_caches(layout, caches, getattr(meta.get_decoder().config, "layer_types", None))
     layout = dataclasses.replace(layout, untraced=untraced, resampled=resampled, whole_positions=use.whole(axes))
     layout = dataclasses.replace(layout, spatial=tells_grid(call.position_ids, visual))
+    layout = dataclasses.replace(layout, fixed_frequencies=fixed(meta.get_decoder()))
     real = call.position_ids is not None and call.position_ids.is_floating_point()
     found = (caches, axes, tokens, spans, extras, structure(beside(call.extra, crossing)), crossing, real)
     return Survey(layout, host, sample, *found)

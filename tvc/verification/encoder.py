@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from tvc.errors import TraceError
 from tvc.trace.layout import residual_argument, used_vision_blocks
 from tvc.trace.observe import Observer, Seen, observed
 from tvc.trace.parts import feature_owner, keywords
+from tvc.verification.steps import Sample
 
 _BASE = 8  # one digit of a visual token's number is read off a ratio of gradients, so it must be small
 
@@ -215,3 +216,24 @@ def _weights(call: Seen, joined: bool = False) -> torch.Tensor:
 
 def _boolean(mask: torch.Tensor) -> torch.Tensor:
     return mask if mask.dtype == torch.bool else mask >= 0
+
+
+def tile_mask(seen: Seen, alive: torch.Tensor, sized: Sequence[Sample] | None) -> torch.Tensor:
+    """The mask of an encoder's attention without the tokens that were cut.
+
+    Args:
+        alive: [T, N] bool, for each tile the tokens that are left.
+        sized: the tiles, where the logarithm of each token's size is added to its logits.
+    """
+    left = alive[:, None, None, :].to(seen.query.device)
+    if seen.mask is None:
+        allowed = left.expand(-1, 1, seen.query.shape[2], -1)
+    else:
+        allowed = (seen.mask if seen.mask.dtype == torch.bool else seen.mask >= 0) & left
+    if sized is None:
+        return allowed
+    sizes = torch.ones(alive.shape, device=seen.query.device)
+    for tile in sized:
+        sizes[tile.row, tile.slots] = tile.size
+    added = sizes.log().to(seen.query.dtype)[:, None, None, :].expand(allowed.shape)
+    return added.masked_fill(~allowed, float("-inf"))

@@ -50,6 +50,18 @@ def narrowed(own: torch.Tensor | None, alive: torch.Tensor, lost: torch.Tensor, 
     return own & there & alive[:, None, None, :] & ~gone
 
 
+def out_of_reach(frame: torch.Tensor, size: int, previous: int) -> torch.Tensor:
+    """[B, S, S] bool: the tokens of frames that a token of a frame does not see: more than `previous` chunks of `size`
+    frames before its own.
+
+    Args:
+        frame: [B, S] int64 frame of every column, -1 where it shows none.
+    """
+    row, column = frame[:, :, None], frame[:, None, :]
+    first = (row // size - previous) * size  # the first frame that the row's token sees
+    return (row >= 0) & (column >= 0) & (column < first)
+
+
 def in_window(mask: torch.Tensor, window: int, prompt: int) -> torch.Tensor:
     """The mask of a layer, whose window holds for tokens that were generated whatever spans there are before it."""
     places = torch.arange(mask.shape[3], device=mask.device)

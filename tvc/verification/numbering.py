@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from tvc.errors import TraceError
-from tvc.policy.positions import WHOLE
+from tvc.policy.positions import WHOLE, Rescale
 
 
 def in_fractions(mask: torch.Tensor, image: torch.Tensor, first: int, stride: int) -> torch.Tensor:
@@ -32,6 +34,50 @@ def in_fractions(mask: torch.Tensor, image: torch.Tensor, first: int, stride: in
             last = front + count * stride / WHOLE
         within, made[column] = number, last
     return made.to(mask.device)
+
+
+def all_in_fractions(mask: torch.Tensor, image: torch.Tensor, positions: torch.Tensor, stride: int) -> torch.Tensor:
+    """[B, S] float32: `in_fractions` of every sample, which starts where the model's own `positions` [B, S] do.
+
+    Args:
+        mask: [B, S] bool, of a prompt and what was generated behind it.
+        image: [B, P] int64, of the prompt alone.
+    """
+    image = torch.nn.functional.pad(image, (0, mask.shape[1] - image.shape[1]), value=-1)
+    return torch.stack(
+        [
+            in_fractions(real, images, int(numbers[real][0]), stride)
+            for real, images, numbers in zip(mask, image, positions, strict=True)
+        ]
+    )
+
+
+@contextlib.contextmanager
+def at_frequencies(module: Any, rule: Rescale) -> Iterator[None]:
+    """Inside the block a rotary embedding turns by the frequencies that YaRN (arXiv:2309.00071) gives, counted by hand.
+
+    Of the i-th of d / 2 frequencies b^(-2i / d), one that turns r times within the window has i = d ln(window / 2 pi r)
+    / (2 ln b). Between that of `fast` turns, rounded down, and that of `slow` ones, rounded up, their division by the
+    factor sets in step by step; sines and cosines grow by 0.1 ln factor + 1.
+    """
+    config, before = module.config, (module.inv_freq, module.attention_scaling)
+    base, pairs = config.rope_parameters["rope_theta"], len(before[0])
+    length = rule.window or config.max_position_embeddings
+
+    def place(turns: float) -> float:
+        return pairs * math.log(length / (2 * math.pi * turns)) / math.log(base)
+
+    low, high = max(math.floor(place(rule.fast)), 0), min(math.ceil(place(rule.slow)), 2 * pairs - 1)
+    made = []
+    for number in range(pairs):
+        share = min(max((number - low) / (high - low or 0.001), 0.0), 1.0)
+        made.append(base ** (-number / pairs) * (share / rule.factor + 1 - share))
+    module.inv_freq = torch.tensor(made, dtype=torch.float32, device=before[0].device)
+    module.attention_scaling = 0.1 * math.log(rule.factor) + 1
+    try:
+        yield
+    finally:
+        module.inv_freq, module.attention_scaling = before
 
 
 class Rotary:

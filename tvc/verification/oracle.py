@@ -16,15 +16,16 @@ from typing import Any
 import torch
 
 from tvc.kernels.op import Attention, Tap
-from tvc.policy.positions import Stride
+from tvc.policy.positions import Rescale, Stride
 from tvc.trace.layout import blocks, has_attention, residual_argument
 from tvc.trace.observe import Observer, Seen, kept_offsets, observed, plain_cache, replaced
 from tvc.trace.parts import feature_owner
 from tvc.verification.branches import changes, watched
-from tvc.verification.encoder import EncoderTaps, feature_parts, token_map
+from tvc.verification.encoder import EncoderTaps, feature_parts, tile_mask, token_map
 from tvc.verification.following import cached_values, followed, layer_of
 from tvc.verification.masks import evicted, in_window, narrowed, running
-from tvc.verification.numbering import Rotary, in_fractions
+from tvc.verification.numbering import Rotary, all_in_fractions, at_frequencies
+from tvc.verification.options import Options
 from tvc.verification.pictures import Pictures, token_pixels
 from tvc.verification.reselection import Choice, Reselection
 from tvc.verification.steps import Outcome, Sample, carry_out, frames_in, text_behind, text_that_rates
@@ -65,12 +66,15 @@ class Case:
 def expect(model: Any, policy: Any, case: Case, slack: float) -> Expected:
     """Runs the untouched `model` on `case`; `policy` is resolved, `slack` see `carry_out`."""
     with torch.no_grad():
-        expected = _Oracle(model, policy, case, slack).run()
+        oracle = _Oracle(model, policy, case, slack)
+        expected = oracle.run()
+        lost = [torch.zeros_like(held) for held in expected.held]
         if any(step.evict for step in policy.steps):
             # What leaves earlier caches is known when the last cut has been made: once more, with that masked.
             lost = evicted(policy.steps, expected.held)
-            expected = _Oracle(model, policy, case, slack, lost).run()
-            expected.held = [held & ~gone for held, gone in zip(expected.held, lost, strict=True)]
+            oracle = _Oracle(model, policy, case, slack, lost)
+            expected = oracle.run()
+        expected.held = oracle.options.left(expected.held, lost, expected.cache)
         return expected
 
 
@@ -111,6 +115,7 @@ class _Oracle(Observer):
         self.closed: tuple[torch.Tensor, torch.Tensor] | None = None  # what `leaving` has to put back
         self.turned_by: Any = None  # the position embeddings that the block was given
         self.rotary = Rotary(model.get_decoder())
+        self.options = Options(policy, case.prompt, slack)
         self.fractions: torch.Tensor | None = None  # [B, S] positions, where visual tokens take fractions of one
 
     # The call ---------------------------------------------------------------------------------------------------------
@@ -141,6 +146,8 @@ class _Oracle(Observer):
             for rotary in self.rotary.modules:
                 stack.callback(rotary.register_forward_hook(self.rotary.seen, with_kwargs=True).remove)
             stack.enter_context(watched(self.model, self.transitions))
+            if isinstance(rule := self.policy.positions, Rescale):
+                stack.enter_context(at_frequencies(self.rotary.modules[0], rule))
             steps = self.case.tokens.shape[1] + 1
             if "logits_to_keep" in inspect.signature(self.model.forward).parameters:
                 inputs["logits_to_keep"] = steps
@@ -180,7 +187,7 @@ class _Oracle(Observer):
             return
         self.layer = index
         if index == 0:
-            self._enter_decoder()
+            self._enter_decoder(hidden)
             hidden = self._steps_at("projector", hidden, block, arguments)
             if self.rates:
                 self.raters = [text_that_rates(sample, hidden[sample.row]) for sample in self.samples]
@@ -202,7 +209,7 @@ class _Oracle(Observer):
     def attention(self, component: str, index: int, seen: Seen) -> torch.Tensor | None:
         name = f"{component}.{index}"
         if component == "vision" and self.tiles and (name != "vision.0" or name in self.steps):
-            seen.mask = self._tile_mask(seen)
+            seen.mask = tile_mask(seen, self.tile_alive, self.tiles if self.proportional else None)
         if component == "language" and seen.window and seen.mask is not None:
             seen.mask = in_window(seen.mask, seen.window, self.case.prompt)
         if name in self.tapped:
@@ -210,7 +217,7 @@ class _Oracle(Observer):
         if self.reselection is not None and name == self.reselection.rule.layer and not self.probing:
             self.reselection.look(seen, [sample.slots for sample in self.samples])
             self.expected.choices = self.reselection.choices
-        return seen.mask
+        return self.options.attend(index, seen) if component == "language" else seen.mask
 
     def _close_up(self, name: str, arguments: dict[str, Any]) -> None:
         """A block that mixes neighbours runs on the tokens that are left, side by side; masking would not do."""
@@ -232,12 +239,13 @@ class _Oracle(Observer):
 
     def _narrowed(self, own: torch.Tensor | None) -> torch.Tensor:
         """The model's own mask without the keys that were dropped, or are left out by decode steps."""
-        mask = narrowed(own, self.alive, self._lost(), self.case.prompt)
+        mask = self.options.narrowed(narrowed(own, self.alive, self._lost(), self.case.prompt))
         return mask if self.reselection is None else self.reselection.narrowed(mask, self.layer)
 
     def _lost(self) -> torch.Tensor:
         """[B, S] bool: what leaves the cache of the block at hand."""
-        return self.lost[self.layer] if self.lost else torch.zeros_like(self.alive)
+        lost = self.lost[self.layer] if self.lost else torch.zeros_like(self.alive)
+        return lost | self.options.away(self.layer, self.alive & ~lost)
 
     def _cut_before(self, index: int) -> bool:
         sites = [at for at in self.steps if at.startswith("language.")]
@@ -266,27 +274,13 @@ class _Oracle(Observer):
             self.tiles.append(Sample.fresh(row, rest, columns, torch.zeros_like(columns)))
         self.tile_alive = torch.ones_like(owner, dtype=torch.bool)
 
-    def _tile_mask(self, seen: Seen) -> torch.Tensor:
-        alive = self.tile_alive[:, None, None, :].to(seen.query.device)
-        if seen.mask is None:
-            allowed = alive.expand(-1, 1, seen.query.shape[2], -1)
-        else:
-            allowed = (seen.mask if seen.mask.dtype == torch.bool else seen.mask >= 0) & alive
-        if not self.proportional:
-            return allowed
-        sizes = torch.ones(self.tile_alive.shape, device=seen.query.device)
-        for tile in self.tiles:
-            sizes[tile.row, tile.slots] = tile.size
-        added = sizes.log().to(seen.query.dtype)[:, None, None, :].expand(allowed.shape)
-        return added.masked_fill(~allowed, float("-inf"))
-
-    def _enter_decoder(self) -> None:
+    def _enter_decoder(self, hidden: torch.Tensor) -> None:
         ids = self.case.inputs["input_ids"]
         mask = self.case.inputs["attention_mask"].bool()
         visual = torch.isin(ids, torch.tensor(self.case.visual_token_ids, device=ids.device)) & mask
         owner = self._owners(ids, visual)
         if isinstance(self.policy.positions, Stride):
-            self.fractions = self._in_fractions(owner, self.policy.positions.stride)
+            self.fractions = all_in_fractions(self.mask, owner, self.positions, self.policy.positions.stride)
         for row in range(len(ids)):
             slots = visual[row].nonzero().flatten()
             known: dict[int, int] = {}  # numbers in the order in which the sample shows its images
@@ -295,17 +289,8 @@ class _Oracle(Observer):
             self.frames.append(frames_in(owner[row, slots], self.frames_of))
             self.pictures.shown.append(owner[row, slots])
             self.samples.append(Sample.fresh(row, (mask[row] & ~visual[row]).nonzero().flatten(), slots, segment))
+        self.options.enter(self.samples, self.frames, hidden, self.case.cached, self.depth)
         self._drop_of_encoder()
-
-    def _in_fractions(self, owner: torch.Tensor, stride: int) -> torch.Tensor:
-        generated = self.mask.shape[1] - owner.shape[1]
-        image = torch.nn.functional.pad(owner, (0, generated), value=-1)
-        return torch.stack(
-            [
-                in_fractions(real, images, int(numbers[real][0]), stride)
-                for real, images, numbers in zip(self.mask, image, self.positions, strict=True)
-            ]
-        )
 
     def _owners(self, ids: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
         """[B, S] which image or video of the batch each visual token is of."""
@@ -387,7 +372,7 @@ class _Oracle(Observer):
     def _cached(self, site: str, block: torch.nn.Module, arguments: dict[str, Any]) -> torch.Tensor | None:
         """What the compiled model's next block cached of the tokens that `site` left, where that can be said."""
         between = site == "projector" and "language.0" in self.steps
-        known = not between and has_attention(block) and "past_key_values" in arguments
+        known = not between and has_attention(block) and "past_key_values" in arguments and not self.options.pool
         return self.case.cached(layer_of(site)) if known else None
 
     def _theirs(self, site: str, sample: Sample) -> torch.Tensor | None:
