@@ -69,11 +69,13 @@ class Options:
             score = {n: float(likeness[own == n].mean()) for n in numbers}
             order = sorted(numbers, key=lambda n: (-score[n], n))
             chosen, edge = set(order[: rule.best]), score[order[min(rule.best, len(order)) - 1]]
-            near = self.slack * max(abs(value) for value in score.values())
-            for n in numbers if held is not None else ():
-                if abs(score[n] - edge) <= near:
-                    columns = sample.slots[own == n]
-                    chosen = chosen | {n} if bool(held[columns].all()) else chosen - {n}
+            slack = self.slack * max(abs(value) for value in score.values())
+            near = {n for n in numbers if abs(score[n] - edge) <= slack}
+            if held is not None:
+                found = {n for n in near - stays if bool(held[sample.slots[own == n]].all())}
+                room = len(chosen & near)  # those that stay anyway may take some of it
+                if room - len(near & stays) <= len(found) <= room:
+                    chosen = (chosen - near) | found
             stays |= chosen
         for n in stays:
             self.whole[sample.row, sample.slots[own == n]] = True
