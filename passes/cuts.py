@@ -112,9 +112,8 @@ def mask_of(mask: fx.Node, state: ChunkState, note: str) -> fx.Node:
     """The mask `mask` for the chunk and the cache as `state` says they are; at the graph's insertion point."""
     graph, queries = mask.graph, state.query_positions
     keys = graph.call_function(torch.ops.aten.cat.default, ([state.key_positions, queries], 1))
-    arguments = (queries, keys, mask.args[2], state.spans)
-    if state.chunks is not None:
-        arguments = (*arguments, state.chunks, mask.args[5])
+    chunks = () if state.chunks is None else (state.chunks, mask.args[5])
+    arguments = (queries, keys, mask.args[2], state.spans, *chunks)
     made = graph.call_function(torch.ops.tvc.attention_mask.default, arguments)
     made.meta["val"] = mask.meta["val"]
     for node in (keys, made):

@@ -16,7 +16,7 @@ from tvc.errors import ExportError, ModelError, TraceError, TvcError
 from tvc.export.base import target as find_target
 from tvc.model import CompiledModel
 from tvc.policy import Policy, ResolvedPolicy, load_policy, resolve
-from tvc.policy.positions import traced_as
+from tvc.policy.positions import Positions, traced_as
 from tvc.policy.weights import check_weights
 from tvc.program import Layout, Program
 from tvc.report.budget import settings_at, share_of
@@ -149,7 +149,7 @@ class Prepared:
         progress("load")
         self.source, self.inputs = load_source(model, device=device, dtype=dtype, processor=processor), inputs
         progress("survey")
-        self._traces: dict[tuple[tuple[str, ...], int], Program] = {}
+        self._traces: dict[tuple[tuple[str, ...], Positions], Program] = {}
         with in_evaluation(self.source.model):
             try:
                 self.survey = _survey(self.source, inputs)

@@ -13,6 +13,7 @@ from tvc.kernels.combine_scores import combine
 from tvc.kernels.exit_select import exit_chosen
 from tvc.kernels.grid import neighbours_by_columns
 from tvc.kernels.merge_bipartite import Bipartite
+from tvc.kernels.merge_frame_windows import FrameWindows
 from tvc.kernels.merge_repeats import Repeats
 from tvc.kernels.merge_scenes import Scenes
 from tvc.kernels.merge_windows import Windows
@@ -422,6 +423,9 @@ class MoreGraph(OneGraph):
         for name, part in zip(("index", "feature", "size"), parts, strict=True):
             out[f"anchor_frames.{name}"] = part
         spent = {"frames": frames, "spent": (at.counts, at.counts * 2)}
+        parts = FrameWindows(group=2, near=1, far=2, columns=2).apply(at.feature, at.size, scope, frames)
+        for name, part in zip(("index", "feature", "size"), parts, strict=True):
+            out[f"frame_windows.{name}"] = part
         repeats = Repeats.model_validate({"above": 0.1, "cost": "60%", "depth": 8, "before": 2})
         afford = Afford.model_validate({"cost": "50%", "depth": 8, "before": 2})
         out["select.afford"] = afford.apply(at.feature[:, :, 0], scope, spent["spent"])

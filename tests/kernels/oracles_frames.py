@@ -110,4 +110,40 @@ def frames_keep(
     return [[-1] * (width - len(row)) + row for row in rows]
 
 
+def frame_windows(
+    feature: Any,
+    size: Any,
+    segment: Any,
+    counts: Any,
+    frame: Any,
+    place: Any,
+    columns: int,
+    group: int,
+    near: int,
+    far: int,
+) -> tuple[Any, Any, Any]:
+    made = []
+    for b, frames in enumerate(frame):
+        windows: dict[tuple[int, ...], Row] = {}
+        for v, f in enumerate(frames):
+            if f < 0:
+                continue
+            before = min(g for g, s in zip(frames, segment[b], strict=True) if s == segment[b][v])
+            side = far if (f - before) % group else near
+            row, column = divmod(place[b][v], columns)
+            windows.setdefault((f, row // side, column // side), []).append(v)
+        left = {}
+        for tokens in windows.values():
+            weight = sum(size[b][v] for v in tokens)
+            rows = zip(*([size[b][v] * x for x in feature[b][v]] for v in tokens), strict=True)
+            left[tokens[0]] = ([sum(row) / weight for row in rows], weight)
+        made.append(dict(sorted(left.items())))
+    width = max(map(len, made))
+    depth = len(feature[0][0]) if feature[0] else 3
+    index = [[-1] * (width - len(left)) + list(left) for left in made]
+    values = [[[0.0] * depth] * (width - len(left)) + [row for row, _ in left.values()] for left in made]
+    return index, values, [[0.0] * (width - len(left)) + [weight for _, weight in left.values()] for left in made]
+
+
+ORACLES["frame_windows"] = frame_windows
 ORACLES |= {"change_score": change_score, "novelty_score": novelty_score, "frames_keep": frames_keep}

@@ -70,6 +70,7 @@ KNOWN = (
     "visiondrop",
     "visionzip",
     "vispruner",
+    "visual-context-window",
     "vtc-cls",
 )
 
@@ -90,7 +91,8 @@ def test_a_preset_states_what_it_is(name: str) -> None:
     assert loaded.about.endswith(".")
     assert set(loaded.reference) == {"paper", "code"}
     assert loaded.parameters
-    assert loaded.positions == (Stride(64) if name == "v2pe" else "keep")
+    others = {"v2pe": Stride(64), "visual-context-window": Rescale(factor=4)}
+    assert loaded.positions == others.get(name, "keep")
 
 
 @pytest.mark.parametrize("name", KNOWN)

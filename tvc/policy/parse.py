@@ -76,8 +76,9 @@ def parse(document: Document) -> Policy:
     _version(document, top)
     parameters = _mapping(document, ("parameters",), top.get("parameters", {}), "`parameters`")
     expanded = filled(document, parameters, TEMPLATED, TOP_KEYS)
-    others = [expanded.data.get(key) for key in TEMPLATED[1:]]
-    raw = expanded.data.get("steps", [] if any(isinstance(other, dict) for other in others) else None)
+    alone = isinstance(expanded.data.get("positions"), dict)  # as other rules that need no step beside them
+    alone = alone or any(expanded.data.get(key) for key in ("reselect", *OPTIONS))
+    raw = expanded.data.get("steps", [] if alone else None)
     if not isinstance(raw, list) or (not raw and "steps" in expanded.data):
         raise document.error(
             ("steps",),
@@ -92,7 +93,7 @@ def parse(document: Document) -> Policy:
     return Policy(
         name=_text(document, ("name",), top.get("name", "unnamed")),
         steps=steps,
-        positions=read_positions(expanded),  # fractions need no step beside them, nor do options
+        positions=read_positions(expanded),
         reselect=read_reselect(expanded),
         **read_options(expanded),
         document=document,

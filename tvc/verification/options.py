@@ -21,7 +21,7 @@ class Options:
     """The options of one policy on one batch; without any, everything stays as it is."""
 
     def __init__(self, policy: Any, prompt: int, slack: float):
-        self.chunks, self.pool = policy.attention, policy.cache
+        self.chunks, self.pool, self.steps = policy.attention, policy.cache, policy.steps
         self.prompt, self.slack = prompt, slack
         self.leader: dict[int, torch.Tensor] = {}  # per layer [B, S]: the column that stands for each one
 
@@ -48,7 +48,9 @@ class Options:
             self.unseen = out_of_reach(self.frame, self.chunks.frames, self.chunks.previous)
         if self.pool is not None:
             self.whole = torch.zeros_like(self.frame, dtype=torch.bool)
-            theirs = next((values for layer in range(depth) if (values := cached(layer)) is not None), None)
+            cut = [int((step.evict or step.at).removeprefix("language.")) for step in self.steps]
+            whole = range(min([depth, *cut]))  # layers whose caches lose nothing else
+            theirs = next((values for layer in whole if (values := cached(layer)) is not None), None)
             for sample in samples:
                 held = None if theirs is None else ~theirs[sample.row].isnan().any(2).any(0)
                 self._choose(sample, hidden[sample.row].float(), held)
@@ -67,11 +69,13 @@ class Options:
             score = {n: float(likeness[own == n].mean()) for n in numbers}
             order = sorted(numbers, key=lambda n: (-score[n], n))
             chosen, edge = set(order[: rule.best]), score[order[min(rule.best, len(order)) - 1]]
-            near = self.slack * max(abs(value) for value in score.values())
-            for n in numbers if held is not None else ():
-                if abs(score[n] - edge) <= near:
-                    columns = sample.slots[own == n]
-                    chosen = chosen | {n} if bool(held[columns].all()) else chosen - {n}
+            slack = self.slack * max(abs(value) for value in score.values())
+            near = {n for n in numbers if abs(score[n] - edge) <= slack}
+            if held is not None:
+                found = {n for n in near - stays if bool(held[sample.slots[own == n]].all())}
+                room = len(chosen & near)  # those that stay anyway may take some of it
+                if room - len(near & stays) <= len(found) <= room:
+                    chosen = (chosen - near) | found
             stays |= chosen
         for n in stays:
             self.whole[sample.row, sample.slots[own == n]] = True

@@ -1,0 +1,121 @@
+"""frame_windows: square windows of every frame of a video become one token each, larger ones in most of the frames.
+
+Shapes:  feature [B, V, D] float, size [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64, frame and
+         place [B, V] int64 (-1 pads, see frames.py)
+         -> index [B, K] int64 ascending, pads (-1) first; feature [B, K, D] and size [B, K] like the inputs, pads 0;
+            K = the most that any sample of the batch is left with (an unbacked size)
+Grid:    places 0..columns-1 of a frame are its first row, and so on. Windows lie side by side from its first corner on;
+         those at the ends of rows and columns hold what is left over.
+Rule:    frames of a segment fall into groups of `group`; windows have `near` tokens a side in the first of each, and
+         `far` in the others. A window becomes its mean, weighted by size, in the place of its first token. Sizes add
+         up, sums are float32; a window of one token is that token.
+
+Reference: Visual Context Window Extension, arXiv:2409.20018 (progressive pooling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from tvc.errors import PolicyError
+from tvc.kernels.frames import extent, first_of
+from tvc.kernels.op import Merging, Scope, Tap, op, primitive
+from tvc.kernels.score_change import frame_cases
+from tvc.kernels.segments import pack, rows_at
+from tvc.kernels.select_threshold import largest
+
+
+def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
+    torch.manual_seed(0)
+    for name, given in frame_cases():
+        size = torch.randint(1, 4, given[2].shape).float()
+        for columns, group, near, far in ((2, 2, 1, 2), (3, 3, 2, 3), (1, 1, 2, 5)):
+            label = f"{name}-columns{columns}-group{group}-near{near}-far{far}"
+            yield label, (torch.randn(*given[2].shape, 3), size, *given, columns, group, near, far)
+    # Frames of 5 x 7 tokens, behind two pads.
+    frame = torch.tensor([[-1] * 2 + [t for t in range(4) for _ in range(35)]])
+    place = torch.where(frame < 0, -1, torch.cat([torch.zeros(2), torch.arange(35).repeat(4)]).long()[None])
+    segment, counts = torch.where(frame < 0, -1, frame // 3), torch.tensor([[105, 35]])
+    feature = torch.randn(1, 142, 2)
+    yield "odd-grid", (feature, torch.ones(1, 142), segment, counts, frame, place, 7, 2, 2, 3)
+    yield "all-stay", (feature, torch.ones(1, 142), segment, counts, frame, place, 7, 2, 1, 1)
+
+
+@op(_cases)
+def frame_windows(
+    feature: torch.Tensor,
+    size: torch.Tensor,
+    segment: torch.Tensor,
+    counts: torch.Tensor,
+    frame: torch.Tensor,
+    place: torch.Tensor,
+    columns: int,
+    group: int,
+    near: int,
+    far: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(index, feature, size) of the windows."""
+    valid = segment >= 0
+    number = torch.arange(frame.shape[1], device=frame.device).expand(frame.shape)
+    first, _ = extent(frame, segment, counts)
+    side = torch.where((frame - first) % group == 0, near, far)
+    row, column = place // columns, place % columns
+    corner = (row - row % side) * columns + column - column % side
+    # A frame's tokens stand side by side.
+    leader = torch.where(valid, first_of(frame).gather(1, frame + 1) + corner, number)
+    weight = torch.where(valid, size.float(), 0.0)[:, :, None]
+    wide = feature.float()
+    index = leader[:, :, None].expand(wide.shape)
+    sizes = torch.zeros_like(weight).scatter_add(1, leader[:, :, None], weight)
+    summed = torch.zeros_like(wide).scatter_add(1, index, torch.where(valid[:, :, None], wide * weight, 0.0))
+    members = torch.zeros_like(leader).scatter_add(1, leader, torch.ones_like(leader))[:, :, None]
+    merged = torch.where(members > 1, summed / sizes.clamp(min=1e-12), wide).to(feature.dtype)
+    stands = valid & (leader == number)
+    kept = pack(stands, largest(stands))
+    return kept, rows_at(merged, kept), rows_at(sizes.to(size.dtype), kept).squeeze(2)
+
+
+@primitive
+class FrameWindows(Merging):
+    """Square windows of every frame become one token each; the first frame of a group has smaller ones."""
+
+    key: ClassVar[str] = "frame_windows"
+    exact: ClassVar[bool] = False
+    components: ClassVar[tuple[str, ...]] = ("language",)
+    group: int = Field(gt=0, le=1_000_000, description="frames of a group")
+    near: int = Field(gt=0, le=1024, description="tokens of a window's side in the first frame of a group")
+    far: int = Field(gt=0, le=1024, description="tokens of a window's side in its other frames")
+    columns: int | None = Field(None, gt=0, description="tokens in a row of a frame; default: those of the model")
+
+    def taps(self) -> dict[str, Tap]:
+        return {"frames": Tap("frame")}
+
+    def apply(
+        self, feature: torch.Tensor, size: torch.Tensor, scope: Scope, frames: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        if self.columns is None:
+            raise PolicyError(
+                "the length of a row is not known yet",
+                where="merge.frame_windows.columns",
+                got="no columns",
+                want="tokens in a row of a frame",
+                fix="resolve the policy for a model first: tvc.policy.resolve(policy, layout)",
+                slug="unresolved-grid",
+            )
+        rule = (self.columns, self.group, self.near, self.far)
+        made: tuple[Any, Any, Any] = frame_windows.overload(feature, size, scope.segment, scope.counts, *frames, *rule)
+        return made
+
+    def kept(self, counts: list[int]) -> list[int]:
+        """The upper bound: how tokens fall into frames is known only at run time, and a frame may have a single row."""
+        columns, side = self.columns or 1, min(self.near, self.far)
+        return [min(count, -(-count // columns) * -(-columns // side)) for count in counts]
+
+    def fewest(self, counts: list[int]) -> list[int]:
+        columns, side = self.columns or 1, max(self.near, self.far)
+        rows = [-(-count // columns) for count in counts]
+        return [-(-number // side) for number in rows]
