@@ -77,5 +77,7 @@ def reselect(
         same = torch.ones_like(visual)
         if chosen_before is not None:
             same = torch.cat([chosen_before, torch.ones_like(visual[:, past:])], 1)
-        chosen = torch.where(cosine >= alike, same, chosen)
+        # By logic: ONNX Runtime has no `where` of booleans.
+        near = cosine >= alike
+        chosen = (near & same) | (~near & chosen)
     return chosen | ~single, seen
