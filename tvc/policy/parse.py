@@ -77,7 +77,7 @@ def parse(document: Document) -> Policy:
     parameters = _mapping(document, ("parameters",), top.get("parameters", {}), "`parameters`")
     expanded = filled(document, parameters, TEMPLATED, TOP_KEYS)
     alone = isinstance(expanded.data.get("positions"), dict)  # as other rules that need no step beside them
-    alone = alone or any(expanded.data.get(key) for key in ("reselect", *OPTIONS))
+    alone = alone or any(expanded.data.get(key) is not None for key in ("reselect", *OPTIONS))
     raw = expanded.data.get("steps", [] if alone else None)
     if not isinstance(raw, list) or (not raw and "steps" in expanded.data):
         raise document.error(
