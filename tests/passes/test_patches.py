@@ -52,7 +52,7 @@ def with_pixels(family: str) -> Component:
     ("family", "cells"),
     [
         ("llava", lambda pixels: boxes(pixels, 14)),
-        ("qwen2_5_vl", fours),
+        pytest.param("qwen2_5_vl", fours, marks=SLOW),
         pytest.param("qwen2_vl", fours, marks=SLOW),
         pytest.param("qwen3_vl", fours, marks=SLOW),
         pytest.param("internvl", lambda pixels: boxes(pixels, 28), marks=SLOW),
