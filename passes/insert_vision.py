@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from tvc.errors import SiteError
-from tvc.graphs import Block, annotate, backward_closure, clone, find_blocks
+from tvc.graphs import Block, annotate, backward_closure, clone, find_blocks, last_node
 from tvc.kernels.attention import packed_mask
 from tvc.kernels.op import Attention, Tap
 from tvc.kernels.segments import follow, take_rows
@@ -271,18 +271,14 @@ class VisionInsertion:
 
     def add_pixels(self, name: str, note: str) -> None:
         """The pixels that each visual token was made from, as an output."""
-        self._add_tap(name, *pixels_of(self.graph, self.blocks, self._last(), self._features(), note))
+        self._add_tap(name, *pixels_of(self.graph, self.blocks, self._features(), note))
 
     def columns(self, note: str) -> fx.Node:
         """[n, F, g] the encoder tokens behind each visual token."""
         if self._columns is None:
-            self._columns = TokenMap(self.graph, self._last(), self._features(), note).columns()
+            source = last_node(self.graph, self.blocks[-1])
+            self._columns = TokenMap(self.graph, source, self._features(), note).columns()
         return self._columns
-
-    def _last(self) -> fx.Node:
-        """What the last block gives."""
-        last = self.blocks[-1]
-        return [n for n in self.graph.nodes if n.op == "call_function" and last.holds(n)][-1]
 
     @property
     def _flat(self) -> bool:

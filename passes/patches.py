@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 
 from tvc.errors import SiteError
-from tvc.graphs import Block, annotate, backward_closure, first_node
+from tvc.graphs import Block, annotate, backward_closure, first_node, last_node
 from tvc.passes.token_map import CASTS, TokenMap
 
 A = torch.ops.aten
@@ -37,24 +37,26 @@ class Patches:
     width: int  # numbers in one patch
 
 
-def pixels_of(graph: fx.Graph, blocks: list[Block], last: fx.Node, features: fx.Node, note: str) -> tuple[fx.Node, int]:
+def pixels_of(graph: fx.Graph, blocks: list[Block], features: fx.Node, note: str) -> tuple[fx.Node, int]:
     """([n, F, P] float32 the pixels of each visual token, P); [F, P] where the features are a row, too.
 
     Args:
         graph: of the vision component.
         blocks: those of its encoder.
-        last: the value that the last block gives.
         features: the visual features.
 
     Raises:
         SiteError: patches overlap, or are not followed to the features.
     """
+    if not blocks:
+        raise _unseen(note, "an encoder without transformer blocks", "blocks that leave tokens where they are")
+    last = last_node(graph, blocks[-1])
     hidden, found = _entering(graph, blocks, note)
     if hidden.meta["val"].shape[:-1] != last.meta["val"].shape[:-1]:
         got = (
             f"{tuple(hidden.meta['val'].shape)} before the first block, {tuple(last.meta['val'].shape)} behind the last"
         )
-        raise _unseen(last, got, "blocks that leave tokens where they are", note)
+        raise _unseen(_at(last, note), got, "blocks that leave tokens where they are")
     output = next(node for node in graph.nodes if node.op == "output")
 
     def call(function: Any, *arguments: Any) -> fx.Node:
@@ -65,11 +67,14 @@ def pixels_of(graph: fx.Graph, blocks: list[Block], last: fx.Node, features: fx.
     with graph.inserting_before(output):
         numbers = call(number_patches, found.embedding, found.kernel)
     channels = int(found.embedding.meta["val"].shape[1 if found.kernel else -1])
-    entered = TokenMap(graph, found.embedding, hidden, note, numbers, channels).followed()
-    with graph.inserting_before(output):
-        numbers = call(on_all_channels, entered, last)
-    columns = TokenMap(graph, last, features, note, numbers)
-    cells = columns.columns()
+    try:
+        entered = TokenMap(graph, found.embedding, hidden, note, numbers, channels).followed()
+        with graph.inserting_before(output):
+            numbers = call(on_all_channels, entered, last)
+        columns = TokenMap(graph, last, features, note, numbers)
+        cells = columns.columns()
+    except SiteError as lost:
+        raise _unseen(lost.where, lost.got, lost.want) from lost
     with graph.inserting_before(output):
         rows = call(patch_rows, found.pixels, found.embedding, found.kernel)
         node = call(cell_pixels, rows, cells, features.meta["val"].dim() == 2)
@@ -122,7 +127,8 @@ def _entering(graph: fx.Graph, blocks: list[Block], note: str) -> tuple[fx.Node,
         entering = [n for n in before if n in made and any(blocks[0].holds(user) for user in n.users)]
         if entering:
             return entering[-1], found
-    raise _unseen(first, "no convolution or linear layer over pixels in front of it", "one that embeds patches", note)
+    got = "no convolution or linear layer over pixels in front of it"
+    raise _unseen(_at(first, note), got, "one that embeds patches")
 
 
 def find_patches(node: fx.Node, note: str) -> Patches | None:
@@ -140,7 +146,7 @@ def find_patches(node: fx.Node, note: str) -> Patches | None:
     kernel = () if node.target is A.linear.default else tuple(int(size) for size in sizes[2:])
     if kernel and not _side_by_side(node, kernel):
         got = f"a convolution {tuple(sizes)} with {node.args[3:]}"
-        raise _unseen(node, got, "kernels that lie side by side", note)
+        raise _unseen(_at(node, note), got, "kernels that lie side by side")
     return Patches(pixels, node, kernel, int(sizes[1:].numel()))
 
 
@@ -160,10 +166,14 @@ def _side_by_side(node: fx.Node, kernel: tuple[int, ...]) -> bool:
     return bare and plain and each("stride", 1) == kernel
 
 
-def _unseen(node: fx.Node, got: str, want: str, note: str) -> SiteError:
+def _at(node: fx.Node, note: str) -> str:
+    return f'{note}, vision, node "{node.name}" ({node.target})'
+
+
+def _unseen(where: str, got: object, want: object) -> SiteError:
     return SiteError(
         "it cannot be told which pixels a visual token was made from",
-        where=f'{note}, vision, node "{node.name}" ({node.target})',
+        where=where,
         got=got,
         want=want,
         fix="choose by features instead, for example select: {max_min: 25%}",

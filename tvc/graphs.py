@@ -145,6 +145,11 @@ def first_node(graph: fx.Graph, block: Block) -> fx.Node:
     return next(node for node in graph.nodes if node.op == "call_function" and block.holds(node))
 
 
+def last_node(graph: fx.Graph, block: Block) -> fx.Node:
+    """The last node that belongs to the block: what it gives."""
+    return [node for node in graph.nodes if node.op == "call_function" and block.holds(node)][-1]
+
+
 def placeholders(graph: fx.Graph) -> dict[str, fx.Node]:
     return {str(node.target): node for node in graph.nodes if node.op == "placeholder"}
 

@@ -37,11 +37,22 @@ def fours(patches: torch.Tensor) -> torch.Tensor:
     return patches.reshape(len(patches) // 4, -1)
 
 
+def with_pixels(family: str) -> Component:
+    """The family's vision graph with the pixels of its tokens as an output."""
+    model, processor = support.build(family)
+    surveyed = survey(load(model, processor=processor).meta, processor)
+    component = capture_vision(model, surveyed.host, surveyed.sample)
+    component.draft = open_draft(component)
+    VisionInsertion(component, surveyed.layout).add_pixels("tap.pixels", "test")
+    export_draft(component)
+    return component
+
+
 @pytest.mark.parametrize(
     ("family", "cells"),
     [
         ("llava", lambda pixels: boxes(pixels, 14)),
-        ("qwen2_5_vl", fours),
+        pytest.param("qwen2_5_vl", fours, marks=SLOW),
         pytest.param("qwen2_vl", fours, marks=SLOW),
         pytest.param("qwen3_vl", fours, marks=SLOW),
         pytest.param("internvl", lambda pixels: boxes(pixels, 28), marks=SLOW),
@@ -51,12 +62,7 @@ def fours(patches: torch.Tensor) -> torch.Tensor:
 )
 @torch.no_grad()
 def test_each_visual_token_gets_the_pixels_of_its_cell(family: str, cells: Any) -> None:
-    model, processor = support.build(family)
-    surveyed = survey(load(model, processor=processor).meta, processor)
-    component = capture_vision(model, surveyed.host, surveyed.sample)
-    component.draft = open_draft(component)
-    VisionInsertion(component, surveyed.layout).add_pixels("tap.pixels", "test")
-    export_draft(component)
+    component = with_pixels(family)
     # Other pictures than those of the trace, the first of them twice.
     names, given = component.inputs, dict(zip(component.inputs, component.sample, strict=True))
     generator = torch.Generator().manual_seed(0)
@@ -70,6 +76,17 @@ def test_each_visual_token_gets_the_pixels_of_its_cell(family: str, cells: Any) 
     order = torch.stack([(want[0] == value).nonzero()[0, 0] for value in got.flatten(0, -2)[0]])
     assert order.sort().values.tolist() == list(range(want.shape[1]))
     assert torch.equal(got.flatten(0, -2), want[:, order])
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize(("family", "node"), [("gemma3", "avg_pool2d"), ("glm4v", "conv2d")])
+@torch.no_grad()
+def test_tokens_that_are_pooled_behind_the_encoder_are_refused(family: str, node: str) -> None:
+    with pytest.raises(SiteError, match="which pixels") as caught:
+        with_pixels(family)
+    assert caught.value.slug == "pixels-not-traceable"
+    assert node in caught.value.where
+    assert "max_min" in caught.value.fix
 
 
 class Embedding(torch.nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tvc.trace.position_use import PositionUse
+from tvc.trace.position_use import PositionUse, tells_grid
 
 TABLE = torch.zeros(40, 6)
 HIDDEN = torch.randn(2, 5, 6)
@@ -81,3 +81,29 @@ def test_several_axes_are_the_first_reason() -> None:
     with PositionUse(positions) as use:
         rotary(positions[0])
     assert use.whole(3) == "its tokens have positions on 3 axes"
+
+
+def placed(rows: int, columns: int, axes: tuple[int, ...] = (0, 1, 2)) -> torch.Tensor:
+    """[3, 1, S] a word, a picture on the axes of time, rows and columns, and two words."""
+    at = torch.meshgrid(torch.zeros(1, dtype=torch.int64), torch.arange(rows), torch.arange(columns), indexing="ij")
+    picture = torch.stack(at).flatten(1)[list(axes)] + 1
+    words = torch.arange(2).expand(3, -1) + int(picture.max()) + 1
+    return torch.cat([torch.zeros(3, 1, dtype=torch.int64), picture, words], 1)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("positions", "told"),
+    [
+        (placed(2, 3), True),
+        (placed(2, 3).float(), True),
+        (placed(2, 3, axes=(0, 2, 1)), False),  # columns where rows should be
+        (placed(1, 6), False),  # one row: not to be told from text
+        (torch.arange(9).expand(3, 1, -1), False),  # a text's
+        (torch.arange(9)[None], False),
+        (placed(2, 3).repeat(2, 1, 1)[:4], False),
+        (None, False),
+    ],
+)
+def test_positions_tell_a_grid_or_they_do_not(positions: torch.Tensor | None, told: bool) -> None:
+    visual = torch.tensor([[False, *[True] * 6, False, False]])
+    assert tells_grid(positions, visual) is told

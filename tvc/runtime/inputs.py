@@ -99,7 +99,7 @@ def no_video(problem: str) -> InputError:
 def video_inside_encoder() -> InputError:
     """The error for a policy that looks into the encoder, or cuts it, when a video comes."""
     return InputError(
-        "this policy takes scores from inside the vision encoder, or cuts it, which is done for images alone",
+        "this policy looks at pixels or inside the vision encoder, or cuts it, which is done for images alone",
         where="forward",
         got="pixel_values_videos",
         want="images, or a policy whose steps and scores are the decoder's",
