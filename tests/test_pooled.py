@@ -93,6 +93,7 @@ def test_turns_behind_a_prompt_see_means(made: tuple[Any, Prepared], target: str
         assert [int((places >= 0).sum())] * 6 == lengths
 
 
+@pytest.mark.conformance
 def test_the_chunks_most_like_the_question_stay(made: tuple[Any, Prepared]) -> None:
     """Pictures of which one is told by the embeddings: its chunk alone keeps all of its tokens."""
     model, prepared = made
