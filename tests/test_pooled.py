@@ -13,6 +13,7 @@ import support
 import tvc
 from tvc.api import Prepared
 from tvc.errors import SiteError
+from tvc.kernels.op import OPS
 from tvc.verification.check import compare
 
 GROUP, PICTURES, EACH = (
@@ -92,13 +93,15 @@ def test_turns_behind_a_prompt_see_means(made: tuple[Any, Prepared], target: str
         assert [int((places >= 0).sum())] * 6 == lengths
 
 
+@pytest.mark.conformance
 def test_the_chunks_most_like_the_question_stay(made: tuple[Any, Prepared]) -> None:
     """Pictures of which one is told by the embeddings: its chunk alone keeps all of its tokens."""
     model, prepared = made
     policy = {"version": 1, "cache": {"pool": {"tokens": GROUP, "best": 2}}}
     compiled = prepared.compile(policy, verify=False)
     inputs = support.inputs("llava", 2, images=PICTURES)
-    places = compiled(**inputs).past_key_values.key_positions[0]
+    cache = compiled(**inputs).past_key_values
+    places = cache.key_positions[0]
     visual = support.visual_mask("llava", inputs["input_ids"])
     with torch.no_grad():
         features = model.get_image_features(inputs["pixel_values"]).pooler_output
@@ -112,6 +115,13 @@ def test_the_chunks_most_like_the_question_stay(made: tuple[Any, Prepared]) -> N
         best = sorted(range(PICTURES), key=lambda n: -likeness[n])[:2]
         want = [group[0] for group in groups(visual[row], set(best)) if inputs["attention_mask"][row, group[0]]]
         assert [place for place in places[row].tolist() if place >= 0] == want
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    compiled(input_ids=torch.tensor([[8]] * 2), attention_mask=mask, past_key_values=cache)
+    graphs = compiled.engine.run._modules
+    prompt, step = ({node.target for node in graphs[f"decoder{name}"].graph.nodes} for name in ("", ", text only"))
+    pooling = {OPS["pool_cache"].reference, OPS["evict"].reference}
+    assert pooling <= prompt
+    assert pooling.isdisjoint(step)  # a decode step pools nothing
 
 
 @pytest.mark.conformance

@@ -27,7 +27,7 @@ past_chosen.s          [B, P_s] bool which of them it attended to; an output alo
 Every past_ input is an output without `past_`. Beside these and the logits there may be:
 
 entered.s              [B, S_s] int64 places of the chunk's tokens that ran through stage s, -1 pads; where later cuts
-                       take some of them out of its caches again
+                       take some of them out of its caches again, or one entry of these stands for several of them
 """
 
 from __future__ import annotations
