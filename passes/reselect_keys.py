@@ -30,7 +30,7 @@ def visual_keys(before: torch.Tensor, visual_index: torch.Tensor, query_position
 
 def is_step(query_positions: torch.Tensor, visual_index: torch.Tensor) -> torch.Tensor:
     """[B] bool: the samples whose chunk is one new token that is not visual."""
-    return ((query_positions >= 0).sum(1) == 1) & ((visual_index >= 0).to(torch.int64).sum(1) == 0)
+    return ((query_positions >= 0).sum(1) == 1) & ((visual_index >= 0).sum(1) == 0)
 
 
 def paid(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, scale: float) -> torch.Tensor:
