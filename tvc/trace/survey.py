@@ -106,9 +106,8 @@ def _survey(
     _check_kind(meta)
     size = image_size or default_size(meta)
     fields = cost_fields(meta)
-    sample: dict[str, torch.Tensor] = (
-        (doubled(inputs) if double else dict(inputs)) if inputs is not None else pixel_inputs(meta, processor, size)
-    )
+    given = pixel_inputs(meta, processor, size) if inputs is None else inputs
+    sample = doubled(meta, given) if inputs is not None and double else dict(given)
     # Without weights everything is computed beside the model, on the CPU; what is borrowed stays where it is.
     device = torch.device("cpu") if borrowed is None else borrowed.device
     sample = {name: value.to(device) for name, value in sample.items()}
