@@ -2275,10 +2275,12 @@ FURTHER |= {
     "dots3_note": Family(
         config_class="Dots3NoteConfig",
         config={
-            # Published layers with indexed attention see the keys that they choose; these see all.
+            # Published layers with indexed attention see the keys that they choose; these see all. They are few, as
+            # more of random weights would make rounding look like a difference.
             "text_config": {
                 "model_type": "dots3_note_text",
                 **_TEXT_SIZES,
+                "num_hidden_layers": 4,
                 "num_key_value_heads": 4,
                 **_LATENT_SIZES,
                 "head_dim": 16,
@@ -2287,9 +2289,9 @@ FURTHER |= {
                 "num_experts_per_tok": 2,
                 "moe_intermediate_size": 48,
                 "shared_experts_intermediate_size": 48,
-                "mlp_layer_types": ["dense"] + ["sparse"] * 5,
+                "mlp_layer_types": ["dense"] + ["sparse"] * 3,
                 "use_dsa": False,
-                "layer_types": ["full_attention", "sliding_attention", "full_attention"] * 2,
+                "layer_types": ["full_attention", "sliding_attention"] * 2,
                 "sliding_window": 24,
                 "swa_num_attention_heads": 2,
                 "swa_num_key_value_heads": 2,
