@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from onnxscript import opset20, opset23
-from onnxscript.function_libs.torch_lib.ops.core import aten_arange_start_step
+from onnxscript.function_libs.torch_lib.ops.core import aten_arange_start_step, aten_mul_scalar
 
 import tvc.export.ort_attention  # noqa: F401  registers the fused operators
 
@@ -53,6 +53,13 @@ def _float_range(start: Any, end: Any, step: Any = 1.0, dtype: int = -1, **unuse
     return aten_arange_start_step(start, end, step, dtype=dtype)
 
 
+def _times_number(tensor: Any, factor: Any) -> Any:
+    """A product with one number: a constant, or one that is computed from sizes and so a value of the graph."""
+    if isinstance(factor, (bool, int, float)):
+        return aten_mul_scalar(tensor, factor)
+    return opset20.Mul(tensor, opset20.CastLike(factor, tensor))
+
+
 def _contiguous_stride(tensor: Any, dim: int) -> Any:
     """ONNX has no strides; inside a loop a trace writes down those of a contiguous tensor, and reads none of them."""
     one = opset20.Constant(value_ints=[1])
@@ -72,4 +79,5 @@ def translations() -> dict[Any, Callable[..., Any]]:
         torch.ops.aten.sort.stable: _stable_sort,
         torch.ops.aten.arange.start_step: _float_range,
         torch.ops.aten.sym_stride.int: _contiguous_stride,
+        torch.ops.aten.mul.Scalar: _times_number,
     }

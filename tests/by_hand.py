@@ -86,6 +86,12 @@ def patch_stack(pictures: Pictures, *, patch: int, merge: int, longest: int, tok
     return texts, {"pixel_values": torch.cat(rows), "image_grid_thw": grids}
 
 
+def patch_grids(pictures: Pictures, *, patch: int, merge: int, longest: int, token: str) -> Made:
+    """Flattened patches, those of all pictures in one: [patches, 3 * patch * patch] (Nemotron Omni)."""
+    texts, made = patch_stack(pictures, patch=patch, merge=merge, longest=longest, token=token, start="", end="")
+    return texts, {"pixel_values": made["pixel_values"].flatten(1), "image_grid_hw": made["image_grid_thw"][:, 1:]}
+
+
 def patches_of_whole(pictures: Pictures, *, side: int, patch: int, token: str, row_end: str) -> Made:
     """Flattened patches of square pictures: [images, patches, patch * patch * 3] (Fuyu)."""
     rows = [_patches(_pixels(picture, (side, side)), patch) for picture in _flat(pictures)]

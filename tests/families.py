@@ -104,6 +104,36 @@ _AUDIO_SIZES = {
 }
 _MUSE_OPTIONS = {"out_hidden_size": 192, "projector_hidden_size": 64, **_QWEN_TOKENS}
 _MUSE_VISION_SIZES = {**_VISION_SIZES, "pos_emb_height": 4, "pos_emb_width": 4, "max_position_embeddings": 16}
+# Attention whose keys and values are made of a narrower row, in which only some widths turn with the position.
+_LATENT_SIZES = {"q_lora_rank": 24, "kv_lora_rank": 20, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+_QWEN3_5_ATTENTION: dict[str, Any] = {
+    "head_dim": 16,
+    "layer_types": ["full_attention"] * 6,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+        "partial_rotary_factor": 0.5,
+    },
+}
+# Their own processors ask their video processors for options.
+_MINICPM_BY_HAND: dict[str, Any] = {
+    "by_hand": "counted",
+    "image_processor": "MiniCPMV4_6ImageProcessorPil",
+    "image_options": {
+        "shapes": "target_sizes",
+        "merge": 4,
+        "token": "<|image_pad|>",
+        "start": "<image>",
+        "end": "</image>",
+        "scale_resolution": 224,
+        "patch_size": 14,
+        "slice_mode": False,
+    },
+    "placeholder": "<|image_pad|>",
+    "visual": "<|image_pad|>",
+}
 _INTERLEAVED = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
 _INTERNVL_OPTIONS = {"image_token_id": "<IMG_CONTEXT>", "image_seq_length": 4, "downsample_ratio": 0.5}
 _INTERNVL_PROCESSING: dict[str, Any] = {
@@ -1607,22 +1637,8 @@ FURTHER: dict[str, Family] = {
             "image_token_id": "<|image_pad|>",
             "video_token_id": "<|video_pad|>",
         },
-        # Its own processor asks its video processor for options.
-        by_hand="counted",
-        image_processor="MiniCPMV4_6ImageProcessorPil",
-        image_options={
-            "shapes": "target_sizes",
-            "merge": 4,
-            "token": "<|image_pad|>",
-            "start": "<image>",
-            "end": "</image>",
-            "scale_resolution": 224,
-            "patch_size": 14,
-            "slice_mode": False,
-        },
+        **_MINICPM_BY_HAND,
         specials=("<|image_pad|>", "<image>", "</image>", "<|video_pad|>"),
-        placeholder="<|image_pad|>",
-        visual="<|image_pad|>",
     ),
     "glm46v": Family(
         config_class="Glm46VConfig",
@@ -2205,4 +2221,158 @@ def _like(name: str, config_class: str, **vision: Any) -> Family:
 FURTHER |= {
     "glmga": _like("glm46v", "GlmgaConfig"),
     "pp_chart2table": _like("got_ocr2", "PPChart2TableConfig", model_type="pp_chart2table_vision"),
+    "minicpmv4_7": Family(
+        config_class="MiniCPMV4_7Config",
+        config={
+            # Published layers are of two kinds; with those that have no cache that can be cut, it is "minicpmv4_6".
+            "text_config": {"model_type": "qwen3_5_text", **_TEXT_SIZES, **_QWEN3_5_ATTENTION},
+            "vision_config": {"model_type": "minicpmv4_7_vision", **_VISION_SIZES, "image_size": 224},
+            "insert_layer_id": 2,
+            "image_start_id": "<image>",
+            "image_end_id": "</image>",
+            "slice_start_id": "<slice>",
+            "slice_end_id": "</slice>",
+            "newline_id": 10,
+            **_QWEN_TOKENS,
+        },
+        **_MINICPM_BY_HAND,
+        marks={"mm_token_type_ids": ("<|image_pad|>",)},
+        specials=("<|image_pad|>", "<image>", "</image>", "<slice>", "</slice>", "<|video_pad|>"),
+    ),
+    "minicpm_ocr": Family(
+        config_class="MiniCPMOcrConfig",
+        config={
+            "text_config": {"model_type": "qwen3_5_text", **_TEXT_SIZES, **_QWEN3_5_ATTENTION},
+            "vision_config": {
+                "model_type": "minicpm_ocr_vision",
+                **_VISION_SIZES,
+                "image_size": 224,
+            },
+            "insert_layer_id": 2,
+            "downsample_mode": "16x",
+            **_QWEN_TOKENS,
+        },
+        **_MINICPM_BY_HAND,
+        specials=("<|image_pad|>", "<image>", "</image>", "<|video_pad|>"),
+    ),
+    "mistral4": dataclasses.replace(
+        FURTHER["mistral3"],
+        config={
+            **FURTHER["mistral3"].config,
+            "text_config": {
+                "model_type": "mistral4",
+                **_TEXT_SIZES,
+                "num_key_value_heads": 4,
+                **_LATENT_SIZES,
+                "n_shared_experts": 1,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 48,
+                "first_k_dense_replace": 1,
+            },
+        },
+    ),
+    "dots3_note": Family(
+        config_class="Dots3NoteConfig",
+        config={
+            # Published layers with indexed attention see the keys that they choose; these see all. They are few, as
+            # more of random weights would make rounding look like a difference.
+            "text_config": {
+                "model_type": "dots3_note_text",
+                **_TEXT_SIZES,
+                "num_hidden_layers": 4,
+                "num_key_value_heads": 4,
+                **_LATENT_SIZES,
+                "head_dim": 16,
+                "n_shared_experts": 1,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": 48,
+                "shared_experts_intermediate_size": 48,
+                "mlp_layer_types": ["dense"] + ["sparse"] * 3,
+                "use_dsa": False,
+                "layer_types": ["full_attention", "sliding_attention"] * 2,
+                "sliding_window": 24,
+                "swa_num_attention_heads": 2,
+                "swa_num_key_value_heads": 2,
+                "swa_q_lora_rank": 24,
+                "swa_kv_lora_rank": 16,
+                "swa_head_dim": 16,
+                "swa_qk_nope_head_dim": 8,
+                "swa_v_head_dim": 12,
+            },
+            "vision_config": {
+                "model_type": "dots3_note_vision_encoder",
+                "hidden_size": 48,
+                "intermediate_size": 80,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "patch_size": 14,
+                "moe_intermediate_size": 48,
+                "mlp_layer_types": ["dense", "dense", "sparse", "sparse"],
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "adapter_in_dim": 48,
+                "adapter_out_dim": 64,
+            },
+            "audio_config": {
+                "model_type": "dots3_note_audio_encoder",
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 16,
+                "feature_size": 16,
+                "downsample_hidden_size": 8,
+                "adapter_input_size": 16,
+                "adapter_out_dim": 64,
+            },
+            "audio_token_id": "<|audio|>",
+            **_QWEN_TOKENS,
+        },
+        **{**_QWEN_BY_HAND, "image_options": {**_QWEN_BY_HAND["image_options"], "temporal_patch_size": 1}},
+        specials=(*_QWEN_SPECIALS, "<|audio|>"),
+    ),
+    "unlimited_ocr": Family(
+        config_class="UnlimitedOcrConfig",
+        config={
+            # Published layers never forget the prompt, but see a window of the answer; these see all.
+            "text_config": {
+                "model_type": "unlimited_ocr_text",
+                **FURTHER["deepseek_ocr2"].config["text_config"],
+                "layer_types": ["full_attention"] * 6,
+            },
+            "vision_config": {
+                "model_type": "unlimited_ocr_vision",
+                "sam_config": {
+                    **FURTHER["deepseek_ocr2"].config["vision_config"]["sam_config"],
+                    "patch_size": 16,
+                    "image_size": 256,
+                },
+                "encoder_config": {**_VISION_SIZES, "hidden_size": 48, "image_size": 256, "patch_size": 64},
+            },
+            "image_token_id": "<image>",
+        },
+        # A row of 4 tokens ends in a newline, the picture in what tells views apart.
+        by_hand="whole",
+        image_options={"side": 256, "text": "<image>" * (4 * 5 + 1)},
+    ),
+    "nemotron_h_omni": Family(
+        config_class="NemotronH_Omni_Reasoning_V3_Config",
+        config={
+            "text_config": {"model_type": "nemotron_h", **_TEXT_SIZES},
+            "vision_config": {
+                "model_type": "radio",
+                **_VISION_SIZES,
+                "max_img_size": 112,
+                "video_temporal_patch_size": 2,
+            },
+            "vision_hidden_size": 48,
+            "projector_hidden_size": 64,
+            "image_token_id": "<image>",
+            "video_token_id": "<video>",
+        },
+        by_hand="patch_grids",
+        image_options={"patch": 14, "merge": 2, "longest": 112, "token": "<image>"},
+        specials=("<image>", "<video>"),
+    ),
 }

@@ -44,7 +44,8 @@ WHOLE = policy(step("language.2", "random", {"top": {"keep": "100%"}}))
 
 SLOW = pytest.mark.conformance
 # Values beside the embeddings; blocks and windows; a prefix; convolutions; vision paths that are not traced; a prefix
-# with windows; an encoder that goes image by image; compressed keys and values; experts.
+# with windows; an encoder that goes image by image; compressed keys and values; experts; patches of all images in one
+# strip; layers of unlike configurations, and experts in the encoder.
 PATHS = [
     ("qwen3_vl", TWO),
     ("gemma3", BLOCKS),
@@ -55,6 +56,8 @@ PATHS = [
     pytest.param("mistral3", TWO, marks=SLOW),
     pytest.param("kimi_k25", ONE, marks=SLOW),
     pytest.param("qwen3_vl_moe", TWO, marks=SLOW),
+    pytest.param("minicpmv4_7", TWO, marks=SLOW),
+    pytest.param("dots3_note", TWO, marks=SLOW),
 ]
 
 

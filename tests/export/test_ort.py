@@ -176,6 +176,27 @@ def test_an_operator_without_a_counterpart_is_refused_by_name(program):
         ort.convert(part, program, OPTIONS)
 
 
+class Stretched(torch.nn.Module):
+    """Multiplies numbers by what two sizes are to each other: one value of the graph, no constant."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ratio = x.shape[0] / y.shape[0]
+        return x * ratio, torch.arange(x.shape[0]) * ratio, x * 3.0
+
+
+@pytest.mark.parametrize(("long", "short"), [(7, 3), (5, 5), (2, 6)])
+def test_a_factor_may_be_computed_from_sizes(tmp_path, long, short):
+    sizes = {"x": (torch.randn(5, 2), {0: stand_in.AUTO}), "y": (torch.randn(3, 2), {0: stand_in.AUTO})}
+    part: Component = stand_in.component("odd", Stretched(), sizes, ("scaled", "counted", "constant"))
+    whole = Program(stand_in.program_layout(), {"odd": part})
+    base.target("ort").write(whole, tmp_path, OPTIONS)
+    run = base.target("ort").open(tmp_path, {"components": base.interface(whole)}, None, OPTIONS)
+    x, y = torch.randn(long, 2), torch.randn(short, 2)
+    got = run("odd", {"x": x, "y": y})
+    for name, value in zip(part.outputs, Stretched()(x, y), strict=True):
+        torch.testing.assert_close(got[name], value, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("opset", [22, 27])
 def test_an_opset_that_onnx_runtime_refuses_is_not_written(program, tmp_path, opset):
     with pytest.raises(ArgumentError, match="23 to 26"):

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import support
 import tvc
 from tvc.cli import build_app
+from tvc.verification import samples
 from tvc.verification.check import compare
 from tvc.verification.report import TOLERANCES, Comparison, Report
 
@@ -289,3 +290,17 @@ def test_a_component_takes_each_token_that_enters_for_one():
     compiled = tvc.compile(model, policy, inputs=support.inputs("llava", 2), verify=False)
     report = compare(compiled, model, support.inputs("llava", 2), steps=2)
     assert report.passed, report.text()
+
+
+def test_samples_whose_patches_stand_in_one_strip_are_joined_along_it():
+    """The untouched model says the same of both samples, padded, as of each by itself."""
+    model = support.build_model("minicpmv4_7")
+    apart = [support.inputs("minicpmv4_7", seed=seed) for seed in (1, 2)]
+    assert apart[0]["pixel_values"].shape != apart[1]["pixel_values"].shape
+    together = samples.joined(model, apart, pad=0)
+    assert together is not None
+    assert together["pixel_values"].shape[-1] == sum(one["pixel_values"].shape[-1] for one in apart)
+    with torch.no_grad():
+        got = model(**together).logits[:, -1]
+        want = torch.cat([model(**one).logits[:, -1] for one in apart])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4)

@@ -28,7 +28,7 @@ from tvc.errors import ModelError, TraceError
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as
 from tvc.trace.crossing import image_function
-from tvc.trace.exporters import prepare_vision_inputs
+from tvc.trace.exporters import any_experts, prepare_vision_inputs
 from tvc.trace.parts import PIXEL_NAMES, feature_owner, insists_on_pixels, keywords, language_paths, path_of
 
 
@@ -164,7 +164,12 @@ def find_boundary(model: torch.nn.Module, sample: Mapping[str, Any]) -> Boundary
     """Makes visual tokens once on the meta model and reads off what that called, in what order."""
     owner = feature_owner(model)
     function = image_function(owner)
-    with torch.no_grad(), attention_as(model, TRACED_ATTENTION), _observed(model, "meta") as calls:
+    with (
+        torch.no_grad(),
+        attention_as(model, TRACED_ATTENTION),
+        any_experts(model),
+        _observed(model, "meta") as calls,
+    ):
         function(**keywords(function, sample))
     paths = [call.path for call in calls]
     if not paths:

@@ -195,7 +195,7 @@ def read_layer(block: torch.nn.Module, config: PretrainedConfig | None = None, i
     attention = _attention(block)
     if attention is None:  # tokens are mixed by a short convolution, which costs next to nothing
         return Layer(linear_weights(block), 0, 0, 0)
-    near = getattr(attention, "config", None) or getattr(block, "config", None) or config
+    near = _at_layer(getattr(attention, "config", None) or getattr(block, "config", None) or config, index)
     heads = _first(attention, near, names=("num_heads", "num_attention_heads", "n_heads", "n_head"))
     width = _first(near, names=("hidden_size", "embed_dim", "d_model"))
     head_dim = _first(attention, near, names=("head_dim",)) or (width // heads if heads and width else None)
@@ -208,12 +208,24 @@ def read_layer(block: torch.nn.Module, config: PretrainedConfig | None = None, i
     return Layer(linear_weights(block), heads, kv_heads, head_dim, _window(attention, near, index))
 
 
+def _at_layer(config: Any, index: int) -> Any:
+    """What a configuration says of one layer, where it says something else of another."""
+    return config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else config
+
+
+def _nearest_config(tower: torch.nn.Module | None, stack: torch.nn.Module) -> Any:
+    """The configuration of the innermost module of an encoder that holds its blocks, and has one."""
+    holding = (part for part in tower.modules() if any(child is stack for child in part.modules())) if tower else ()
+    return next((found for part in [*holding][::-1] if (found := getattr(part, "config", None)) is not None), None)
+
+
 def _first(*owners: object, names: tuple[str, ...]) -> int | None:
     """The first of `names` that an owner, or an owner's configuration, holds as a number."""
     for owner in owners:
         for holder in (owner, getattr(owner, "config", None)):
+            several = getattr(holder, "per_layer_attributes", None) or ()  # no one number for all layers
             for name in names:
-                value = getattr(holder, name, None)
+                value = None if name in several else getattr(holder, name, None)
                 if isinstance(value, int) and not isinstance(value, bool):
                     return value
     return None
@@ -278,7 +290,7 @@ def cost_fields(model: torch.nn.Module) -> dict[str, Any]:
     after = ((name, assigned[name]) for name in names[start:] if id(assigned[name]) not in held)
     return {
         "language": tuple(read_layer(block, text_config, i) for i, block in enumerate(language)),
-        "vision": tuple(read_layer(block, image_config, i) for i, block in enumerate(vision)),
+        "vision": tuple(read_layer(block, _nearest_config(tower, vision), i) for i, block in enumerate(vision)),
         "patch_linear": _weights(before),
         "projector_linear": _weights(after) + _weights(_outside(model, tower, decoder, head)),
         "head_linear": head.weight.numel(),

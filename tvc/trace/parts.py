@@ -39,12 +39,17 @@ def cross_attentions(model: torch.nn.Module) -> list[torch.nn.Module]:
 def _no_features(model: torch.nn.Module) -> ModelError:
     """The refusal of a model without `get_image_features`."""
     name = type(model).__name__
+    videos = any(hasattr(part, "get_video_features") for part in (model, getattr(model, "base_model", model)))
     return ModelError(
         f"{name} does not say how its images become tokens of the decoder",
         where=name,
-        got="a model without get_image_features",
+        got="a model of videos alone, with get_video_features" if videos else "a model without get_image_features",
         want="a model whose get_image_features gives the visual tokens that its decoder reads",
-        fix="a model without visual tokens cannot be compiled",
+        fix=(
+            "a model that takes no images cannot be compiled; take one of its kind that takes images and videos"
+            if videos
+            else "a model without visual tokens cannot be compiled"
+        ),
         slug="no-visual-tokens",
     )
 

@@ -36,10 +36,14 @@ def default_size(model: torch.nn.Module) -> tuple[int, int]:
         return int(size[0]), int(size[1])
     if isinstance(size, int):
         return size, size
-    patch = getattr(vision, "patch_size", 14)
-    patch = (max(patch) if isinstance(patch, (list, tuple)) else patch) * getattr(vision, "spatial_merge_size", 1)
+    patch = _patch_size(model) * getattr(vision, "spatial_merge_size", 1)
     side = patch * max(4, 448 // patch)
     return side, side
+
+
+def _patch_size(model: torch.nn.Module) -> int:
+    patch = getattr(getattr(model.config, "vision_config", None), "patch_size", 14)
+    return int(max(patch) if isinstance(patch, (list, tuple)) else patch)
 
 
 def photo_like(height: int, width: int) -> Image.Image:
@@ -162,7 +166,7 @@ def with_text(
     return made
 
 
-def doubled(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def doubled(model: torch.nn.Module, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The user's own inputs twice over, so that no batch or image axis is 1 (a trace would make that a constant).
 
     Raises:
@@ -178,4 +182,14 @@ def doubled(inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
             fix="pass what the processor returns for a prompt with an image",
             slug="no-image",
         )
-    return {name: torch.cat([value, value]) for name, value in tensors.items()}
+    return {name: torch.cat([value, value], sample_axis(model, name, value)) for name, value in tensors.items()}
+
+
+def sample_axis(model: torch.nn.Module, name: str, value: torch.Tensor) -> int:
+    """The axis of the input `name` along which one sample follows another: the first, but for strips of patches.
+
+    Such a strip, [1, C, patch, n * patch], holds the patches of all images side by side; a picture is no patch high.
+    """
+    patch = _patch_size(model)
+    strip = value.dim() == 4 and value.shape[0] == 1 and value.shape[2] == patch < value.shape[3]
+    return -1 if strip and name in PIXEL_NAMES else 0

@@ -107,9 +107,8 @@ def _survey(
     _check_kind(meta)
     size = image_size or default_size(meta)
     fields = cost_fields(meta)
-    sample: dict[str, torch.Tensor] = (
-        (doubled(inputs) if double else dict(inputs)) if inputs is not None else pixel_inputs(meta, processor, size)
-    )
+    given = pixel_inputs(meta, processor, size) if inputs is None else inputs
+    sample = doubled(meta, given) if inputs is not None and double else dict(given)
     # Without weights everything is computed beside the model, on the CPU; what is borrowed stays where it is.
     device = torch.device("cpu") if borrowed is None else borrowed.device
     sample = {name: value.to(device) for name, value in sample.items()}
@@ -192,7 +191,7 @@ def _known_placeholders(meta: torch.nn.Module) -> tuple[int, ...]:
 
 
 # What positions and windows say. Other kinds (chunks, sparse selections) hide keys by rules of their own.
-_KINDS = {"full_attention", "sliding_attention", "conv", "linear_attention"}
+_KINDS = {"full_attention", "sliding_attention", "conv"}
 
 
 def _check_kind(meta: torch.nn.Module) -> None:
@@ -200,6 +199,8 @@ def _check_kind(meta: torch.nn.Module) -> None:
     if meta.config.is_encoder_decoder or meta.config.get_text_config().is_encoder_decoder:  # type: ignore[operator, union-attr]
         raise no_decoder(meta, "an encoder and a decoder of text, with cross-attention between them")
     kinds = set(getattr(meta.get_decoder().config, "layer_types", None) or ()) - _KINDS  # type: ignore[operator]
+    if "linear_attention" in kinds:
+        raise _keeps_nothing(type(meta).__name__, "layers of the kind linear_attention")
     if kinds:
         raise ModelError(
             "the decoder has layers of a kind that no cut is known for",
@@ -347,16 +348,20 @@ def _cached_shapes(decoder: torch.nn.Module, layers: Sequence[Any]) -> tuple[tup
             shapes.append(())
             continue
         if empty:
-            raise ModelError(
-                "a decoder layer keeps no keys and values",
-                where=type(decoder).__name__,
-                got=type(layer).__name__,
-                want="attention in every layer, or short convolutions",
-                fix="models with recurrent (linear attention, state-space) layers cannot be compiled",
-                slug="no-kv-layer",
-            )
+            raise _keeps_nothing(type(decoder).__name__, type(layer).__name__)
         shapes.append((layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]))
     return tuple(shapes)
+
+
+def _keeps_nothing(where: str, got: str) -> ModelError:
+    return ModelError(
+        "a decoder layer keeps no keys and values",
+        where=where,
+        got=got,
+        want="attention in every layer, or short convolutions",
+        fix="models with recurrent (linear attention, state-space) layers cannot be compiled",
+        slug="no-kv-layer",
+    )
 
 
 def _state(layer: Any) -> torch.Tensor | None:

@@ -95,7 +95,7 @@ class _Comparing:
     def _padded(self, sample: samples.Inputs) -> list[Comparison]:
         """Samples of three lengths in one batch, and each of them by itself."""
         several = [samples.lengthened(sample, more) for more in LENGTHS]
-        batch = samples.joined(several, pad=_pad_token(self.model))
+        batch = samples.joined(self.model, several, pad=_pad_token(self.model))
         if batch is None:
             return []
         rows, together = self._case("padded batch 3", batch)

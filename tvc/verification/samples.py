@@ -10,7 +10,7 @@ import torch
 from tvc.errors import ArgumentError
 from tvc.trace.crossing import image_function, reads_across
 from tvc.trace.parts import PIXEL_NAMES, VIDEO, decoder_weight, feature_owner, keywords
-from tvc.trace.sample import default_size, pixel_inputs, visual_token_ids, with_text
+from tvc.trace.sample import default_size, pixel_inputs, sample_axis, visual_token_ids, with_text
 from tvc.verification.encoder import feature_parts
 
 Inputs = dict[str, torch.Tensor]
@@ -131,8 +131,14 @@ def _split(
     return None
 
 
-def joined(samples: Sequence[Inputs], pad: int) -> Inputs | None:
-    """Samples of any length as one batch, padded on the left; None where their pixels do not fit together."""
+def joined(model: Any, samples: Sequence[Inputs], pad: int) -> Inputs | None:
+    """Samples of any length as one batch, padded on the left; None where their pixels do not fit together.
+
+    Args:
+        model: for the shape of its pixels.
+        samples: one sample each.
+        pad: the token that fills rows up.
+    """
     width = max(sample["input_ids"].shape[1] for sample in samples)
     made: Inputs = {}
     for name in samples[0]:
@@ -141,9 +147,10 @@ def joined(samples: Sequence[Inputs], pad: int) -> Inputs | None:
             fill = pad if name == "input_ids" else 0
             rest = (0, 0) * (parts[0].dim() - 2)
             parts = [torch.nn.functional.pad(part, (*rest, width - part.shape[1], 0), value=fill) for part in parts]
-        if any(part.shape[1:] != parts[0].shape[1:] for part in parts):
+        axis = sample_axis(model, name, parts[0])
+        if len({part.select(axis, 0).shape for part in parts}) > 1:
             return None
-        made[name] = torch.cat(parts)
+        made[name] = torch.cat(parts, axis)
     return made
 
 
