@@ -215,11 +215,11 @@ def published(draw: st.DrawFn, blocks: Mapping[str, int], name: str) -> Settings
     for name, value in parameters.items():
         if draw(st.integers(0, 3)):
             parameters[name] = draw(_like(value, blocks))
-    steps = [dict(step) for step in made["steps"]]
+    steps = [dict(step) for step in made.get("steps", ())]
     for step in steps:
         if draw(st.booleans()) and "{" not in step["at"]:
             step["at"] = draw(_sites(blocks, (step["at"].partition(".")[0],)))
-    return {**made, "steps": steps, "parameters": parameters}
+    return {**made, **({"steps": steps} if steps else {}), "parameters": parameters}
 
 
 def _preset(name: str) -> Settings:
