@@ -83,6 +83,15 @@ def test_what_does_not_fit_stays_and_says_why(fused: list[Any]) -> None:
     }
 
 
+@pytest.mark.conformance
+def test_chunks_of_frames_keep_their_masks(fused: list[Any]) -> None:
+    model, _ = build("llava")
+    policy = load_policy("video-xl-2", ["chunk=1", "previous=0", "best=1"])
+    compiled = tvc.compile(model, policy, inputs=inputs("llava", 2), verify=False)
+    assert {change.why for change in fused} == {"visual tokens see those of some chunks alone"}
+    assert tvc.verify(compiled, model, inputs("llava", 2, images=4), steps=3).passed
+
+
 def test_rows_of_a_chunk_on_top_of_a_past_see_the_past() -> None:
     """A later turn: fewer queries than keys, both padded."""
     torch.manual_seed(0)
