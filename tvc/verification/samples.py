@@ -148,7 +148,7 @@ def joined(model: Any, samples: Sequence[Inputs], pad: int) -> Inputs | None:
             rest = (0, 0) * (parts[0].dim() - 2)
             parts = [torch.nn.functional.pad(part, (*rest, width - part.shape[1], 0), value=fill) for part in parts]
         axis = sample_axis(model, name, parts[0])
-        if len({part.select(axis, 0).shape for part in parts}) > 1:
+        if len({part.shape[:-1] if axis else part.shape[1:] for part in parts}) > 1:
             return None
         made[name] = torch.cat(parts, axis)
     return made
