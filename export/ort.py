@@ -103,6 +103,7 @@ def convert(component: Component, program: Program, options: Options) -> tuple[i
     except (torch.onnx.errors.OnnxExporterError, torch.onnx.OnnxExporterError) as error:
         raise _refused(component.name, error) from error
     model = made.model
+    ort_graph.widen_rotation_tables(model)
     counts["residual_norm"] = ort_graph.join_residual_norms(model)
     ort_graph.name_sizes(model, sizes(component, program))
     ort_graph.forget_origin(model)

@@ -104,6 +104,25 @@ def join_residual_norms(model: ir.Model) -> int:
     return count
 
 
+def widen_rotation_tables(model: ir.Model) -> None:
+    """Rotations by tables of one row get that row once a sample: the optimizer that makes such nodes forgets to.
+
+    Tables of that optimizer may be of unknown shape.
+    """
+    for rotation in [node for node in model.graph if node.op_type == "RotaryEmbedding"]:
+        x = rotation.inputs[0]
+        for place, table in enumerate(rotation.inputs[1:3], 1):
+            if x is None or table is None or (table.shape is not None and table.shape[0] != 1):
+                continue
+            axis = ir.node("Constant", [], {"value_ints": [1, 1]})
+            batch = ir.node("Shape", [x], {"start": 0, "end": 1})
+            shape = ir.node("Concat", [batch.outputs[0], axis.outputs[0]], {"axis": 0})
+            wide = ir.node("Expand", [table, shape.outputs[0]])
+            wide.outputs[0].dtype = x.dtype
+            model.graph.insert_before(rotation, [axis, batch, shape, wide])
+            rotation.replace_input_with(place, wide.outputs[0])
+
+
 def name_sizes(model: ir.Model, sizes: Mapping[str, Mapping[int, str]]) -> None:
     """Gives the symbolic sizes of a graph names that mean something.
 

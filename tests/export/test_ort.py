@@ -197,6 +197,27 @@ def test_a_factor_may_be_computed_from_sizes(tmp_path, long, short):
         torch.testing.assert_close(got[name], value, rtol=0, atol=1e-6)
 
 
+class Turned(torch.nn.Module):
+    """All samples turn by the same table, which has one row."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        angles = torch.arange(x.shape[2]).float()[None, :, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])
+        angles = torch.cat([angles, angles], -1)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return (x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin,)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_one_table_turns_every_sample(tmp_path, batch):
+    sizes = {"x": (torch.randn(2, 4, 5, 8), {0: stand_in.AUTO, 2: stand_in.AUTO})}
+    part: Component = stand_in.component("odd", Turned(), sizes, ("turned",))
+    whole = Program(stand_in.program_layout(), {"odd": part})
+    base.target("ort").write(whole, tmp_path, OPTIONS)
+    run = base.target("ort").open(tmp_path, {"components": base.interface(whole)}, None, OPTIONS)
+    x = torch.randn(batch, 4, 6, 8)
+    torch.testing.assert_close(run("odd", {"x": x})["turned"], Turned()(x)[0], rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("opset", [22, 27])
 def test_an_opset_that_onnx_runtime_refuses_is_not_written(program, tmp_path, opset):
     with pytest.raises(ArgumentError, match="23 to 26"):
