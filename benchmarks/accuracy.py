@@ -37,7 +37,10 @@ def fitted(*names: str) -> tuple[str, ...]:
 # FastV by the fourth layer: the bundled model's six layers find later than the preset cuts what a question asks about.
 FITTED = fitted("fastv-4", "aim-6", "covipal-trained", "sparsevlm-6", "transprune-6")
 # What no budget can be set of: it asks by itself how much leaves, cuts nothing, or thins the frames of a video.
-UNBUDGETED = ("dycoke", "evs", "framefusion", "stc", "todre-exit", "v2pe", *fitted("dyvte-trained", "mustdrop-6"))
+UNBUDGETED = (
+    *("dycoke", "evs", "framefusion", "stc", "todre-exit", "v2pe", "video-xl-2", "visual-context-window"),
+    *fitted("dyvte-trained", "mustdrop-6"),
+)
 # Name of the results, presets, and how to ask: all budgets in torch; what has none, as it is; and in both runtimes one
 # budget of a policy that acts inside the decoder, one that acts before it, and the baselines. The conformance tests
 # verify what runs.

@@ -330,7 +330,10 @@ def test_inputs_that_contradict_each_other(fastv, slug, way):
         raised(InputError, slug, fastv.compiled.generate, **wrong, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "smolvlm", "llava_onevision"])
+SLOW = (pytest.param(name, marks=pytest.mark.conformance) for name in ("smolvlm", "llava_onevision"))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", *SLOW])
 def test_placeholders_are_counted_in_every_family(artifacts, family):
     compiled = artifacts(family, "random", settings=("at=language.2", "keep=50%")).compiled
     given = support.inputs(family)

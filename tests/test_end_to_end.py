@@ -269,7 +269,7 @@ def test_images_of_another_size_than_traced(reduced):
     assert len(counts) > 1
 
 
-@pytest.mark.parametrize("preset", ["fastv", "pyramiddrop"])
+@pytest.mark.parametrize("preset", [pytest.param("fastv", marks=pytest.mark.conformance), "pyramiddrop"])
 def test_the_cache_is_as_long_as_the_plan_says(artifacts, preset):
     made, inputs = artifacts("llava", preset), support.inputs("llava")
     text = int((~support.visual_mask("llava", inputs["input_ids"])).sum())

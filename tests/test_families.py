@@ -51,7 +51,7 @@ PATHS = [
     ("gemma3", BLOCKS),
     ("paligemma", ONE),
     ("lfm2_vl", CONVOLUTIONS),
-    ("idefics2", TWO),
+    pytest.param("idefics2", TWO, marks=SLOW),
     pytest.param("paligemma2", ONE, marks=SLOW),
     pytest.param("mistral3", TWO, marks=SLOW),
     pytest.param("kimi_k25", ONE, marks=SLOW),

@@ -19,7 +19,8 @@ from tvc.trace.survey import survey
 from tvc.verification import samples
 
 video_tokens, with_kinds = support.by_hand.video_tokens, support.by_hand.with_kinds
-FAMILIES = ("qwen2_vl", "qwen2_5_vl")
+SLOW = pytest.mark.conformance
+FAMILIES = (pytest.param("qwen2_vl", marks=SLOW), "qwen2_5_vl")
 HALF = {
     "version": 1,
     "name": "half",
@@ -141,9 +142,6 @@ def test_image_and_video_of_one_prompt(half: Any, family: str, image_first: bool
             own = inputs["input_ids"][row] == token
             assert sum(bool(own[place]) for place in chosen) == int(own.sum()) // 2
     assert tvc.verify(compiled, model, inputs, steps=3).passed
-
-
-SLOW = pytest.mark.conformance
 
 
 @pytest.mark.parametrize(

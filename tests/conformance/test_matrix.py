@@ -8,7 +8,10 @@ import pytest
 import support
 from tvc.policy import presets
 
-CROSS_SECTION = (("llava", "visionzip", ("ort",)), ("smolvlm", "pyramiddrop", ("torchscript",)))
+CROSS_SECTION = (
+    ("llava", "visionzip", ("ort",)),
+    pytest.param("smolvlm", "pyramiddrop", ("torchscript",), marks=pytest.mark.conformance),
+)
 
 
 def _check(family: str, preset: str, targets: tuple[str, ...]) -> None:
