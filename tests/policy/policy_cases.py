@@ -212,6 +212,10 @@ RESOLVING: dict[str, tuple[str, Layout]] = {
         policy(step("language.2", "exit: {when: always}"), head="version: 1\nreselect: {at: language.4, keep: 30%}"),
         layout(),
     ),
+    "reselect-beside-pooled-caches": (
+        "version: 1\nreselect: {at: language.3, keep: 30%}\ncache: {pool: {tokens: 4}}",
+        layout(),
+    ),
     "reselect-where-nothing-is-in-the-sequence": (
         "version: 1\nreselect: {at: language.3, keep: 30%}",
         layout(refused={"language.3": "the text reads the image by cross-attention"}),

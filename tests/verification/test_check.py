@@ -56,7 +56,7 @@ PASSING = (
     ("llava", "fastv", ()),
     ("llava", MIXED, ()),
     ("qwen2_5_vl", "pyramiddrop", ()),
-    ("qwen2_5_vl", "random", AT_TWO),
+    pytest.param("qwen2_5_vl", "random", AT_TWO, marks=pytest.mark.conformance),
 )
 
 

@@ -161,9 +161,14 @@ def _survey(
         reason = "the encoder takes images of several sizes one by one"
     layout = _layout(meta, fields, first, shape, identity, lengths, size, untraced or reason)
     layout = _with_shared_caches(layout, caches, getattr(meta.get_decoder().config, "layer_types", None))
-    layout = dataclasses.replace(layout, untraced=untraced, resampled=resampled, whole_positions=use.whole(axes))
-    layout = dataclasses.replace(layout, spatial=tells_grid(call.position_ids, visual))
-    layout = dataclasses.replace(layout, fixed_frequencies=fixed(meta.get_decoder()))
+    layout = dataclasses.replace(
+        layout,
+        untraced=untraced,
+        resampled=resampled,
+        whole_positions=use.whole(axes),
+        spatial=tells_grid(call.position_ids, visual),
+        fixed_frequencies=fixed(meta.get_decoder()),
+    )
     real = call.position_ids is not None and call.position_ids.is_floating_point()
     found = (caches, axes, tokens, spans, extras, structure(beside(call.extra, crossing)), crossing, real)
     return Survey(layout, host, sample, *found)
