@@ -59,16 +59,17 @@ def reselect(
     alike: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(chosen [B, N] bool, seen [B, N] float32): what this step attends to, and what it paid attention to."""
-    past, single = before.shape[1], single.unsqueeze(1)
+    keys, single = visual.shape[1], single.unsqueeze(1)
     attention = torch.where(torch.isnan(attention), 0.0, attention.float())
     seen = torch.where(visual & single, attention, 0.0)
-    fresh = torch.zeros_like(seen[:, past:])
-    other = torch.cat([before.float(), fresh], 1)
+    # Padded to N: of a slice behind P, a trace could not tell that the chunk's number of keys is left, where a step
+    # decides it at run time.
+    other = torch.nn.functional.pad(before.float(), (0, keys - before.shape[1]))
     number = visual.sum(1, keepdim=True)
     budget = number.clamp(max=count) if count > 0 else number * permille // 1000
     # What is not visual comes last, whatever attention it gets.
     order = torch.sort(torch.where(visual, attention, -1.0), dim=1, descending=True, stable=True).indices
-    index = torch.arange(visual.shape[1], device=visual.device).expand(visual.shape[0], -1)
+    index = torch.arange(keys, device=visual.device).expand(visual.shape[0], -1)
     place = torch.zeros_like(order).scatter(1, order, index)
     chosen = ~visual | (place < budget)
     if alike > 0:
@@ -76,7 +77,8 @@ def reselect(
         cosine = (seen * other).sum(1, keepdim=True) / sizes.clamp(min=1e-30)
         same = torch.ones_like(visual)
         if chosen_before is not None:
-            same = torch.cat([chosen_before, torch.ones_like(visual[:, past:])], 1)
+            fresh = (0, keys - chosen_before.shape[1])
+            same = torch.nn.functional.pad(chosen_before.to(torch.int64), fresh, value=1) > 0
         # By logic: ONNX Runtime has no `where` of booleans.
         near = cosine >= alike
         chosen = (near & same) | (~near & chosen)

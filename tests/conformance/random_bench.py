@@ -181,10 +181,10 @@ class Bench:
 
     def _right(self, compiled: Any, tensors: dict[str, torch.Tensor]) -> Outcome:
         """Where the padding stands makes no difference."""
-        answer = compiled(**random_inputs.padded_right(tensors))
-        behind = (~tensors["attention_mask"].bool()).sum(1, keepdim=True)  # how far each sample moved
+        moved, order = random_inputs.padded_right(tensors)
+        answer = compiled(**moved)
         kept = {
-            site: torch.where(row < 0, -1, row + behind) if site.startswith("language.") else row
+            site: torch.where(row < 0, -1, order.gather(1, row.clamp(min=0))) if site.startswith("language.") else row
             for site, row in answer.kept.items()
         }
         nothing = tensors["input_ids"][:, :0]

@@ -105,11 +105,17 @@ class Inputs:
         return support.by_hand.with_kinds(model, rows, {**beside, **extra})
 
 
-def padded_right(tensors: Tensors) -> Tensors:
-    """The same samples with their padding behind them."""
+def padded_right(tensors: Tensors) -> tuple[Tensors, torch.Tensor]:
+    """The same samples with their padding behind them, and for each column [B, S] the one that it was before."""
     mask = tensors["attention_mask"]
     order = torch.argsort(mask, dim=1, descending=True, stable=True)
-    return {name: value.gather(1, order) if value.shape == mask.shape else value for name, value in tensors.items()}
+
+    def moved(value: torch.Tensor) -> torch.Tensor:
+        if value.shape[:2] != mask.shape:
+            return value
+        return value.gather(1, order.reshape(*order.shape, *[1] * (value.dim() - 2)).expand(value.shape))
+
+    return {name: moved(value) for name, value in tensors.items()}, order
 
 
 @st.composite
