@@ -5,11 +5,12 @@ A new one is one `Family` record in `families.py`. Everything is deterministic i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -212,6 +213,23 @@ def photo(index: int, size: tuple[int, int] | None = None) -> Image.Image:
 def visual_mask(family: str, input_ids: torch.Tensor) -> torch.Tensor:
     """[B, S] bool: the slots that hold an image placeholder."""
     return input_ids == tokenizer(family).convert_tokens_to_ids(family_record(family).visual)
+
+
+@contextlib.contextmanager
+def masked(model: Any, masks: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Every decoder layer under a mask of its own, [B, S, S] bool."""
+
+    def under(mask: torch.Tensor) -> Any:
+        def narrow(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+            logits = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+            return args, {**kwargs, "attention_mask": logits[:, None]}
+
+        return narrow
+
+    with contextlib.ExitStack() as stack:
+        for layer, mask in zip(model.get_decoder().layers, masks, strict=True):
+            stack.callback(layer.register_forward_pre_hook(under(mask), with_kwargs=True).remove)
+        yield
 
 
 def randomize(model: Any, seed: int) -> None:

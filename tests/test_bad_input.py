@@ -23,6 +23,7 @@ import tvc
 from tvc.cli import build_app
 from tvc.errors import ArgumentError, ArtifactError, InputError, ModelError, PolicyError, SiteError, TvcError
 
+SLOW = (pytest.param(name, marks=pytest.mark.conformance) for name in ("smolvlm", "llava_onevision"))
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "errors"
 LINES = re.compile(r"error\[TVC\d{3}] [a-z0-9-]+: \S.*\n  where: \S.*\n  got:   \S.*\n  want:  \S.*\n  fix:   \S.*\n")
 
@@ -328,9 +329,6 @@ def test_inputs_that_contradict_each_other(fastv, slug, way):
         golden(slug, text)
     else:
         raised(InputError, slug, fastv.compiled.generate, **wrong, max_new_tokens=2)
-
-
-SLOW = (pytest.param(name, marks=pytest.mark.conformance) for name in ("smolvlm", "llava_onevision"))
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", *SLOW])

@@ -38,20 +38,8 @@ def far(visual: torch.Tensor) -> torch.Tensor:
 
 def under_masks(model: Any, inputs: dict[str, torch.Tensor], masks: list[torch.Tensor]) -> torch.Tensor:
     """[B, S, vocabulary] of the untouched model with each layer under a mask of its own, [B, S, S] bool."""
-    handles = []
-    for layer, mask in zip(model.get_decoder().layers, masks, strict=True):
-        added = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))[:, None]
-
-        def narrowed(_module: Any, args: Any, kwargs: Any, added: torch.Tensor = added) -> Any:
-            return args, {**kwargs, "attention_mask": added}
-
-        handles.append(layer.register_forward_pre_hook(narrowed, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            return model(**inputs).logits
-    finally:
-        for handle in handles:
-            handle.remove()
+    with torch.no_grad(), support.masked(model, masks):
+        return model(**inputs).logits
 
 
 def seen_by_all(mask: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -43,23 +42,6 @@ def made() -> Made:
     return Made()
 
 
-@contextlib.contextmanager
-def masked(model: Any, masks: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Every decoder layer under a mask of its own, [B, S, S] bool."""
-
-    def under(mask: torch.Tensor) -> Any:
-        def narrow(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            logits = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
-            return args, {**kwargs, "attention_mask": logits[:, None]}
-
-        return narrow
-
-    with contextlib.ExitStack() as stack:
-        for layer, mask in zip(model.get_decoder().layers, masks, strict=True):
-            stack.callback(layer.register_forward_pre_hook(under(mask), with_kwargs=True).remove)
-        yield
-
-
 def untouched(model: Any, inputs: Inputs, parts: Sequence[tuple[int, dict[str, torch.Tensor]]]) -> torch.Tensor:
     """[B, S, vocabulary] of the untouched model.
 
@@ -85,7 +67,7 @@ def untouched(model: Any, inputs: Inputs, parts: Sequence[tuple[int, dict[str, t
                 mask &= ~gone | torch.eye(size, dtype=torch.bool)
             before = before & stays[:, :-1]
         start += length
-    with torch.no_grad(), masked(model, masks):
+    with torch.no_grad(), support.masked(model, masks):
         return model(**inputs).logits
 
 

@@ -4,9 +4,8 @@ written out here.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -43,23 +42,6 @@ def made(request: pytest.FixtureRequest) -> Made:
     return Made(request.param)
 
 
-@contextlib.contextmanager
-def masked(model: Any, masks: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Every decoder layer under a mask of its own, [B, S, S] bool."""
-
-    def under(mask: torch.Tensor) -> Any:
-        def narrow(_module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            logits = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
-            return args, {**kwargs, "attention_mask": logits[:, None]}
-
-        return narrow
-
-    with contextlib.ExitStack() as stack:
-        for layer, mask in zip(model.get_decoder().layers, masks, strict=True):
-            stack.callback(layer.register_forward_pre_hook(under(mask), with_kwargs=True).remove)
-        yield
-
-
 def untouched(made: Made, inputs: Inputs, parts: Sequence[tuple[int, torch.Tensor]]) -> tuple[torch.Tensor, list[bool]]:
     """([B, S, vocabulary] of the untouched model, and of every step behind another whether the two are alike).
 
@@ -81,7 +63,10 @@ def untouched(made: Made, inputs: Inputs, parts: Sequence[tuple[int, torch.Tenso
             for mask in masks[CUT:]:
                 mask[row] &= ~dropped | itself
         start += length
-    with torch.no_grad(), masked(made.plain, masks):  # rows of this layer do not hang on what later layers attend to
+    with (
+        torch.no_grad(),
+        support.masked(made.plain, masks),
+    ):  # rows of this layer do not hang on what later layers attend to
         paid = made.plain(**inputs, output_attentions=True).attentions[FIRST - 1].mean(1)
     alike = []
     for row in range(len(valid)):
@@ -104,7 +89,7 @@ def untouched(made: Made, inputs: Inputs, parts: Sequence[tuple[int, torch.Tenso
             for mask in masks[FIRST:]:
                 mask[row, start - 1, [column for column in there if column not in chosen]] = False
             before = now
-    with torch.no_grad(), masked(made.plain, masks):
+    with torch.no_grad(), support.masked(made.plain, masks):
         return made.plain(**inputs).logits, alike
 
 
