@@ -91,7 +91,7 @@ def native(model: Any, inputs: Tensors, target: str, folder: Path, threads: int)
     surveyed = survey(source.meta, None, inputs)
     program = compiler.trace(model, surveyed, None, _silent)
     program.components = {"decoder": program.components["decoder"]}
-    program.facts |= {"retraced"}  # nothing was inserted, so that the first trace stands
+    program.facts |= {"cuts-rebound"}  # nothing was inserted
     lowered = compiler.lower(program, target, _silent)
     again = None
     if target != "torch":

@@ -1,4 +1,7 @@
-"""Retrace: a draft becomes an exported program again, with fresh shapes, guards and ranges."""
+"""Retrace: a draft becomes an exported program again, with fresh shapes, guards and ranges.
+
+Tracing is what compiling a model takes longest over: a draft is exported once, as late as what comes next allows.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ AUTO = torch.export.Dim.AUTO
 
 
 class Retrace(Pass):
-    """Exports every draft; what comes out is what targets lower."""
+    """Exports every draft, for passes that need the shapes behind a cut."""
 
+    needs = frozenset({"cuts-rebound"})
     gives = frozenset({"retraced"})
     may_be_idle = True
 
@@ -24,11 +28,16 @@ class Retrace(Pass):
         for component in program.components.values():
             if component.draft is None:
                 continue
-            if component.name == "decoder":
-                _decoder_sample(component, program)
-            export_draft(component)
+            retrace(component, program)
             changes.append(Change(component.name, component.name, "exported again", "shapes changed"))
         return changes
+
+
+def retrace(component: Component, program: Program) -> None:
+    """Exports the component's draft, on a sample that fits what the passes made of it."""
+    if component.name == "decoder":
+        _decoder_sample(component, program)
+    export_draft(component)
 
 
 def _decoder_sample(component: Component, program: Program) -> None:

@@ -11,6 +11,7 @@ import torch
 import support
 import tvc
 from tvc.api import Prepared
+from tvc.passes.retrace import Retrace
 from tvc.report.cost import one_image
 from tvc.report.schedule import make_plan
 from tvc.trace.load import load
@@ -168,7 +169,7 @@ def test_a_policy_that_evicts_nothing_has_the_graph_it_had(made: Made) -> None:
     """Names of nodes apart, the two differ by what is evicted alone."""
 
     def targets(policy: dict[str, Any]) -> list[str]:
-        program, _ = made.prepared.reduce(tvc.load_policy(policy))
+        program = Retrace()(made.prepared.reduce(tvc.load_policy(policy))[0])
         return [str(node.target) for node in program.components["decoder"].exported.graph.nodes]
 
     plain = {"version": 1, "steps": [step(2, "50%")]}

@@ -62,23 +62,18 @@ def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, prog
 
 
 def reduce(program: Program, policy: ResolvedPolicy, progress: Progress = print) -> Program:
-    """The program with the policy's reductions in it; ops are still whole."""
-    return run(program, [*reductions(policy), Retrace()], progress)
-
-
-def reductions(policy: ResolvedPolicy) -> list[Pass]:
-    """The passes that put the policy into drafts of the graphs."""
+    """The program with the policy's reductions in drafts of its graphs; ops are still whole."""
     chunks: list[Pass] = [] if policy.attention is None else [ChunkAttention(policy.attention)]
     pools: list[Pass] = [] if policy.cache is None else [PoolCaches(policy.cache)]
     decoding: list[Pass] = [] if policy.reselect is None else [ReselectKeys(policy.reselect)]
-    return [*chunks, InsertReductions(policy), RebindCuts(), *pools, *decoding]
+    return run(program, [*chunks, InsertReductions(policy), RebindCuts(), *pools, *decoding], progress)
 
 
 def lower(program: Program, target: str, progress: Progress = print) -> Program:
     """The program in the operators that `target` takes."""
     device = program.components["decoder"].meta["shape"].device
     keep = kept(target, device)
-    fusions: list[Pass] = [FuseAttention()] if "attend" in keep else []
+    fusions: list[Pass] = [Retrace(), FuseAttention()] if "attend" in keep else []
     return run(program, [*fusions, LowerOps(keep)], progress)
 
 

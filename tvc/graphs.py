@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import re
 from collections.abc import Iterable
@@ -55,6 +56,11 @@ def open_draft(component: Component) -> fx.GraphModule:
     draft.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
     draft.delete_all_unused_submodules()
     return draft
+
+
+def fork(draft: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph over the same weights."""
+    return fx.GraphModule(draft, copy.deepcopy(draft.graph))
 
 
 def _attach(root: torch.nn.Module, exported: torch.export.ExportedProgram, spec: Any) -> str:

@@ -143,12 +143,7 @@ class Bench:
 
     def _draft(self, policy: Any) -> Any:
         """The compiled model in this process, its graphs neither exported again nor lowered."""
-
-        def reduce(program: Any, resolved: Any, progress: Any) -> Any:
-            return compiler.run(program, compiler.reductions(resolved), progress)
-
         with (
-            mock.patch.object(compiler, "reduce", reduce),
             mock.patch.object(compiler, "lower", lambda program, *_: program),
             mock.patch.object(compiler, "GraphRunner", _Drafts),
         ):

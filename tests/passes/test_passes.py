@@ -49,7 +49,7 @@ def reduced(inserted: Program) -> Program:
 def test_a_pass_out_of_order_is_refused(traced: Callable[[str], Any]) -> None:
     with pytest.raises(PassError, match="reductions-inserted"):
         RebindCuts()(traced("llava").program)
-    with pytest.raises(PassError, match="retraced"):
+    with pytest.raises(PassError, match="cuts-rebound"):
         LowerOps()(traced("llava").program)
 
 
