@@ -42,6 +42,7 @@ from tvc.kernels.select_chunks import Chunks
 from tvc.kernels.select_coverage import Coverage
 from tvc.kernels.select_density import Density
 from tvc.kernels.select_either import Either
+from tvc.kernels.select_every import Every
 from tvc.kernels.select_frames import FrameSelect
 from tvc.kernels.select_log_det import LogDet
 from tvc.kernels.select_max_min import MaxMin
@@ -422,6 +423,7 @@ class MoreGraph(OneGraph):
         parts = rest.apply(at.feature, at.size, chosen, None, scope, frames)
         for name, part in zip(("index", "feature", "size"), parts, strict=True):
             out[f"anchor_frames.{name}"] = part
+        out["select.every"] = Every(frames=2).apply(None, scope, frames)
         spent = {"frames": frames, "spent": (at.counts, at.counts * 2)}
         parts = FrameWindows(group=2, near=1, far=2, columns=2).apply(at.feature, at.size, scope, frames)
         for name, part in zip(("index", "feature", "size"), parts, strict=True):

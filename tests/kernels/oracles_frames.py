@@ -110,6 +110,15 @@ def frames_keep(
     return [[-1] * (width - len(row)) + row for row in rows]
 
 
+def every_keep(segment: Any, counts: Any, frame: Any, step: int) -> list[Row]:
+    rows = [
+        [token for frames in _videos(videos, numbers).values() for one in frames[::step] for token in one]
+        for videos, numbers in zip(segment, frame, strict=True)
+    ]
+    width = max(map(len, rows))
+    return [[-1] * (width - len(row)) + sorted(row) for row in rows]
+
+
 def frame_windows(
     feature: Any,
     size: Any,
@@ -147,3 +156,4 @@ def frame_windows(
 
 ORACLES["frame_windows"] = frame_windows
 ORACLES |= {"change_score": change_score, "novelty_score": novelty_score, "frames_keep": frames_keep}
+ORACLES["every_keep"] = every_keep
