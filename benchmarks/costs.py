@@ -7,6 +7,7 @@ The claims are data in `claims.yaml`; the table is written to `benchmarks/result
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -18,20 +19,31 @@ import transformers
 import yaml
 
 import tvc
+from tvc.api import layout_of
+from tvc.program import Layout
+from tvc.report.cost import one_image
 from tvc.report.plan import Plan
+from tvc.report.schedule import plan_policy
 from tvc.report.timing import environment
 
 HERE = pathlib.Path(__file__).parent
 TEXT_TOKENS = 64
 
 
-def llava(vision: dict[str, Any], text: dict[str, Any]) -> torch.nn.Module:
-    """LLaVA's architecture in these sizes, without weights."""
+def llava(vision: dict[str, Any], text: dict[str, Any], images: tuple[int, ...] = (), tiles: int = 1) -> Layout:
+    """LLaVA's architecture in these sizes, without weights.
+
+    Args:
+        images: visual tokens of each image, or of a video; default: those of one image of one tile.
+        tiles: how many pictures the encoder is given.
+    """
     strategy = "default" if vision["model_type"].startswith("clip") else "full"  # without the CLS token, or all
     parts = {"vision_config": vision, "text_config": {"model_type": "llama", **text}}
     config = transformers.LlavaConfig(**parts, vision_feature_select_strategy=strategy)
     with torch.device("meta"):
-        return transformers.LlavaForConditionalGeneration(config)
+        model = transformers.LlavaForConditionalGeneration(config)
+    layout = one_image(layout_of(model))
+    return dataclasses.replace(layout, visual_tokens=images, tiles=tiles) if images else layout
 
 
 CLIP_L = {
@@ -63,13 +75,27 @@ SIGLIP_768 = {
     "patch_size": 14,
     "vision_use_head": False,
 }
+# Features of a frame are pooled from 27 x 27 to 14 x 14.
+SIGLIP_384 = {**SIGLIP_768, "image_size": 384}
 LLAMA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40}
-MODELS: dict[str, Callable[[], torch.nn.Module]] = {
+QWEN2_7B = {
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+}
+MODELS: dict[str, Callable[[], Layout]] = {
     "llava-1.5-7b": lambda: llava(CLIP_L, LLAMA_7B),
     "llava-1.5-13b": lambda: llava(CLIP_L, LLAMA_13B),
     "clip-bigg-378": lambda: llava(CLIP_BIGG, LLAMA_7B),
     "siglip-768-decoder": lambda: llava(SIGLIP_768, LLAMA_7B),
+    "llava-next-7b": lambda: llava(CLIP_L, LLAMA_7B, (2880,), 5),
+    "llava-ov-7b, 32 frames": lambda: llava(SIGLIP_384, QWEN2_7B, (196,) * 32, 32),
+    "llava-ov-7b, a video": lambda: llava(SIGLIP_384, QWEN2_7B, (6272,), 32),  # of 32 frames
 }
 QUANTITIES: dict[str, Callable[[Plan], float]] = {
     "average": lambda plan: plan.average_visual_tokens,
@@ -82,14 +108,14 @@ COLUMNS = ("preset", "settings", "model", "quantity", "published", "plan", "sour
 
 
 @functools.cache
-def _model(name: str) -> torch.nn.Module:
+def _model(name: str) -> Layout:
     return MODELS[name]()
 
 
 def compared(claim: dict[str, Any]) -> dict[str, Any]:
     """The claim with `plan`, the figure that `tvc.plan` gives for it."""
     policy = tvc.load_policy(claim["preset"]).with_settings(claim["settings"])
-    plan = tvc.plan(_model(claim["model"]), policy, text_tokens=TEXT_TOKENS)
+    plan = plan_policy(policy, _model(claim["model"]), text_tokens=TEXT_TOKENS)
     return {**claim, "plan": round(QUANTITIES[claim["quantity"]](plan), 4)}
 
 

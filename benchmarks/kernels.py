@@ -221,7 +221,8 @@ def merges(at: Tokens) -> Made:
         # Rows of windows that are copies and rows of windows that are not, in turn.
         feature = at.feature()
         alike = torch.where((at.place // 72 % 2 == 0)[:, None], feature[:, :1], feature)
-        return at.case("window_merge", "3 x 3", alike, at.size, *at.scope, 24, 3, 0.5)
+        rows = torch.full_like(at.scope[0], 24)
+        return at.case("window_merge", "3 x 3", alike, at.size, *at.scope, rows, 3, 0.5)
 
     yield "merge_nearest", lambda: nearest("stride", "stride", 10, 10, "target_mean")
     yield "merge_nearest", lambda: nearest("kept", "kept", 0, 0, "mean")

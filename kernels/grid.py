@@ -1,13 +1,16 @@
-"""Plain functions over the grids of pictures: which token stands to the right of each visual token, and which below.
+"""What is beside what in a picture: the token to the right of each visual token, the one below, and how long rows are.
 
-Both answers are `(right, below)`, each [B, V] int64: a place along V, -1 where the picture (or the frame) ends and for
+Neighbours are `(right, below)`, each [B, V] int64: a place along V, -1 where the picture (or the frame) ends and for
 pads. Where every token is still there, tokens follow each other row by row.
 """
 
 from __future__ import annotations
 
 import torch
+from pydantic import Field
 
+from tvc.errors import PolicyError
+from tvc.kernels.op import Primitive, Scope, Tap
 from tvc.kernels.segments import per_token, ranks
 
 Neighbours = tuple[torch.Tensor, torch.Tensor]
@@ -19,22 +22,35 @@ def neighbours_by_position(positions: torch.Tensor, segment: torch.Tensor) -> Ne
     A token's right neighbour is the next one, if it stands in the same row and one column further. A row is a run of
     such tokens, and the token below the one that comes as many places later, if it stands one row further.
     """
+    slot = torch.arange(segment.shape[1], device=segment.device).expand(segment.shape)
+    right = _stands(positions, segment, torch.ones_like(slot), (0, 0, 1))
+    length = _runs(right)
+    below = _stands(positions, segment, length, (0, 1, 0))
+    return torch.where(right, slot + 1, -1), torch.where(below, slot + length, -1)
+
+
+def row_lengths(positions: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+    """[B, V] int64: tokens in the row of each token; arguments and rows as of `neighbours_by_position`. Pads get 1."""
+    return _runs(_stands(positions, segment, torch.ones_like(segment), (0, 0, 1)))
+
+
+def _stands(
+    positions: torch.Tensor, segment: torch.Tensor, step: torch.Tensor, away: tuple[int, int, int]
+) -> torch.Tensor:
+    """[B, V] bool: whether the token `step [B, V]` places on is of the same picture, and stands that far away."""
     tokens = segment.shape[1]
     slot = torch.arange(tokens, device=segment.device).expand(segment.shape)
+    index = torch.minimum(slot + step, torch.full_like(slot, tokens) - 1)
+    time, row, column = (positions.gather(2, index.expand(positions.shape)) - positions).unbind(0)
+    inside = (segment >= 0) & (slot + step < tokens) & (segment.gather(1, index) == segment)
+    return inside & (time == away[0]) & (row == away[1]) & (column == away[2])
 
-    def there(step: torch.Tensor, time: int, row: int, column: int) -> torch.Tensor:
-        """[B, V] bool: whether the token `step [B, V]` places on is of the same picture, and stands that far away."""
-        index = torch.minimum(slot + step, torch.full_like(slot, tokens) - 1)
-        apart = positions.gather(2, index.expand(positions.shape)) - positions
-        inside = (segment >= 0) & (slot + step < tokens) & (segment.gather(1, index) == segment)
-        return inside & (apart[0] == time) & (apart[1] == row) & (apart[2] == column)
 
-    one = torch.ones_like(slot)
-    right = there(one, 0, 0, 1)
-    run = (~torch.nn.functional.pad(right, (1, 0))[:, :tokens]).long().cumsum(1)
-    length = torch.zeros_like(torch.nn.functional.pad(slot, (1, 0))).scatter_add(1, run, one).gather(1, run)
-    below = there(length, 0, 1, 0)
-    return torch.where(right, slot + 1, -1), torch.where(below, slot + length, -1)
+def _runs(right: torch.Tensor) -> torch.Tensor:
+    """[B, V] int64: tokens in the run of each token; `right [B, V]` says whether the next one is of the same run."""
+    run = (~torch.nn.functional.pad(right, (1, 0))[:, : right.shape[1]]).long().cumsum(1)
+    one = torch.ones_like(run)
+    return torch.zeros_like(torch.nn.functional.pad(run, (1, 0))).scatter_add(1, run, one).gather(1, run)
 
 
 def neighbours_by_columns(segment: torch.Tensor, counts: torch.Tensor, columns: int) -> Neighbours:
@@ -49,3 +65,29 @@ def neighbours_by_columns(segment: torch.Tensor, counts: torch.Tensor, columns: 
     right = (segment >= 0) & (place % columns < columns - 1) & (place + 1 < size)
     below = (segment >= 0) & (place + columns < size)
     return torch.where(right, slot + 1, -1), torch.where(below, slot + columns, -1)
+
+
+class Gridded(Primitive):
+    """A primitive that works on the rows of an image's grid: as long as `columns` says, or the decoder's positions."""
+
+    columns: int | None = Field(
+        None, gt=0, description="tokens in a row of the grid; default: those of the model, or what its positions tell"
+    )
+
+    def taps(self) -> dict[str, Tap]:
+        return {"columns": Tap("row")} if self.columns is None else {}
+
+    def rows(self, scope: Scope, columns: torch.Tensor | None) -> torch.Tensor:
+        """[B, V] int64 tokens in the row of each token: `columns` where the tap gives them, else those written."""
+        if columns is not None:
+            return columns
+        if self.columns is None:
+            raise PolicyError(
+                "the length of a row is not known yet",
+                where=f"{self.kind}.{self.key}.columns",
+                got="no columns",
+                want="tokens in a row of the grid",
+                fix="resolve the policy for a model first: tvc.policy.resolve(policy, layout)",
+                slug="unresolved-grid",
+            )
+        return torch.full_like(scope.segment, self.columns)

@@ -1,7 +1,7 @@
 """frame_windows: square windows of every frame of a video become one token each, larger ones in most of the frames.
 
 Shapes:  feature [B, V, D] float, size [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64, frame and
-         place [B, V] int64 (-1 pads, see frames.py)
+         place [B, V] int64 (-1 pads, see frames.py), columns [B, V] int64 from 1 on, the same within a frame
          -> index [B, K] int64 ascending, pads (-1) first; feature [B, K, D] and size [B, K] like the inputs, pads 0;
             K = the most that any sample of the batch is left with (an unbacked size)
 Grid:    places 0..columns-1 of a frame are its first row, and so on. Windows lie side by side from its first corner on;
@@ -21,8 +21,8 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from tvc.errors import PolicyError
 from tvc.kernels.frames import extent, first_of
+from tvc.kernels.grid import Gridded
 from tvc.kernels.op import Merging, Scope, Tap, op, primitive
 from tvc.kernels.score_change import frame_cases
 from tvc.kernels.segments import pack, rows_at
@@ -35,14 +35,18 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         size = torch.randint(1, 4, given[2].shape).float()
         for columns, group, near, far in ((2, 2, 1, 2), (3, 3, 2, 3), (1, 1, 2, 5)):
             label = f"{name}-columns{columns}-group{group}-near{near}-far{far}"
-            yield label, (torch.randn(*given[2].shape, 3), size, *given, columns, group, near, far)
+            rows = torch.full_like(given[2], columns)
+            yield label, (torch.randn(*given[2].shape, 3), size, *given, rows, group, near, far)
+        rows = given[2].clamp(min=0) % 3 + 1
+        yield f"{name}-ragged", (torch.randn(*given[2].shape, 3), size, *given, rows, 2, 1, 2)
     # Frames of 5 x 7 tokens, behind two pads.
     frame = torch.tensor([[-1] * 2 + [t for t in range(4) for _ in range(35)]])
     place = torch.where(frame < 0, -1, torch.cat([torch.zeros(2), torch.arange(35).repeat(4)]).long()[None])
     segment, counts = torch.where(frame < 0, -1, frame // 3), torch.tensor([[105, 35]])
     feature = torch.randn(1, 142, 2)
-    yield "odd-grid", (feature, torch.ones(1, 142), segment, counts, frame, place, 7, 2, 2, 3)
-    yield "all-stay", (feature, torch.ones(1, 142), segment, counts, frame, place, 7, 2, 1, 1)
+    rows = torch.full_like(frame, 7)
+    yield "odd-grid", (feature, torch.ones(1, 142), segment, counts, frame, place, rows, 2, 2, 3)
+    yield "all-stay", (feature, torch.ones(1, 142), segment, counts, frame, place, rows, 2, 1, 1)
 
 
 @op(_cases)
@@ -53,7 +57,7 @@ def frame_windows(
     counts: torch.Tensor,
     frame: torch.Tensor,
     place: torch.Tensor,
-    columns: int,
+    columns: torch.Tensor,
     group: int,
     near: int,
     far: int,
@@ -80,7 +84,7 @@ def frame_windows(
 
 
 @primitive
-class FrameWindows(Merging):
+class FrameWindows(Gridded, Merging):
     """Square windows of every frame become one token each; the first frame of a group has smaller ones."""
 
     key: ClassVar[str] = "frame_windows"
@@ -89,25 +93,21 @@ class FrameWindows(Merging):
     group: int = Field(gt=0, le=1_000_000, description="frames of a group")
     near: int = Field(gt=0, le=1024, description="tokens of a window's side in the first frame of a group")
     far: int = Field(gt=0, le=1024, description="tokens of a window's side in its other frames")
-    columns: int | None = Field(None, gt=0, description="tokens in a row of a frame; default: those of the model")
 
     def taps(self) -> dict[str, Tap]:
-        return {"frames": Tap("frame")}
+        return {"frames": Tap("frame"), **super().taps()}
 
     def apply(
-        self, feature: torch.Tensor, size: torch.Tensor, scope: Scope, frames: tuple[torch.Tensor, torch.Tensor]
+        self,
+        feature: torch.Tensor,
+        size: torch.Tensor,
+        scope: Scope,
+        frames: tuple[torch.Tensor, torch.Tensor],
+        columns: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self.columns is None:
-            raise PolicyError(
-                "the length of a row is not known yet",
-                where="merge.frame_windows.columns",
-                got="no columns",
-                want="tokens in a row of a frame",
-                fix="resolve the policy for a model first: tvc.policy.resolve(policy, layout)",
-                slug="unresolved-grid",
-            )
-        rule = (self.columns, self.group, self.near, self.far)
-        made: tuple[Any, Any, Any] = frame_windows.overload(feature, size, scope.segment, scope.counts, *frames, *rule)
+        grid = (scope.segment, scope.counts, *frames, self.rows(scope, columns))
+        rule = (self.group, self.near, self.far)
+        made: tuple[Any, Any, Any] = frame_windows.overload(feature, size, *grid, *rule)
         return made
 
     def kept(self, counts: list[int]) -> list[int]:
@@ -116,6 +116,7 @@ class FrameWindows(Merging):
         return [min(count, -(-count // columns) * -(-columns // side)) for count in counts]
 
     def fewest(self, counts: list[int]) -> list[int]:
-        columns, side = self.columns or 1, max(self.near, self.far)
-        rows = [-(-count // columns) for count in counts]
-        return [-(-number // side) for number in rows]
+        side, columns = max(self.near, self.far), self.columns
+        if columns is None:  # as positions tell: one frame, and no window with tokens left over
+            return [-(-count // side**2) for count in counts]
+        return [-(-count // columns // side) for count in counts]

@@ -1,6 +1,7 @@
 """window_merge: windows of an image's grid whose tokens are alike become one token each.
 
-Shapes:  feature [B, V, D] float, size [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64
+Shapes:  feature [B, V, D] float, size [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64, columns [B, V]
+         int64 from 1 on, the same for all tokens of a segment
          -> index [B, K] int64 ascending, pads (-1) first; feature [B, K, D] and size [B, K] like the inputs, pads 0;
             K = the most that any sample of the batch is left with (an unbacked size)
 Grid:    places 0..columns-1 of a segment are its first row, and so on. Windows of side x side tokens lie side by side
@@ -22,8 +23,8 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from tvc.errors import PolicyError
 from tvc.kernels.greedy import directions
+from tvc.kernels.grid import Gridded
 from tvc.kernels.op import Merging, Scope, op, primitive
 from tvc.kernels.segments import pack, per_token, ranks, rows_at, starts
 from tvc.kernels.select_threshold import largest
@@ -35,25 +36,29 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     counts = torch.tensor([[6, 8], [16, 0], [1, 14]])
     feature = torch.randn(3, 16, 5)
     plain = (feature, torch.randint(1, 4, (3, 16)).float(), segment, counts)
+    two, three, four = (torch.full_like(segment, columns) for columns in (2, 3, 4))
     for above in (-0.1, 0.0, 0.3):
-        yield f"side2-above{above:g}", (*plain, 4, 2, above)
-        yield f"odd-columns-above{above:g}", (*plain, 3, 2, above)
-    yield "side3", (*plain, 4, 3, -1.0)
-    yield "none-alike", (*plain, 4, 2, 1.5)
-    yield "all-alike", (torch.ones(3, 16, 5), *plain[1:], 4, 2, 0.9)
-    yield "no-direction", (torch.zeros(3, 16, 5), *plain[1:], 4, 2, 0.0)
+        yield f"side2-above{above:g}", (*plain, four, 2, above)
+        yield f"odd-columns-above{above:g}", (*plain, three, 2, above)
+        yield f"ragged-above{above:g}", (*plain, torch.where(segment == 1, four, two), 2, above)
+    yield "side3", (*plain, four, 3, -1.0)
+    yield "none-alike", (*plain, four, 2, 1.5)
+    yield "all-alike", (torch.ones(3, 16, 5), *plain[1:], four, 2, 0.9)
+    yield "no-direction", (torch.zeros(3, 16, 5), *plain[1:], four, 2, 0.0)
     mixed = torch.tensor([[1, 0, 1, 0, -1, 1, 0, 0, 1]])
-    yield "interleaved", (torch.randn(1, 9, 5), torch.ones(1, 9), mixed, torch.tensor([[4, 4]]), 2, 2, -1.0)
+    pairs = (mixed, torch.tensor([[4, 4]]), torch.full_like(mixed, 2))
+    yield "interleaved", (torch.randn(1, 9, 5), torch.ones(1, 9), *pairs, 2, -1.0)
     one = torch.zeros(1, 1, dtype=torch.int64)
-    yield "one-token", (torch.randn(1, 1, 5), torch.ones(1, 1), one, one + 1, 1, 2, -1.0)
-    nothing = (feature[:, :0], plain[1][:, :0], segment[:, :0], torch.zeros_like(counts))
-    yield "no-visual-token", (*nothing, 4, 2, 0.3)
-    many = (torch.randn(1, 581, 5), torch.ones(1, 581), torch.zeros(1, 581, dtype=torch.int64), torch.tensor([[581]]))
-    yield "V581", (*many, 24, 3, 0.0)
+    yield "one-token", (torch.randn(1, 1, 5), torch.ones(1, 1), one, one + 1, one + 1, 2, -1.0)
+    nothing = (feature[:, :0], plain[1][:, :0], segment[:, :0], torch.zeros_like(counts), four[:, :0])
+    yield "no-visual-token", (*nothing, 2, 0.3)
+    whole = torch.zeros(1, 581, dtype=torch.int64)
+    many = (torch.randn(1, 581, 5), torch.ones(1, 581), whole, torch.tensor([[581]]), whole + 24)
+    yield "V581", (*many, 3, 0.0)
 
 
 def grid_windows(
-    segment: torch.Tensor, counts: torch.Tensor, columns: int, side: int
+    segment: torch.Tensor, counts: torch.Tensor, columns: torch.Tensor, side: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """([B, V] int64 one more than the spot of the first token of each token's window, 0 in none; [B, V] is it middle).
 
@@ -74,7 +79,7 @@ def window_merge(
     size: torch.Tensor,
     segment: torch.Tensor,
     counts: torch.Tensor,
-    columns: int,
+    columns: torch.Tensor,
     side: int,
     above: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -107,29 +112,19 @@ def window_merge(
 
 
 @primitive
-class Windows(Merging):
+class Windows(Gridded, Merging):
     """Square windows of the picture whose tokens are alike become one token each."""
 
     key: ClassVar[str] = "windows"
     exact: ClassVar[bool] = False
     side: int = Field(3, gt=1, le=32, description="tokens of a window's side")
     above: float = Field(ge=-1, le=1, description="mean cosine of the pairs of a window from which on it merges")
-    columns: int | None = Field(None, gt=0, description="tokens in a row of the grid; default: those of the model")
 
     def apply(
-        self, feature: torch.Tensor, size: torch.Tensor, scope: Scope
+        self, feature: torch.Tensor, size: torch.Tensor, scope: Scope, columns: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self.columns is None:
-            raise PolicyError(
-                "the length of a row is not known yet",
-                where="merge.windows.columns",
-                got="no columns",
-                want="tokens in a row of the grid",
-                fix="resolve the policy for a model first: tvc.policy.resolve(policy, layout)",
-                slug="unresolved-grid",
-            )
-        rule = (self.columns, self.side, self.above)
-        merged: tuple[Any, Any, Any] = window_merge.overload(feature, size, scope.segment, scope.counts, *rule)
+        grid = (scope.segment, scope.counts, self.rows(scope, columns))
+        merged: tuple[Any, Any, Any] = window_merge.overload(feature, size, *grid, self.side, self.above)
         return merged
 
     def kept(self, counts: list[int]) -> list[int]:
@@ -137,6 +132,7 @@ class Windows(Merging):
         return list(counts)
 
     def fewest(self, counts: list[int]) -> list[int]:
-        columns = self.columns or 1
-        windows = [count // columns // self.side * (columns // self.side) for count in counts]
-        return [count - number * (self.side**2 - 1) for count, number in zip(counts, windows, strict=True)]
+        # Where positions tell how long rows are, windows may fill an image.
+        side, columns = self.side, self.columns
+        windows = [count // columns // side * (columns // side) if columns else count // side**2 for count in counts]
+        return [count - number * (side**2 - 1) for count, number in zip(counts, windows, strict=True)]

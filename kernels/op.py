@@ -86,6 +86,7 @@ class Tap:
           `weights`   tensors by name, which `tensors` reads (see kernels/weights.py)
           `frame`     a `(frame, place)` pair, each [B, V] int64 with -1 pads (see kernels/frames.py)
           `neighbour` a `(right, below)` pair, each [B, V] int64 with -1 for none (see kernels/grid.py)
+          `row`       [B, V] int64 tokens in the row of each visual token, as the decoder's positions tell; pads 1
           `pixel`     [B, V, P] float32 what the encoder was given of the cell of each visual token, zeros where it has
                       none
           `spent`     a `(entered, spent)` pair, each [B, N] int64: visual tokens of each image at the decoder's entry,
@@ -105,6 +106,7 @@ class Tap:
         "frame",
         "spent",
         "neighbour",
+        "row",
         "pixel",
     ]
     layer: str | None = None
@@ -176,8 +178,16 @@ class Select(Primitive):
     terms: ClassVar[int] = 0  # score terms that `joined` makes one score of; 0: any number, added up
     exact: ClassVar[bool] = True  # `kept` is what stays; False: the most that can, as only the run tells
 
-    def joined(self, terms: list[torch.Tensor], scope: Scope) -> torch.Tensor:
-        """[B, V] float32: the score that `apply` takes, from `terms` score terms [B, V] in the order of the policy."""
+    @property
+    def sure(self) -> bool:
+        """Whether these settings make `kept` what stays."""
+        return type(self).exact
+
+    def joined(self, terms: list[torch.Tensor], scope: Scope, *args: Any, **taps: Any) -> torch.Tensor:
+        """[B, V] float32: the score that `apply` takes, from `terms` score terms [B, V] in the order of the policy.
+
+        The taps are those of `apply`.
+        """
         raise NotImplementedError
 
     def apply(self, score: torch.Tensor | None, scope: Scope, *args: Any, **taps: Any) -> torch.Tensor:

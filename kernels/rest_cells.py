@@ -1,7 +1,7 @@
 """merge_cells: what was not chosen is averaged by cells of the picture, one token a cell.
 
 Shapes:  feature [B, V, D] float, size [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64,
-         chosen [B, K] int64 (-1 pads), score [B, V] float
+         chosen [B, K] int64 (-1 pads), score [B, V] float, columns [B, V] int64 from 1 on, the same within a segment
          -> index [B, K2] int64 ascending, pads (-1) first; feature [B, K2, D] and size [B, K2] like the inputs, pads 0;
             K2 = K + cells * cells * N
 Grid:    places 0..columns-1 of a segment are its first row, and so on; the last row may be short.
@@ -25,6 +25,7 @@ import torch
 from pydantic import Field
 
 from tvc.errors import PolicyError
+from tvc.kernels.grid import Gridded
 from tvc.kernels.op import Rest, Scope, op, primitive
 from tvc.kernels.segments import mark, pack, per_token, ranks, rows_at
 
@@ -36,20 +37,23 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     chosen = torch.tensor([[-1, 3, 6], [1, 4, 8], [-1, -1, 5]])
     feature, score = torch.randn(3, 9, 6), torch.rand(3, 9)
     plain = (feature, torch.randint(1, 4, (3, 9)).float(), segment, counts)
+    two, three = torch.full_like(segment, 2), torch.full_like(segment, 3)
     for cells in (1, 2, 3):
-        yield f"cells{cells}", (*plain, chosen, score, cells, 3, 2 * cells * cells)
-        yield f"cells{cells}-two-columns", (*plain, chosen, score, cells, 2, 2 * cells * cells)
-    yield "no-score", (*plain, chosen, torch.zeros(3, 9), 2, 3, 8)
-    yield "some-below-zero", (*plain, chosen, score - 0.5, 2, 3, 8)
-    yield "nan", (*plain, chosen, score.masked_fill(score > 0.6, float("nan")), 2, 3, 8)
+        yield f"cells{cells}", (*plain, chosen, score, three, cells, 2 * cells * cells)
+        yield f"cells{cells}-two-columns", (*plain, chosen, score, two, cells, 2 * cells * cells)
+        ragged = torch.where(segment == 1, 3, two)
+        yield f"cells{cells}-ragged", (*plain, chosen, score, ragged, cells, 2 * cells * cells)
+    yield "no-score", (*plain, chosen, torch.zeros(3, 9), three, 2, 8)
+    yield "some-below-zero", (*plain, chosen, score - 0.5, three, 2, 8)
+    yield "nan", (*plain, chosen, score.masked_fill(score > 0.6, float("nan")), three, 2, 8)
     nothing = torch.zeros(3, 0, dtype=torch.int64)
-    yield "none-chosen", (*plain, nothing, score, 2, 3, 8)
-    yield "every-chosen", (*plain, torch.where(segment < 0, -1, torch.arange(9)), score, 2, 3, 8)
+    yield "none-chosen", (*plain, nothing, score, three, 2, 8)
+    yield "every-chosen", (*plain, torch.where(segment < 0, -1, torch.arange(9)), score, three, 2, 8)
     no_token = (feature[:, :0], plain[1][:, :0], segment[:, :0], torch.zeros_like(counts))
-    yield "no-visual-token", (*no_token, nothing, score[:, :0], 2, 3, 8)
+    yield "no-visual-token", (*no_token, nothing, score[:, :0], three[:, :0], 2, 8)
     whole = torch.zeros(1, 577, dtype=torch.int64)
     many = (torch.randn(1, 577, 3), torch.ones(1, 577), whole, torch.tensor([[577]]))
-    yield "V577", (*many, torch.arange(100, 200)[None], torch.rand(1, 577), 3, 24, 9)
+    yield "V577", (*many, torch.arange(100, 200)[None], torch.rand(1, 577), whole + 24, 3, 9)
 
 
 @op(_cases)
@@ -60,8 +64,8 @@ def merge_cells(
     counts: torch.Tensor,
     chosen: torch.Tensor,
     score: torch.Tensor,
+    columns: torch.Tensor,
     cells: int,
-    columns: int,
     slots: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(index, feature, size) of the chosen tokens and of one token a cell."""
@@ -98,14 +102,13 @@ def merge_cells(
 
 
 @primitive
-class Cells(Rest):
+class Cells(Gridded, Rest):
     """What was not chosen is averaged by cells of the picture."""
 
     key: ClassVar[str] = "cells"
     shorthand: ClassVar[str | None] = "cells"
     exact: ClassVar[bool] = False
     cells: int = Field(3, gt=0, le=32, description="parts that rows, and columns, fall into")
-    columns: int | None = Field(None, gt=0, description="tokens in a row of the grid; default: those of the model")
 
     @property
     def needs_score(self) -> bool:
@@ -113,7 +116,13 @@ class Cells(Rest):
         return True
 
     def apply(
-        self, feature: torch.Tensor, size: torch.Tensor, chosen: torch.Tensor, score: torch.Tensor | None, scope: Scope
+        self,
+        feature: torch.Tensor,
+        size: torch.Tensor,
+        chosen: torch.Tensor,
+        score: torch.Tensor | None,
+        scope: Scope,
+        columns: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         if score is None:
             raise PolicyError(
@@ -123,18 +132,9 @@ class Cells(Rest):
                 want="a score",
                 fix="add `score:` to the step, or write rest: {merge: {targets: kept}}",
             )
-        if self.columns is None:
-            raise PolicyError(
-                "the length of a row is not known yet",
-                where="rest.cells.columns",
-                got="no columns",
-                want="tokens in a row of the grid",
-                fix="resolve the policy for a model first: tvc.policy.resolve(policy, layout)",
-                slug="unresolved-grid",
-            )
-        tensors = (feature, size, scope.segment, scope.counts, chosen, score)
+        tensors = (feature, size, scope.segment, scope.counts, chosen, score, self.rows(scope, columns))
         slots = scope.number * self.cells * self.cells
-        merged: tuple[Any, Any, Any] = merge_cells.overload(*tensors, self.cells, self.columns, slots)
+        merged: tuple[Any, Any, Any] = merge_cells.overload(*tensors, self.cells, slots)
         return merged
 
     def kept(self, counts: list[int], chosen: list[int]) -> list[int]:

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from tvc.errors import SiteError
 from tvc.kernels.budget import Budget
+from tvc.kernels.grid import Gridded
 from tvc.kernels.op import Merging, Scope, op
 from tvc.kernels.segments import budgets, per_token, ranks
 from tvc.kernels.select_stride import stride_keep
@@ -100,10 +101,8 @@ class CountedPooling(Pooling):
         return self.keep
 
 
-class GridPooling(Pooling):
-    """A pooling that knows an image as a square grid."""
-
-    columns: int | None = Field(None, ge=1, description="tokens in a row of the image; default: read from the model")
+class GridPooling(Gridded, Pooling):
+    """A pooling that knows an image as a grid, a square one unless the decoder's positions tell its rows."""
 
     def for_model(self, tokens: int, steps: int, blocks: int) -> Self:
         """The same, if every image is one whole grid."""

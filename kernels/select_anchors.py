@@ -1,7 +1,7 @@
 """anchored_score: the best tokens by one score and their neighbours in the grid go before all others of another score.
 
-Shapes:  anchor [B, V] float, fill [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64
-         -> [B, V] float32, pads 0
+Shapes:  anchor [B, V] float, fill [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64, columns [B, V]
+         int64 from 1 on: how far it is to the next row -> [B, V] float32, pads 0
 Rule:    `fill`, and above it by twice its largest magnitude in the sample for the tokens that are anchors or near one.
 Anchors: of a segment's budget T (`count` where count > 0, else permille / 1000 of its tokens, rounded down) the share
          `share` / 1000 is for groups of five: T share / 5000 anchors, to the nearest number, halves to the even one.
@@ -22,8 +22,8 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from tvc.errors import PolicyError
 from tvc.kernels.budget import Budget
+from tvc.kernels.grid import Gridded
 from tvc.kernels.op import Scope, Select, op, primitive
 from tvc.kernels.segments import budgets, per_token, ranks, starts
 from tvc.kernels.select_top import top_keep
@@ -34,21 +34,26 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     segment = torch.tensor([[-1, -1, 0, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0, 0], [-1, 0, 1, 1, 1, 1, 1]])
     counts = torch.tensor([[3, 2], [7, 0], [1, 5]])
     anchor, fill = torch.randn(3, 7), torch.rand(3, 7)
-    yield "share-half", (anchor, fill, segment, counts, 500, 0, 1000, 3)
-    yield "count-five", (anchor, fill, segment, counts, 0, 5, 1000, 2)
-    yield "no-anchor", (anchor, fill, segment, counts, 0, 1, 100, 3)
-    yield "wide-rows", (anchor, fill, segment, counts, 0, 5, 1000, 50)
-    yield "equal-scores", (torch.zeros(3, 7), torch.zeros(3, 7), segment, counts, 1000, 0, 1000, 3)
-    yield "negative-fill", (anchor, -fill, segment, counts, 1000, 0, 1000, 3)
+    two, three = torch.full_like(segment, 2), torch.full_like(segment, 3)
+    yield "share-half", (anchor, fill, segment, counts, three, 500, 0, 1000)
+    yield "count-five", (anchor, fill, segment, counts, two, 0, 5, 1000)
+    yield "no-anchor", (anchor, fill, segment, counts, three, 0, 1, 100)
+    yield "wide-rows", (anchor, fill, segment, counts, three + 47, 0, 5, 1000)
+    yield "equal-scores", (torch.zeros(3, 7), torch.zeros(3, 7), segment, counts, three, 1000, 0, 1000)
+    yield "negative-fill", (anchor, -fill, segment, counts, three, 1000, 0, 1000)
     poisoned = anchor.masked_fill(torch.rand(3, 7) > 0.6, float("nan"))
-    yield "nan", (poisoned, fill.masked_fill(torch.rand(3, 7) > 0.8, float("nan")), segment, counts, 0, 5, 1000, 3)
+    unknown = fill.masked_fill(torch.rand(3, 7) > 0.8, float("nan"))
+    yield "nan", (poisoned, unknown, segment, counts, three, 0, 5, 1000)
+    yield "ragged", (anchor, fill, segment, counts, torch.where(segment == 1, 3, two), 0, 5, 1000)
     interleaved = torch.tensor([[1, 0, 1, 0, -1, 1, 0, 0, 0, 1]])
-    yield "interleaved", (torch.randn(1, 10), torch.rand(1, 10), interleaved, torch.tensor([[5, 4]]), 1000, 0, 1000, 2)
-    yield "one-token", (torch.randn(1, 1), torch.rand(1, 1), torch.tensor([[0]]), torch.tensor([[1]]), 0, 1, 100, 1)
-    nothing = (anchor[:, :0], fill[:, :0], segment[:, :0], torch.zeros(3, 0, dtype=torch.int64))
-    yield "no-visual-token", (*nothing, 500, 0, 1000, 3)
+    mixed = (torch.randn(1, 10), torch.rand(1, 10), interleaved, torch.tensor([[5, 4]]), interleaved % 2 + 1)
+    yield "interleaved", (*mixed, 1000, 0, 1000)
+    single = torch.zeros(1, 1, dtype=torch.int64)
+    yield "one-token", (torch.randn(1, 1), torch.rand(1, 1), single, single + 1, single + 1, 0, 1, 100)
+    nothing = (anchor[:, :0], fill[:, :0], segment[:, :0], torch.zeros(3, 0, dtype=torch.int64), three[:, :0])
+    yield "no-visual-token", (*nothing, 500, 0, 1000)
     whole = torch.zeros(1, 576, dtype=torch.int64)
-    yield "V576", (torch.randn(1, 576), torch.rand(1, 576), whole, torch.tensor([[576]]), 334, 0, 100, 24)
+    yield "V576", (torch.randn(1, 576), torch.rand(1, 576), whole, torch.tensor([[576]]), whole + 24, 334, 0, 100)
 
 
 def anchors_of(budget: torch.Tensor, share: int) -> torch.Tensor:
@@ -64,10 +69,10 @@ def anchored_score(
     fill: torch.Tensor,
     segment: torch.Tensor,
     counts: torch.Tensor,
+    columns: torch.Tensor,
     permille: int,
     count: int,
     share: int,
-    columns: int,
 ) -> torch.Tensor:
     """[B, V] float32: `fill`, raised for the anchors of each segment and their neighbours."""
     width, valid = segment.shape[1], segment >= 0
@@ -90,7 +95,7 @@ def anchored_score(
 
 
 @primitive
-class Anchors(Select):
+class Anchors(Gridded, Select):
     """The best tokens by the first score and their neighbours in the grid stay, then the best by the second."""
 
     key: ClassVar[str] = "anchors"
@@ -100,33 +105,17 @@ class Anchors(Select):
     share: int = Field(
         100, ge=0, le=1000, description="thousandths of the budget for anchors with four neighbours each"
     )
-    columns: int | None = Field(None, gt=0, description="tokens in a row of the grid; default: those of the model")
 
-    def joined(self, terms: list[torch.Tensor], scope: Scope) -> torch.Tensor:
-        if self.columns is None:
-            raise no_columns("anchors")
-        anchor, fill = terms
-        budget = self.keep
-        rule = (budget.permille or 0, budget.count or 0, self.share, self.columns)
-        score: torch.Tensor = anchored_score.overload(anchor, fill, scope.segment, scope.counts, *rule)
+    def joined(self, terms: list[torch.Tensor], scope: Scope, columns: torch.Tensor | None = None) -> torch.Tensor:
+        budget, rows = self.keep, self.rows(scope, columns)
+        rule = (budget.permille or 0, budget.count or 0, self.share)
+        score: torch.Tensor = anchored_score.overload(*terms, scope.segment, scope.counts, rows, *rule)
         return score
 
-    def apply(self, score: torch.Tensor | None, scope: Scope) -> torch.Tensor:
+    def apply(self, score: torch.Tensor | None, scope: Scope, columns: torch.Tensor | None = None) -> torch.Tensor:
         budget = self.keep
         slots = budget.slots(scope.segment.shape[1], scope.number)
         return top_keep.overload(score, scope.segment, scope.counts, budget.permille or 0, budget.count or 0, slots)
 
     def kept(self, counts: list[int]) -> list[int]:
         return [self.keep.kept(count) for count in counts]
-
-
-def no_columns(key: str) -> PolicyError:
-    """What a selector on a grid says before it knows the grid."""
-    return PolicyError(
-        "the length of a row is not known yet",
-        where=f"select.{key}.columns",
-        got="no columns",
-        want="tokens in a row of the grid",
-        fix="resolve the policy for a model first: tvc.policy.resolve(policy, layout)",
-        slug="unresolved-grid",
-    )

@@ -73,7 +73,8 @@ def decide(
             for term, given in zip(terms, scores, strict=True)
         ]
         if step.exit is None and step.select.terms:
-            score = step.select.joined([combine([value], segment) for value in values], scope)
+            apart = [combine([value], segment) for value in values]
+            score = step.select.joined(apart, scope, **_bundles(taps.get("select", {})))
         else:
             score = combine(values, segment)
     if step.exit is not None:

@@ -14,7 +14,7 @@ from tvc.chunks import TAP
 from tvc.errors import SiteError
 from tvc.graphs import Block, annotate, backward_closure, clone, first_node, identifier
 from tvc.kernels.frames import first_of
-from tvc.kernels.grid import neighbours_by_columns, neighbours_by_position
+from tvc.kernels.grid import neighbours_by_columns, neighbours_by_position, row_lengths
 from tvc.kernels.op import Tap
 from tvc.kernels.segments import follow, ranks, take_rows
 from tvc.passes.cuts import ChunkState, Cut, mask_of
@@ -140,6 +140,12 @@ def grid_by_position(
     return neighbours_by_position(position_ids.gather(2, index), segment)
 
 
+def rows_by_position(position_ids: torch.Tensor, visual_index: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
+    """[B, V] int64 tokens in the row of each visual token; pads 1."""
+    index = visual_index.clamp(min=0).expand(position_ids.shape[0], -1, -1)
+    return row_lengths(position_ids.gather(2, index), segment)
+
+
 def raters_among(text_index: torch.Tensor, raters: torch.Tensor) -> torch.Tensor:
     """[B, T] int64: the slots of the text tokens that rate, -1 for the others."""
     return torch.where(raters, text_index, -1)
@@ -240,6 +246,8 @@ class DecoderTaps:
             )
         if tap.kind == "neighbour":
             return self._neighbours(tap.columns)
+        if tap.kind == "row":
+            return self.call(rows_by_position, state.position_ids, state.visual_index, state.segment)
         if tap.kind == "spent":
             starts = [0, *(cut.layer for cut in self.cuts), int(site.removeprefix("language."))]
             counts = [self._counts(stage) for stage in range(len(self.states))]

@@ -25,8 +25,8 @@ def _members(p_order, corner, i_m, columns, SIDE: tl.constexpr, BLOCK_M: tl.cons
 
 @jit
 def _alike_kernel(
-    p_feature, p_inverse, p_order, p_window, p_alike,
-    V, D, columns, s_b, s_v, SIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_feature, p_inverse, p_order, p_window, p_columns, p_alike,
+    V, D, s_b, s_v, SIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The mean cosine of the pairs of the window that starts at each spot; 0 where none does."""
     i_s = tl.program_id(0)
@@ -34,6 +34,7 @@ def _alike_kernel(
     p_feature += i_b * s_b
     p_order += i_b * V
     first = tl.load(p_order + i_s)
+    columns = tl.load(p_columns + i_b * V + first)
     starts = tl.load(p_window + i_b * V + first) == i_s + 1
     pairs = tl.full([], 0.0, tl.float32)
     for i_d in range(0, tl.where(starts, D, 0), BLOCK_D):
@@ -54,8 +55,8 @@ def _alike_kernel(
 
 @jit
 def _window_kernel(
-    p_feature, p_size, p_order, p_index, p_corner, p_merged, p_sizes,
-    V, K, D, columns, s_b, s_v, SIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    p_feature, p_size, p_order, p_index, p_corner, p_columns, p_merged, p_sizes,
+    V, K, D, s_b, s_v, SIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A token, or the mean by size of the window that starts at its corner, where it has one."""
     i_k, i_d = tl.program_id(0), tl.program_id(1)
@@ -69,6 +70,7 @@ def _window_kernel(
     b_merged = tl.load(p_feature + token * s_v + o_d, mask=o_d < width, other=0.0).to(tl.float32)
     size = tl.load(p_size + token, mask=token >= 0, other=0.0).to(tl.float32)
     if corner >= 0:
+        columns = tl.load(p_columns + i_b * V + token)
         b_sum = tl.zeros([BLOCK_D], tl.float32)
         b_sizes = tl.zeros([BLOCK_M], tl.float32)
         for i_m in range(0, SIDE * SIDE, BLOCK_M):
@@ -90,7 +92,7 @@ def supports(
     size: torch.Tensor,
     segment: torch.Tensor,
     counts: torch.Tensor,
-    columns: int,
+    columns: torch.Tensor,
     side: int,
     above: float,
 ) -> Support:
@@ -104,7 +106,7 @@ def launch(
     size: torch.Tensor,
     segment: torch.Tensor,
     counts: torch.Tensor,
-    columns: int,
+    columns: torch.Tensor,
     side: int,
     above: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -114,7 +116,7 @@ def launch(
         index = torch.empty(batch, 0, dtype=torch.int64, device=segment.device)
         return index, feature.new_empty(batch, 0, width), size.new_empty(batch, 0)
     feature = feature if feature.stride(2) == 1 else feature.contiguous()
-    segment, size = segment.contiguous(), size.contiguous()
+    segment, size, columns = segment.contiguous(), size.contiguous(), columns.contiguous()
     window, middle = grid_windows(segment, counts, columns, side)
     order = torch.sort(segment, dim=1, stable=True).indices  # the token at each spot
     chosen = setting("window_merge", visual)
@@ -122,7 +124,7 @@ def launch(
     blocks = {"SIDE": side, "BLOCK_M": block_m, "BLOCK_D": chosen["block_d"], "num_warps": chosen["warps"]}
     alike = torch.empty(batch, visual, dtype=torch.float32, device=segment.device)
     _alike_kernel[(visual, batch)](
-        feature, inverse_lengths(feature), order, window, alike, visual, width, columns, *feature.stride()[:2], **blocks
+        feature, inverse_lengths(feature), order, window, columns, alike, visual, width, *feature.stride()[:2], **blocks
     )
     joins = (window > 0) & (per_token(alike, window - 1) >= above)
     stays = (segment >= 0) & (~joins | middle)
@@ -133,7 +135,7 @@ def launch(
     merged, sizes = feature.new_empty(batch, slots, width), size.new_empty(batch, slots)
     if merged.numel():
         _window_kernel[(slots, cdiv(width, chosen["block_d"]), batch)](
-            feature, size, order, index, corner, merged, sizes, visual, slots, width, columns, *feature.stride()[:2],
+            feature, size, order, index, corner, columns, merged, sizes, visual, slots, width, *feature.stride()[:2],
             **blocks,
         )  # fmt: skip
     return index, merged, sizes

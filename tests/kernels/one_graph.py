@@ -61,7 +61,7 @@ from tvc.kernels.when_always import Always
 from tvc.kernels.when_cross_attention import CrossAttention
 from tvc.kernels.when_threshold import ThresholdGate
 from tvc.passes.chunk_attention import chunk_of_slots
-from tvc.passes.taps import frames_of, grid_by_position
+from tvc.passes.taps import frames_of, grid_by_position, rows_by_position
 
 OP = torch.ops.tvc
 WIDTH, HEADS, GROUPS, HEAD_WIDTH = 12, 4, 2, 8
@@ -382,6 +382,10 @@ class MoreGraph(OneGraph):
             "positions": grid_by_position(spots, at.visual_index, at.segment),
             "columns": neighbours_by_columns(at.segment, at.counts, 3),
         }
+        rows = rows_by_position(spots, at.visual_index, at.segment)
+        anchors = Anchors(keep=Budget(permille=600), share=1000)
+        out["score.anchors.told"] = anchors.joined([at.feature[:, :, 0], at.feature[:, :, 1]], scope, rows)
+        out["select.rows.told"] = Rows(keep=Budget(permille=600)).apply(at.feature[:, :, 0], scope, rows)
         for label, beside in grids.items():
             out[f"right.{label}"], out[f"below.{label}"] = beside
             rule = Regions.model_validate({"keep": "60%", "within": 4.0})

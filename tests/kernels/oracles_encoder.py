@@ -13,19 +13,19 @@ def anchored_score(
     fill: list[Row],
     segment: list[Row],
     counts: list[Row],
+    columns: list[Row],
     permille: int,
     count: int,
     share: int,
-    columns: int,
 ) -> list[Row]:
     result = []
-    for firsts, values, scopes, sizes in zip(anchor, fill, segment, counts, strict=True):
+    for firsts, values, scopes, sizes, across in zip(anchor, fill, segment, counts, columns, strict=True):
         near: set[int] = set()
         for scope, size in enumerate(sizes):
             members = _members(scopes, scope)
             number = round(_budget(size, permille, count) * share / 5000)
             for best in _best(members, firsts, number):
-                for offset in (0, -1, 1, -columns, columns):
+                for offset in (0, -1, 1, -across[best], across[best]):
                     near.add(members[min(max(members.index(best) + offset, 0), size - 1)])
         known = [abs(v) for v, s in zip(values, scopes, strict=True) if s >= 0 and not math.isnan(v)]
         above = 2 * max(1e-6, *known, 0.0)
@@ -35,16 +35,17 @@ def anchored_score(
 
 
 def rows_keep(
-    score: list[Row], segment: list[Row], counts: list[Row], permille: int, count: int, columns: int, slots: int
+    score: list[Row], segment: list[Row], counts: list[Row], columns: list[Row], permille: int, count: int, slots: int
 ) -> list[Row]:
     result = []
-    for values, scopes, sizes in zip(score, segment, counts, strict=True):
+    for values, scopes, sizes, lengths in zip(score, segment, counts, columns, strict=True):
         kept: Row = []
         for scope, size in enumerate(sizes):
             members = _members(scopes, scope)
-            rows = [members[i : i + columns] for i in range(0, size - columns + 1, columns)]
+            across = lengths[members[0]] if members else 1
+            rows = [members[i : i + across] for i in range(0, size - across + 1, across)]
             sums = [math.fsum(values[v] for v in row) for row in rows]
-            for best in _best(list(range(len(rows))), sums, _budget(size, permille, count) // columns):
+            for best in _best(list(range(len(rows))), sums, _budget(size, permille, count) // across):
                 kept += rows[best]
         result.append(_pad(kept, slots))
     return result

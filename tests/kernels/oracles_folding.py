@@ -142,8 +142,8 @@ def merge_cells(
     counts: list[Row],
     chosen: list[Row],
     score: list[Row],
+    columns: list[Row],
     cells: int,
-    columns: int,
     slots: int,
 ) -> Any:
     indices, made = [], []
@@ -153,13 +153,12 @@ def merge_cells(
         kept = set(at)
         for scope in range(len(counts[b])):
             members = _members(scopes, scope)
-            down = math.ceil(len(members) / columns)
+            across = columns[b][members[0]] if members else 1
+            down = math.ceil(len(members) / across)
             groups: dict[tuple[int, int], Row] = {}
             for place, v in enumerate(members):
                 if v not in kept:
-                    groups.setdefault(
-                        (place // columns * cells // down, place % columns * cells // columns), []
-                    ).append(v)
+                    groups.setdefault((place // across * cells // down, place % across * cells // across), []).append(v)
             for group in groups.values():
                 weights = [max(0.0, score[b][v]) if score[b][v] == score[b][v] else 0.0 for v in group]
                 weights = weights if sum(weights) else [1.0] * len(group)

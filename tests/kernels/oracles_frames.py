@@ -126,7 +126,7 @@ def frame_windows(
     counts: Any,
     frame: Any,
     place: Any,
-    columns: int,
+    columns: Any,
     group: int,
     near: int,
     far: int,
@@ -139,7 +139,7 @@ def frame_windows(
                 continue
             before = min(g for g, s in zip(frames, segment[b], strict=True) if s == segment[b][v])
             side = far if (f - before) % group else near
-            row, column = divmod(place[b][v], columns)
+            row, column = divmod(place[b][v], columns[b][v])
             windows.setdefault((f, row // side, column // side), []).append(v)
         left = {}
         for tokens in windows.values():

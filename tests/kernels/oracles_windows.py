@@ -9,7 +9,7 @@ from kernel_oracles import ORACLES, Row, _allowed, _best, _cosine, _members, _we
 
 
 def window_merge(
-    feature: Any, size: Any, segment: Any, counts: Any, columns: int, side: int, above: float
+    feature: Any, size: Any, segment: Any, counts: Any, columns: Any, side: int, above: float
 ) -> tuple[Any, Any, Any]:
     made = []
     for b, scopes in enumerate(segment):
@@ -17,9 +17,10 @@ def window_merge(
         for scope in range(len(counts[b])):
             members = _members(scopes, scope)
             left |= {token: (feature[b][token], size[b][token]) for token in members}
-            for top in range(0, len(members) // columns // side * side, side):
-                for start in range(0, columns // side * side, side):
-                    spots = [(top + r) * columns + start + c for r in range(side) for c in range(side)]
+            across = columns[b][members[0]] if members else 1
+            for top in range(0, len(members) // across // side * side, side):
+                for start in range(0, across // side * side, side):
+                    spots = [(top + r) * across + start + c for r in range(side) for c in range(side)]
                     tokens = [members[spot] for spot in spots]
                     pairs = [_cosine(feature[b][i], feature[b][j]) for i in tokens for j in tokens if i != j]
                     if not pairs or sum(pairs) / len(pairs) < above:

@@ -345,16 +345,19 @@ def threshold_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
 def window_merge(sizes: tuple[int, ...]) -> Iterator[Case]:
     for visual in sizes:
         feature, several = features(visual) + 0.5, scopes(2, visual, 2, seed=visual)
-        yield f"V{visual}-side2", (feature, torch.rand(2, visual) + 0.5, *several, 5, 2, 0.2)
-        yield f"V{visual}-side3", (feature, torch.rand(2, visual) + 0.5, *one_scope(2, visual), 7, 3, 0.1)
-    plain = (torch.randn(2, 42, 5), torch.rand(2, 42) + 0.5)
-    yield "side1", (*plain, *one_scope(2, 42), 6, 1, -0.1)
-    yield "side5", (*plain, *one_scope(2, 42), 6, 5, -1.0)
-    yield "longer-rows-than-tokens", (*plain, *one_scope(2, 42), 50, 2, -1.0)
-    yield "all-pads", (*plain, *pads_alone(2, 42), 6, 2, -1.0)
+        rows = torch.full((2, visual), 5)
+        yield f"V{visual}-side2", (feature, torch.rand(2, visual) + 0.5, *several, rows, 2, 0.2)
+        yield f"V{visual}-side3", (feature, torch.rand(2, visual) + 0.5, *one_scope(2, visual), rows + 2, 3, 0.1)
+        ragged = torch.where(several[0] == 1, 6, rows)
+        yield f"V{visual}-ragged", (feature, torch.rand(2, visual) + 0.5, *several, ragged, 2, 0.2)
+    plain, six = (torch.randn(2, 42, 5), torch.rand(2, 42) + 0.5), torch.full((2, 42), 6)
+    yield "side1", (*plain, *one_scope(2, 42), six, 1, -0.1)
+    yield "side5", (*plain, *one_scope(2, 42), six, 5, -1.0)
+    yield "longer-rows-than-tokens", (*plain, *one_scope(2, 42), six + 44, 2, -1.0)
+    yield "all-pads", (*plain, *pads_alone(2, 42), six, 2, -1.0)
     endless = plain[0].index_fill(1, torch.tensor([3, 20]), float("nan"))
-    yield "not-finite", (endless, plain[1], *one_scope(2, 42), 6, 2, 0.0)
-    yield "strided", (*(strided(a) for a in (*plain, *scopes(2, 42, 2, seed=6))), 5, 2, 0.0)
+    yield "not-finite", (endless, plain[1], *one_scope(2, 42), six, 2, 0.0)
+    yield "strided", (*(strided(a) for a in (*plain, *scopes(2, 42, 2, seed=6), six - 1)), 2, 0.0)
 
 
 def novelty_score(sizes: tuple[int, ...]) -> Iterator[Case]:
@@ -394,7 +397,7 @@ def _of_another_dtype(name: str) -> Iterator[Case]:
         "shorten": (none, double, None, *[places] * 3, none, none, none, none),
         "threshold_keep": (number, *scope, 0.5, False),
         "top_keep": (number, *scope, 500, 0, 1),
-        "window_merge": (double, number, *scope, 1, 2, 0.0),
+        "window_merge": (double, number, *scope, places + 1, 2, 0.0),
     }
     if name in made:
         yield "float64", made[name]

@@ -74,6 +74,7 @@ def test_the_grids_of_pictures_tell_what_is_beside_what():
     right, below = pictures.beside(sample, frames_in(shown, [1, 1, 2]), None)
     assert right[0].tolist() == [1, 2, -1, 4, 5, -1, *[-1] * 4, 11, -1, 13, -1, 15, -1, 17, -1]
     assert below[0].tolist() == [3, 4, 5, *[-1] * 3, 7, 8, 9, -1, 12, 13, -1, -1, 16, 17, -1, -1]
+    assert pictures.rows(sample).tolist() == [[3] * 6 + [1] * 4 + [2] * 8]
     right, below = pictures.beside(sample, frames_in(shown, [1, 1, 1]), 2)
     assert right[0].tolist() == [1, -1, 3, -1, 5, -1, 7, -1, 9, -1, 11, -1, 13, -1, 15, -1, 17, -1]
     assert below[0, 10:].tolist() == [12, 13, 14, 15, 16, 17, -1, -1]

@@ -107,9 +107,13 @@ def with_columns(policy: Policy, layout: Layout, site: SiteName, path: Path, pri
             slug="broken-grid",
         )
     written = getattr(primitive, "columns", None)
-    if written is None and layout.spatial and any(tap.kind == "neighbour" for tap in primitive.taps().values()):
+    asked = {tap.kind for tap in primitive.taps().values()}
+    if written is None and layout.spatial and site.component == "language" and asked & {"neighbour", "row"}:
+        _check_one_grid(policy, path, primitive)
         return {}
     columns = written or layout.columns(site.component)
+    if columns is None and layout.spatial:
+        raise _told_elsewhere(policy, layout, site, path, primitive)
     if columns is None:
         raise refusal(
             policy,
@@ -122,3 +126,34 @@ def with_columns(policy: Policy, layout: Layout, site: SiteName, path: Path, pri
             slug="no-grid",
         )
     return {"columns": columns}
+
+
+def _check_one_grid(policy: Policy, path: Path, primitive: Primitive) -> None:
+    """Refuses a primitive that counts rows through its scope where that holds several images, of grids of their own."""
+    asked = {tap.kind for tap in primitive.taps().values()}
+    if policy.steps[int(path[1])].scope == "image" or asked & {"neighbour", "frame"}:
+        return
+    raise refusal(
+        policy,
+        (*path[:2], "scope"),
+        f"`{primitive.key}` works on the rows of one image, and the images of a prompt have rows of several lengths",
+        got=f"{primitive.key} with scope: sequence",
+        want="scope: image, or the length of a row that all images have",
+        fix="leave scope out, or write columns: N where every image has rows of N tokens",
+        slug="no-grid",
+    )
+
+
+def _told_elsewhere(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> SiteError:
+    """Why a grid that the decoder's positions tell is none for this primitive at this site."""
+    told = any(tap.kind in ("neighbour", "row") for tap in primitive.taps().values())
+    if told:
+        summary = f"`{primitive.key}` works on the rows of an image, which only the decoder's positions tell"
+        got, want, fix = f"{primitive.key} at {site}", "a language site", "write at: language.0"
+    else:
+        summary = f"`{primitive.key}` is defined on one square grid, and images of {layout.model_type} are of any shape"
+        got = f"{', '.join(str(n) for n in layout.visual_tokens)} visual tokens, rows as the decoder's positions tell"
+        want = "a model whose encoder turns every image into square tiles of one size"
+        fix = "write columns: N where every image has N rows of N tokens, or take grid_mlp, which pools any grid"
+    slug = "no-grid" if told else "no-square-grid"
+    return refusal(policy, (*path, "columns"), summary, got=got, want=want, fix=fix, slug=slug)

@@ -206,7 +206,7 @@ def _split(total: int, track: _Track) -> list[int]:
 
 def _decides_late(select: Any) -> bool:
     """Whether a selector's count depends on the scores: it says so, or it has no budget."""
-    return not getattr(select, "exact", True) or next(_budgets(select), None) is None
+    return not select.sure or next(_budgets(select), None) is None
 
 
 def _budgets(select: Any) -> Iterator[Budget]:

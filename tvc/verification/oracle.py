@@ -434,6 +434,8 @@ class _Oracle(Observer):
             return tuple(values[sample.number][None] for values in self.frames[sample.row])
         if tap.kind == "neighbour":
             return self.pictures.beside(sample, self.frames[sample.row], tap.columns)
+        if tap.kind == "row":
+            return self.pictures.rows(sample)
         if tap.kind == "pixel" or (not inside and layer.startswith("vision.")):
             return self._encoder_tap(tap, primitive, sample)
         if tap.kind in ("feature", "text") and layer in self.inputs_of:

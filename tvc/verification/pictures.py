@@ -91,6 +91,16 @@ class Pictures:
             side = math.isqrt(frames * height * width // max(length, 1))
             self.columns.append(width // side if side else 0)
 
+    def rows(self, sample: Sample) -> torch.Tensor:
+        """[1, V] int64 how many tokens the row of each visual token of a sample has."""
+        shown = self.shown[sample.row][sample.number].tolist()
+        return torch.tensor([[self._width(picture) for picture in shown]], device=sample.number.device).long()
+
+    def _width(self, picture: int) -> int:
+        if not self.columns[picture]:
+            raise unmapped("the inputs name no grid of rows and columns")
+        return self.columns[picture]
+
     def beside(
         self, sample: Sample, frames: tuple[torch.Tensor, torch.Tensor], columns: int | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,9 +113,7 @@ class Pictures:
         spots: dict[tuple[int, int, int], int] = {}
         shown, frame, place = (values[sample.number].tolist() for values in (self.shown[sample.row], *frames))
         for number, (picture, one, at) in enumerate(zip(shown, frame, place, strict=True)):
-            width = columns or self.columns[picture]
-            if not width:
-                raise unmapped("the inputs name no grid of rows and columns")
+            width = columns or self._width(picture)
             spots[one, at // width, at % width] = number
         right, below = torch.full_like(sample.number, -1), torch.full_like(sample.number, -1)
         for (one, row, column), number in spots.items():

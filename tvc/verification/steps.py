@@ -223,7 +223,8 @@ class _ByHand:
         parts = [(self._one(term.primitive), term.weight, term.normalize) for term in terms]
         segment = self.sample.segment[None]
         if step.exit is None and step.select.terms:
-            joined: torch.Tensor = step.select.joined([combine([part], segment) for part in parts], self.scope)
+            apart = [combine([part], segment) for part in parts]
+            joined: torch.Tensor = step.select.joined(apart, self.scope, **self._taps(step.select))
             return joined
         return combine(parts, segment)
 
@@ -320,7 +321,7 @@ def _planned(step: Any, sample: Sample) -> tuple[int, bool]:
         return sum(step.merge.kept(counts)), step.merge.exact
     chosen = step.select.kept(counts)
     left = step.rest.kept(counts, chosen) if step.rest is not None else chosen
-    return sum(left), step.select.exact and (step.rest is None or step.rest.exact)
+    return sum(left), step.select.sure and (step.rest is None or step.rest.exact)
 
 
 def text_behind(sample: Sample) -> torch.Tensor:
