@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tvc.chunks import Crossing
 from tvc.kernels.op import Attention, Tap
 from tvc.policy.positions import Rescale, Stride
 from tvc.trace.layout import blocks, has_attention, residual_argument
@@ -57,6 +58,7 @@ class Case:
     visual_token_ids: tuple[int, ...]
     cached: Callable[[int], torch.Tensor | None] = lambda _layer: None  # its values [B, H, S, d] of a layer, or NaN
     chosen: Sequence[torch.Tensor] = ()  # [steps - 1] of [B, S] bool: what its decode steps attended to
+    crossing: Crossing | None = None  # set where the text reads visual tokens by cross-attention
 
     @property
     def prompt(self) -> int:
@@ -64,7 +66,7 @@ class Case:
 
 
 def expect(model: Any, policy: Any, case: Case, slack: float) -> Expected:
-    """Runs the untouched `model` on `case`; `policy` is resolved, `slack` see `carry_out`."""
+    """What `across.define` gives of a model whose visual tokens are in the decoder's sequence."""
     with torch.no_grad():
         oracle = _Oracle(model, policy, case, slack)
         expected = oracle.run()
