@@ -63,7 +63,7 @@ class InsertReductions(Pass):
         if component.draft is None:  # else an earlier pass has opened it
             component.draft = open_draft(component)
         component.meta = {**component.meta, "cuts": [], "partings": [], "stages": [], "tap_widths": {}}
-        insertion = _DecoderInsertion(component, program, self._renumber(component, steps["language"]))
+        insertion = _DecoderInsertion(component, program, self.policy.positions == "renumber")
         if self.policy.cache is not None:
             insertion.frames_that_stay(self.policy.cache)
         return changes + insertion.insert(steps["language"])
@@ -85,27 +85,6 @@ class InsertReductions(Pass):
                     insertion.add_keys(name, tap.layer or "", note)
             return insertion.changes
         return []
-
-    def _renumber(self, component: Component, steps: list[Any]) -> bool:
-        if self.policy.positions == "renumber" and not steps:
-            raise SiteError(
-                "positions are numbered afresh behind a cut of the decoder, and there is none",
-                where="positions",
-                got="renumber, and no step at a language site",
-                want="keep",
-                fix="write positions: keep, or move a step to language.0",
-                slug="nothing-to-renumber",
-            )
-        if self.policy.positions == "renumber" and component.meta["shape"].axes:
-            raise SiteError(
-                "positions cannot be numbered afresh on a model whose tokens have several position axes",
-                where="positions",
-                got="renumber",
-                want="keep",
-                fix="write positions: keep",
-                slug="no-renumber",
-            )
-        return bool(self.policy.positions == "renumber")
 
 
 def _check_features(step: Any) -> None:

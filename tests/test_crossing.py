@@ -162,16 +162,45 @@ def test_a_later_turn_reads_what_is_left() -> None:
     made, model, inputs = compiled(), prepared().source.model, asked(((56, 56),), ((131, 97),))
     more = torch.tensor([[50, 51, 52], [53, 54, 55]])
     whole = longer(inputs, more)
-    first = made(**inputs)
-    second = made(
-        input_ids=more,
-        attention_mask=whole["attention_mask"],
-        cross_attention_mask=whole["cross_attention_mask"][:, -3:],
-        past_key_values=first.past_key_values,
-    )
-    with masked(model, inputs, first.kept["projector"]):
-        want = model(**whole, position_ids=places(whole["attention_mask"])).logits[:, -1:]
-    close(second.logits, want)
+    read = whole["cross_attention_mask"]
+    for mask in (read[:, -3:], read):  # of the turn alone, or of all so far
+        first = made(**inputs)
+        second = made(
+            input_ids=more,
+            attention_mask=whole["attention_mask"],
+            cross_attention_mask=mask,
+            past_key_values=first.past_key_values,
+        )
+        with masked(model, inputs, first.kept["projector"]):
+            want = model(**whole, position_ids=places(whole["attention_mask"])).logits[:, -1:]
+        close(second.logits, want)
+    shorter = {"cross_attention_mask": inputs["cross_attention_mask"]}  # the prompt's, not lengthened
+    for left, slug in ((shorter, "cross-mask"), ({}, "no-cross-mask")):
+        cache = made(**inputs).past_key_values
+        with pytest.raises(InputError, match=rf"] {slug}: (.|\n)*cross_attention_mask"):
+            made(input_ids=more, attention_mask=whole["attention_mask"], past_key_values=cache, **left)
+
+
+def test_padding_behind_prompts_changes_nothing() -> None:
+    made, inputs = compiled(), ragged()
+    order = torch.argsort(inputs["attention_mask"], dim=1, descending=True, stable=True)
+    moved = dict(inputs)
+    for name in ("input_ids", "attention_mask"):
+        moved[name] = inputs[name].gather(1, order)
+    index = order[:, :, None, None].expand_as(inputs["cross_attention_mask"])
+    moved["cross_attention_mask"] = inputs["cross_attention_mask"].gather(1, index)
+    assert not moved["attention_mask"][:, -1].all()
+    out, want = made(**moved), made(**inputs)
+    assert torch.equal(out.kept["projector"], want.kept["projector"])
+    close(out.logits, want.logits)
+
+
+def test_images_without_a_mask_are_refused() -> None:
+    """Tiles that an image lacks would be visual tokens like others."""
+    inputs = asked(((56, 56),))
+    del inputs["cross_attention_mask"]
+    with pytest.raises(InputError, match="no-cross-mask"):
+        compiled()(**inputs)
 
 
 def test_a_mask_of_other_images_is_refused() -> None:

@@ -120,3 +120,11 @@ def test_decoders_that_take_no_fraction_are_refused_with_the_reason(family: str,
     with pytest.raises(SiteError, match=reason) as caught:
         tvc.plan(model, "v2pe", processor=processor)
     assert caught.value.slug == "no-fractions"
+
+
+@pytest.mark.parametrize(("family", "reason"), [("qwen2_5_vl", "positions on 3 axes"), ("blip-2", "adds positions")])
+def test_decoders_whose_tokens_keep_their_positions_are_refused_with_the_reason(family: str, reason: str) -> None:
+    model, processor = support.build(family)
+    with pytest.raises(SiteError, match=reason) as caught:
+        tvc.plan(model, tvc.load_policy("fastv", set=["positions=renumber"]), processor=processor)
+    assert caught.value.slug == "no-renumber"

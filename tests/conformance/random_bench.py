@@ -23,8 +23,9 @@ from tvc.policy.schema import COMPONENTS
 from tvc.trace.host import PIXEL_NAMES
 from tvc.trace.sample import visual_token_ids
 from tvc.verification import samples
+from tvc.verification.across import define
 from tvc.verification.check import compare
-from tvc.verification.oracle import Case, expect
+from tvc.verification.oracle import Case
 from tvc.verification.report import TOLERANCES
 from tvc.verification.reselection import of_run
 
@@ -191,12 +192,8 @@ class Bench:
         more = torch.arange(3, 3 + tokens).expand(rows, -1) + 7  # plain words
         mask = torch.cat([tensors["attention_mask"], torch.ones_like(more)], 1)
         first = compiled(**tensors)
-        kinds = {
-            name: torch.zeros_like(more, dtype=value.dtype)
-            for name, value in tensors.items()
-            if value.shape == tensors["input_ids"].shape and name not in ("input_ids", "attention_mask")
-        }
-        second = compiled(input_ids=more, attention_mask=mask, past_key_values=first.past_key_values, **kinds)
+        beside = random_inputs.of_further(tensors, tokens)
+        second = compiled(input_ids=more, attention_mask=mask, past_key_values=first.past_key_values, **beside)
         policy = compiled.policy
         if tokens > 1:  # read whole; a single token is a decode step
             policy = dataclasses.replace(policy, policy=dataclasses.replace(policy.policy, reselect=None))
@@ -217,8 +214,9 @@ class Bench:
         columns = tensors["input_ids"].shape[1] + tokens.shape[1]
         chosen = of_run([answer.past_key_values] if tokens.shape[1] else [], interface.stages - 1, columns)
         ids = visual_token_ids(self.model)
-        case = Case(tensors, tokens, kept, interface.shape.axes, ids, chosen=chosen)
-        expected = expect(self.model, policy, case, slack)
+        shape = interface.shape
+        case = Case(tensors, tokens, kept, shape.axes, ids, chosen=chosen, crossing=shape.crossing)
+        expected = define(self.model, policy, case, slack)
         for choice in expected.choices:
             if choice.gap > choice.allowed:
                 return Outcome("failed", "reselection", where, choice.gap, choice.allowed, 1)

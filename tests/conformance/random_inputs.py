@@ -118,6 +118,19 @@ def padded_right(tensors: Tensors) -> tuple[Tensors, torch.Tensor]:
     return {name: moved(value) for name, value in tensors.items()}, order
 
 
+def of_further(tensors: Tensors, tokens: int) -> Tensors:
+    """What a later turn of `tokens` plain words brings beside them: their kinds [B, tokens], and what they read [B,
+    tokens, ...], which is what the last token of the prompt reads."""
+    slots = tensors["input_ids"].shape
+    made = {}
+    for name, value in tensors.items():
+        if value.shape == slots and name not in ("input_ids", "attention_mask"):
+            made[name] = value.new_zeros(slots[0], tokens)
+        elif value.dim() > 2 and value.shape[:2] == slots:
+            made[name] = value[:, -1:].expand(-1, tokens, *value.shape[2:])
+    return made
+
+
 @st.composite
 def inputs(draw: st.DrawFn, videos: bool = False) -> Inputs:
     """One to three samples of up to two pictures each, alike or of different lengths; seldom without any picture.

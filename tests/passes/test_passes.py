@@ -173,14 +173,6 @@ def test_hidden_states_of_another_layer_are_refused(traced: Callable[[str], Any]
         InsertReductions(given.resolved(policy))(given.program)
 
 
-def test_renumbering_without_a_cut_in_the_decoder_is_refused(traced: Callable[[str], Any]) -> None:
-    given = traced("llava")
-    step = {"at": "projector", "select": {"stride": {"keep": "50%"}}, "rest": "drop"}
-    policy = {"version": 1, "name": "early", "steps": [step], "positions": "renumber"}
-    with pytest.raises(SiteError, match="there is none"):
-        InsertReductions(given.resolved(policy))(given.program)
-
-
 @pytest.mark.parametrize(
     ("family", "reason"),
     [

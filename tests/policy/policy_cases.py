@@ -199,6 +199,7 @@ READING: dict[str, tuple[object, object]] = {
     "set-nothing": ("fastv", {"keep": 0}),
 }
 
+RENUMBER = "version: 1\npositions: renumber"
 # Found against a model: name -> (policy, layout).
 RESOLVING: dict[str, tuple[str, Layout]] = {
     "reselect-at-the-first-layer": ("version: 1\nreselect: {at: language.0, keep: 30%}", layout()),
@@ -223,6 +224,11 @@ RESOLVING: dict[str, tuple[str, Layout]] = {
     "fractions-on-axes": (
         "version: 1\npositions: {stride: 64}",
         dataclasses.replace(layout(), whole_positions="its tokens have positions on 3 axes"),
+    ),
+    "numbers-without-a-cut": (policy(step("projector", "select: {stride: 3}"), head=RENUMBER), layout()),
+    "numbers-that-tokens-hold": (
+        policy(step("language.2"), head=RENUMBER),
+        dataclasses.replace(layout(), kept_positions="it adds positions to its tokens before its first layer"),
     ),
     "frames-at-several-sites": (policy(step("language.0..1", "score: change\n    select: {frames: 50%}")), layout()),
     "depth-of-another-model": (
@@ -274,7 +280,7 @@ RESOLVING: dict[str, tuple[str, Layout]] = {
         policy(
             step("language.2"),
             step("language.5", TOP + "\n    evict: language.3"),
-            head="version: 1\npositions: renumber",
+            head=RENUMBER,
         ),
         layout(),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -80,7 +81,32 @@ def test_several_axes_are_the_first_reason() -> None:
     positions = torch.arange(5).repeat(3, 2, 1)
     with PositionUse(positions) as use:
         rotary(positions[0])
-    assert use.whole(3) == "its tokens have positions on 3 axes"
+    assert use.whole(3) == use.kept(3) == "its tokens have positions on 3 axes"
+
+
+ADDED = "it adds positions to its tokens before its first layer"
+
+
+@pytest.mark.parametrize(
+    ("front", "layer", "want"),
+    [
+        (lambda _p: (HIDDEN, None), lambda _made, p: rotary(p), ""),
+        (lambda p: (HIDDEN, p.float() * 2), lambda made, _p: HIDDEN * made[:, :, None].cos(), ""),
+        (lambda p: (HIDDEN + embedded(p), p.float()), lambda made, _p: HIDDEN * made[:, :, None], ""),
+        (lambda _p: (HIDDEN, None), lambda _made, p: embedded(p), ""),  # as good as numbers, asked in the layer
+        (lambda p: (HIDDEN + embedded(p), None), lambda _made, _p: HIDDEN, ADDED),
+        (lambda p: (HIDDEN + embedded(p), p.float()), lambda _made, _p: HIDDEN, ADDED),  # handed on for nothing
+        (lambda p: (rotary(p), None), lambda _made, _p: HIDDEN, ADDED),
+        (lambda _p: (HIDDEN, None), lambda _made, _p: HIDDEN, "it takes no positions"),
+    ],
+)
+def test_positions_count_behind_a_cut_where_layers_use_them(front: Any, layer: Any, want: str) -> None:
+    positions = torch.arange(5).repeat(2, 1)
+    with PositionUse(positions) as use:
+        hidden, made = front(positions)
+        use.entering_layers(hidden)
+        layer(made, positions) + hidden.relu()
+    assert use.kept(0) == want
 
 
 def placed(rows: int, columns: int, axes: tuple[int, ...] = (0, 1, 2)) -> torch.Tensor:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import types
+from typing import Any
 
 import pytest
 import torch
 
 import support
+from tvc.api import layout_of
+from tvc.kernels.op import Scope
+from tvc.policy import load_policy, resolve
 from tvc.trace.sample import visual_token_ids
 from tvc.verification import samples
 from tvc.verification.oracle import Case, expect
@@ -36,3 +40,32 @@ def test_generated_tokens_see_what_they_see_in_decode_steps(family: str) -> None
     got = expect(model, NOTHING, case, 2e-5).logits
     assert torch.equal(made.sequences[:, -5:-1], tokens)
     torch.testing.assert_close(got, steps, rtol=0, atol=2e-5 * float(steps.abs().max()))
+
+
+def test_a_merge_behind_the_projector_has_not_seen_positions() -> None:
+    """By hand on what the decoder is given; OPT adds its positions to that in front of its first block."""
+    model, inputs = support.build_model("blip-2"), samples.left_padded(support.inputs("blip-2", 2))
+    step = {"at": "projector", "merge": {"bipartite": {"keep": "40%"}}}
+    policy = resolve(load_policy({"version": 1, "name": "mine", "steps": [step]}), layout_of(model, inputs=inputs))
+    tokens = visual_token_ids(model)
+    case = Case(inputs, inputs["input_ids"][:, :0], {}, 0, tokens)
+    got = expect(model, policy, case, 2e-5).logits
+
+    def merged(_decoder: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        embeds, mask = kwargs["inputs_embeds"].clone(), kwargs["attention_mask"].clone()
+        for row, ids in enumerate(inputs["input_ids"]):
+            slots = torch.isin(ids, torch.tensor(tokens)).nonzero().flatten()
+            images = torch.zeros(1, len(slots), dtype=torch.int64)
+            scope = Scope(images, torch.tensor([[len(slots)]]), 1)
+            index, feature, _ = policy.steps[0].merge.apply(embeds[row, slots][None], torch.ones(1, len(slots)), scope)
+            mask[row, slots] = 0
+            mask[row, slots[index[0]]] = 1
+            embeds[row, slots[index[0]]] = feature[0]
+        return args, {**kwargs, "inputs_embeds": embeds, "attention_mask": mask}
+
+    handle = model.get_decoder().register_forward_pre_hook(merged, with_kwargs=True)
+    places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        want = model(**inputs, position_ids=places).logits[:, -1:]
+    handle.remove()
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * float(want.abs().max()))

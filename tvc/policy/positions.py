@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field
@@ -131,12 +132,17 @@ def _rescale_schema() -> dict[str, Any]:
     return {**one, "properties": {"rescale": settings}}
 
 
-def check_positions(document: Document, positions: Positions, layout: Layout) -> None:
-    """Refuses fractions of a position, and other frequencies, where the decoder cannot take them.
+def check_positions(document: Document, positions: Positions, sites: Sequence[str], layout: Layout) -> None:
+    """Refuses new numbers, fractions of a position, and other frequencies, where the decoder cannot take them.
+
+    Args:
+        sites: where the steps act.
 
     Raises:
         SiteError: with the reason.
     """
+    if positions == "renumber":
+        _check_numbers(document, sites, layout)
     if isinstance(positions, Stride) and layout.whole_positions:
         raise SiteError(
             f"the positions of {layout.model_type} cannot be fractions",
@@ -155,4 +161,25 @@ def check_positions(document: Document, positions: Positions, layout: Layout) ->
             want="a decoder whose layers share one rotary embedding as it was trained",
             fix="write positions: keep",
             slug="fixed-frequencies",
+        )
+
+
+def _check_numbers(document: Document, sites: Sequence[str], layout: Layout) -> None:
+    if not any(site.startswith("language.") for site in sites):
+        raise SiteError(
+            "positions are numbered afresh behind a cut of the decoder, and there is none",
+            where=document.where(PATH),
+            got=f"renumber, and {'steps at ' + ', '.join(sites) if sites else 'no step'}",
+            want="a step at a language site",
+            fix="write positions: keep, or move a step to language.0",
+            slug="nothing-to-renumber",
+        )
+    if layout.kept_positions:
+        raise SiteError(
+            f"the tokens of {layout.model_type} cannot be numbered afresh behind a cut",
+            where=document.where(PATH),
+            got=f"renumber, and {layout.kept_positions}",
+            want="a decoder whose layers turn queries and keys by one number a token (rotary embedding of one axis)",
+            fix="write positions: keep",
+            slug="no-renumber",
         )

@@ -82,8 +82,9 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
     Raises:
         SiteError: a layer or a tap that the model lacks, a cut without meaning, a budget that keeps nothing.
     """
-    check_positions(policy.document, policy.positions, layout)
-    check_options(policy.document, policy.options, [step.at for step in policy.steps], layout)
+    sites = [step.at for step in policy.steps]
+    check_positions(policy.document, policy.positions, sites, layout)
+    check_options(policy.document, policy.options, sites, layout)
     steps = tuple(
         _step(policy, layout, number, one)
         for number, step in enumerate(policy.steps)

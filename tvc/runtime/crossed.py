@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tvc.chunks import CROSS_MASK, CROSS_ROWS, CROSS_STATES, DecoderShape
+from tvc.chunks import CROSS_MASK, CROSS_ROWS, CROSS_STATES, Crossing, DecoderShape
 from tvc.errors import InputError
 from tvc.runtime.cache import StagedCache
 from tvc.runtime.chunk import put_back, ragged, rows_at, take
@@ -30,6 +30,27 @@ class Crossed:
     images: int  # images of a sample at most
 
 
+def check_rows(inputs: Mapping[str, Any], crossing: Crossing, slots: tuple[int, int], past: StagedCache | None) -> None:
+    """Refuses a mask of cross-attention without a row for each token of a chunk of `slots` (batch, length).
+
+    The model's own code takes rows of the chunk alone, or of all so far.
+
+    Raises:
+        InputError: it has other rows.
+    """
+    mask = inputs.get(crossing.mask)
+    whole = slots[1] + (past.seen if past is not None else 0)
+    if isinstance(mask, torch.Tensor) and mask.dim() > 1 and mask.shape[1] != slots[1] and mask.shape[1] < whole:
+        raise InputError(
+            "the mask of cross-attention does not fit the text",
+            where="forward",
+            got=f"{crossing.mask} {list(mask.shape)} for {slots[1]} new tokens",
+            want=f"{slots[1]} rows, or {whole} for all tokens so far",
+            fix=f"repeat its last row for every token since: torch.cat([{crossing.mask}, {crossing.mask}[:, -1:]], 1)",
+            slug="cross-mask",
+        )
+
+
 def brought(
     given: Mapping[str, Any], shape: DecoderShape, past: StagedCache | None, images: int, slots: tuple[int, int]
 ) -> tuple[Crossed | None, torch.Tensor]:
@@ -40,13 +61,23 @@ def brought(
         images: images of a sample at most.
 
     Raises:
-        InputError: the mask is not one of all visual tokens so far.
+        InputError: there is no mask, or it is not one of all visual tokens so far.
     """
     crossing: Any = shape.crossing
     states = given.get(crossing.states)
     before = past.offered if past is not None else 0
     new = states.numel() // (slots[0] * shape.width) if states is not None else 0
     seen = seen_by(given, crossing) if before + new else None
+    if seen is None and before + new and (states is not None or slots[1] > 1):
+        # Padding would be read as an image is, and by the model's own code causally or not as its attention has it.
+        raise InputError(
+            "nothing says which visual tokens each token of the text reads",
+            where="forward",
+            got=f"no {crossing.mask}, {slots[1]} new tokens and {before + new} visual ones",
+            want=f"{crossing.mask} with a row for each new token",
+            fix="pass the processor's, whose last row tokens behind the prompt repeat",
+            slug="no-cross-mask",
+        )
     if seen is None:
         seen = torch.ones(*slots, before + new, dtype=torch.bool, device=shape.device)
     if seen.shape != (*slots, before + new):

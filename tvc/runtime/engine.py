@@ -27,7 +27,7 @@ from tvc.chunks import (
 from tvc.errors import InputError
 from tvc.runtime.cache import StagedCache
 from tvc.runtime.chunk import Chunk, chunk_inputs, left_packed, put_back, ragged, rows_at, take
-from tvc.runtime.crossed import brought, decoder_inputs, reduced
+from tvc.runtime.crossed import brought, check_rows, decoder_inputs, reduced
 from tvc.runtime.inputs import (
     check_call,
     check_handed_on,
@@ -210,6 +210,9 @@ class Engine:
         if self.host.boundary.traced:
             check_options(self.host.owner, inputs)
         self.host.feature_lengths = {}
+        crossing = self.interface.shape.crossing
+        if crossing is not None:
+            check_rows(inputs, crossing, (ids.shape[0], ids.shape[1]), past)
         try:
             with self._masks_made(ids):
                 call = self.host.reach_decoder(**{**inputs, "past_key_values": past, "use_cache": True})
@@ -225,7 +228,7 @@ class Engine:
         visual = torch.zeros_like(ids, dtype=torch.bool)
         segment, images = torch.full_like(ids, -1), 0
         crossed, made = None, dict[str, torch.Tensor]()
-        if self.interface.shape.crossing is not None:
+        if crossing is not None:
             shape = self.interface.shape
             slots = (ids.shape[0], ids.shape[1])
             crossed, made[CROSS_MASK] = brought(call.extra, shape, past, images_of(inputs) or 1, slots)

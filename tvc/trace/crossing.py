@@ -140,7 +140,7 @@ def crossing_arguments(
 def seen_by(given: Mapping[str, Any], crossing: Crossing) -> torch.Tensor | None:
     """[B, S, V] bool which visual tokens each slot reads, False in the whole row of one that reads no image.
 
-    None where the model's own code made no mask: each slot then reads all.
+    None where the model's own code made no mask: a slot by itself then reads all.
     """
     mask = given.get(crossing.mask)
     if mask is None:

@@ -166,6 +166,7 @@ def _survey(
         untraced=untraced,
         resampled=resampled,
         whole_positions=use.whole(axes),
+        kept_positions=use.kept(axes),
         spatial=tells_grid(call.position_ids, visual),
         fixed_frequencies=fixed(meta.get_decoder()),
     )
@@ -324,6 +325,7 @@ def _decoder_shapes(
         stack.enter_context(on_all_slots(extras))
         stack.enter_context(fakes)
         stack.enter_context(use)
+        stack.enter_context(use.in_front_of(blocks(meta)[0][0]))
         out = type(decoder).forward(  # the instance's own leads back to the host
             decoder,
             inputs_embeds=torch.zeros(batch, slots, width, dtype=call.inputs_embeds.dtype, device="meta"),

@@ -17,12 +17,23 @@ from tvc.kernels.op import Tap
 from tvc.trace.crossing import across, images_of
 from tvc.trace.layout import blocks
 from tvc.trace.observe import plain_cache
-from tvc.verification.oracle import Case, Expected
+from tvc.verification.oracle import Case, Expected, expect
 from tvc.verification.steps import Sample, carry_out
 
 
-def expect_across(model: Any, policy: Any, case: Case, crossing: Crossing, slack: float) -> Expected:
-    """Runs the untouched `model` on `case`; see `oracle.expect`."""
+def define(model: Any, policy: Any, case: Case, slack: float) -> Expected:
+    """Runs the untouched `model` on `case`, whichever way its text reads images.
+
+    Args:
+        policy: resolved.
+        slack: see `carry_out`.
+    """
+    if case.crossing is None:
+        return expect(model, policy, case, slack)
+    return _expect_across(model, policy, case, case.crossing, slack)
+
+
+def _expect_across(model: Any, policy: Any, case: Case, crossing: Crossing, slack: float) -> Expected:
     oracle = _Across(policy, case, crossing, slack, len(blocks(model)[0]))
     inputs = _with_generated(case)
     places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)  # as `generate` numbers them

@@ -16,8 +16,8 @@ from tvc.trace.layout import blocks
 from tvc.trace.observe import cached_state, replaced
 from tvc.trace.sample import visual_token_ids
 from tvc.verification import samples
-from tvc.verification.across import expect_across
-from tvc.verification.oracle import Case, Expected, expect
+from tvc.verification.across import define
+from tvc.verification.oracle import Case, Expected
 from tvc.verification.report import TOLERANCES, Comparison, Report, Tolerance
 from tvc.verification.reselection import of_run
 
@@ -136,12 +136,9 @@ class _Comparing:
             visual_token_ids(self.model),
             functools.partial(run.values, self.compiled, inputs["input_ids"].shape[1] + self.steps - 1),
             run.chosen,
+            self.compiled.engine.interface.shape.crossing,
         )
-        crossing = self.compiled.engine.interface.shape.crossing
-        if crossing is not None:
-            expected = expect_across(self.model, self.compiled.policy, case, crossing, self.tolerance.relative)
-        else:
-            expected = expect(self.model, self.compiled.policy, case, self.tolerance.relative)
+        expected = define(self.model, self.compiled.policy, case, self.tolerance.relative)
         rows = [*self._selections(name, case, expected), *self._choices(name, expected)]
         rows += self._caches(name, run, expected)
         for step in range(run.logits.shape[1]):

@@ -15,6 +15,7 @@ import torch
 
 from tvc.trace.layout import residual_argument
 from tvc.trace.observe import plain_cache
+from tvc.verification.entry import Entry
 from tvc.verification.steps import Outcome
 
 Values = Callable[[torch.Tensor], torch.Tensor]
@@ -71,12 +72,18 @@ def layer_of(site: str) -> int:
 
 
 def cached_values(
-    model: torch.nn.Module, layer: int, block: torch.nn.Module, arguments: Mapping[str, Any], hidden: torch.Tensor
+    model: torch.nn.Module,
+    site: str,
+    block: torch.nn.Module,
+    arguments: Mapping[str, Any],
+    entry: Entry,
+    hidden: torch.Tensor,
 ) -> torch.Tensor:
-    """[B, H, S, d] the values that block `layer` of the untouched model caches of hidden states."""
+    """[B, H, S, d] the values that the block behind `site` of the untouched model caches of what leaves the site."""
     cache = plain_cache(model)
+    hidden = entry.hidden_of(hidden) if site == "projector" else hidden
     block.forward(**{**arguments, residual_argument(block): hidden, "past_key_values": cache})
-    values: torch.Tensor = cache.layers[layer].values
+    values: torch.Tensor = cache.layers[layer_of(site)].values
     return values
 
 

@@ -89,10 +89,18 @@ class Rotary:
         self._calls: list[tuple[Any, Any, tuple[Any, ...], dict[str, Any]]] = []  # what came out, and the call
         self._again = False
 
-    def seen(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """A forward hook of `modules`."""
-        if not self._again:
-            self._calls.append((output, module, args, kwargs))
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside the block calls of `modules` are noted."""
+
+        def seen(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not self._again:
+                self._calls.append((output, module, args, kwargs))
+
+        with contextlib.ExitStack() as stack:
+            for module in self.modules:
+                stack.callback(module.register_forward_hook(seen, with_kwargs=True).remove)
+            yield
 
     def at(self, positions: torch.Tensor, given: Any) -> Any:
         """Position embeddings for `positions`, of the kind of the embeddings `given` to a block."""

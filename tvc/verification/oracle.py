@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from tvc.chunks import Crossing
 from tvc.kernels.op import Attention, Tap
 from tvc.policy.positions import Rescale, Stride
 from tvc.trace.layout import blocks, has_attention, residual_argument
@@ -22,6 +23,7 @@ from tvc.trace.observe import Observer, Seen, kept_offsets, observed, plain_cach
 from tvc.trace.parts import feature_owner
 from tvc.verification.branches import changes, watched
 from tvc.verification.encoder import EncoderTaps, feature_parts, tile_mask, token_map
+from tvc.verification.entry import Entry
 from tvc.verification.following import cached_values, followed, layer_of
 from tvc.verification.masks import evicted, in_window, narrowed, running
 from tvc.verification.numbering import Rotary, all_in_fractions, at_frequencies
@@ -57,6 +59,7 @@ class Case:
     visual_token_ids: tuple[int, ...]
     cached: Callable[[int], torch.Tensor | None] = lambda _layer: None  # its values [B, H, S, d] of a layer, or NaN
     chosen: Sequence[torch.Tensor] = ()  # [steps - 1] of [B, S] bool: what its decode steps attended to
+    crossing: Crossing | None = None  # set where the text reads visual tokens by cross-attention
 
     @property
     def prompt(self) -> int:
@@ -64,7 +67,7 @@ class Case:
 
 
 def expect(model: Any, policy: Any, case: Case, slack: float) -> Expected:
-    """Runs the untouched `model` on `case`; `policy` is resolved, `slack` see `carry_out`."""
+    """What `across.define` gives of a model whose visual tokens are in the decoder's sequence."""
     with torch.no_grad():
         oracle = _Oracle(model, policy, case, slack)
         expected = oracle.run()
@@ -114,7 +117,7 @@ class _Oracle(Observer):
         self.reselection = None if rule is None else Reselection(rule, case.prompt, case.chosen, slack)
         self.closed: tuple[torch.Tensor, torch.Tensor] | None = None  # what `leaving` has to put back
         self.turned_by: Any = None  # the position embeddings that the block was given
-        self.rotary = Rotary(model.get_decoder())
+        self.rotary, self.entry = Rotary(model.get_decoder()), Entry(model.get_decoder())
         self.options = Options(policy, case.prompt, slack)
         self.fractions: torch.Tensor | None = None  # [B, S] positions, where visual tokens take fractions of one
 
@@ -143,8 +146,8 @@ class _Oracle(Observer):
                 if hasattr(owner, name):
                     stack.enter_context(replaced(owner, name, noting(name, getattr(owner, name))))
             stack.enter_context(observed(self.model, self))
-            for rotary in self.rotary.modules:
-                stack.callback(rotary.register_forward_hook(self.rotary.seen, with_kwargs=True).remove)
+            stack.enter_context(self.entry.watched())
+            stack.enter_context(self.rotary.watched())
             stack.enter_context(watched(self.model, self.transitions))
             if isinstance(rule := self.policy.positions, Rescale):
                 stack.enter_context(at_frequencies(self.rotary.modules[0], rule))
@@ -187,8 +190,11 @@ class _Oracle(Observer):
             return
         self.layer = index
         if index == 0:
+            self.entry.reached(hidden)
             self._enter_decoder(hidden)
-            hidden = self._steps_at("projector", hidden, block, arguments)
+            features = self.entry.features(hidden)
+            left = self._steps_at("projector", features, block, arguments)
+            hidden = hidden if left is features else self.entry.hidden_of(left)
             if self.rates:
                 self.raters = [text_that_rates(sample, hidden[sample.row]) for sample in self.samples]
         if f"language.{index}" in self.tapped:
@@ -360,7 +366,7 @@ class _Oracle(Observer):
             theirs, settled = self._cached(site, block, arguments) if last and not inside else None, False
             if theirs is not None:
                 given = {**arguments, "attention_mask": self._narrowed(arguments["attention_mask"])}
-                values_of = functools.partial(cached_values, self.model, layer_of(site), block, given)
+                values_of = functools.partial(cached_values, self.model, site, block, given, self.entry)
                 hidden, settled = followed(hidden, outcomes, values_of, theirs, self.slack)
                 samples[:] = [each.sample if site != "projector" else each.sample.entering() for each in outcomes]
             self.expected.unsettled = max([self.expected.unsettled, *(o.unsettled for o in outcomes)])
