@@ -127,9 +127,14 @@ class Windows(Gridded, Merging):
         merged: tuple[Any, Any, Any] = window_merge.overload(feature, size, *grid, self.side, self.above)
         return merged
 
+    @property
+    def sure(self) -> bool:
+        """Where every window merges, on grids that are known."""
+        return self.above == -1 and self.columns is not None
+
     def kept(self, counts: list[int]) -> list[int]:
-        """The upper bound, all of them: how many windows merge is known only at run time."""
-        return list(counts)
+        """The upper bound: how many windows merge is known only at run time, unless all do."""
+        return self.fewest(counts) if self.sure else list(counts)
 
     def fewest(self, counts: list[int]) -> list[int]:
         # Where positions tell how long rows are, windows may fill an image.

@@ -253,6 +253,11 @@ class Merging(Primitive):
         """
         return self
 
+    @property
+    def sure(self) -> bool:
+        """Whether these settings make `kept` what is left."""
+        return type(self).exact
+
     def kept(self, counts: list[int]) -> list[int]:
         """How many of `counts` visual tokens (one number a scope) are left: the plan's side of `apply`."""
         raise NotImplementedError

@@ -57,7 +57,3 @@ class Every(Select):
     def kept(self, counts: list[int]) -> list[int]:
         """The upper bound: an image is one frame; how many a video has is known only at run time."""
         return list(counts)
-
-    def fewest(self, counts: list[int]) -> list[int]:
-        """A frame of one token, for all that is known."""
-        return [min(1, count) for count in counts]

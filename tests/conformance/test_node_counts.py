@@ -25,7 +25,9 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "aim": ({"keep": "45%"}, {"keep": "25%"}),  # two rounds of merging each
     "dycoke": ({"keep": "60%"}, {"keep": "30%"}),
     "evs": ({"keep": "60%"}, {"keep": "30%"}),
+    "frame-stride": ({"every": 2}, {"every": 4}),
     "framefusion": ({"cost": "60%"}, {"cost": "30%"}),
+    "pool": ({"side": 2}, {"side": 4}),
     "qtsplus": ({"most": 0.5}, {"most": 0.25}),
     "stc": ({"keep": 9}, {"keep": 3}),
     "tokenflex": ({"side": 4}, {"side": 2}),

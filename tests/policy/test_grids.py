@@ -116,6 +116,26 @@ def test_neighbours_of_anchors_are_those_of_their_picture() -> None:
         assert left == sorted(order[:budget])
 
 
+@pytest.mark.parametrize("side", [2, 3, 4])
+def test_pool_is_pytorchs_average_of_a_square_grid(side: int) -> None:
+    """On the eight by eight tokens of a tile; of three by three, a seam of two rows and columns is left over."""
+    (one,) = resolve(load_policy("pool", set=[f"side={side}"]), layout()).steps
+    assert one.merge is not None
+    torch.manual_seed(side)
+    feature = torch.randn(1, 64, 5)
+    segment, counts = torch.zeros(1, 64, dtype=torch.int64), torch.tensor([[64]])
+    made = decide(one, feature, torch.ones(1, 64), segment, counts, [], {})
+    maps = feature.transpose(1, 2).unflatten(2, (8, 8))
+    means = torch.nn.functional.avg_pool2d(maps, side).flatten(2).transpose(1, 2)
+    assert one.merge.sure
+    assert one.merge.kept([64]) == [made.chosen.shape[1]] == [means.shape[1] + 64 - (8 // side * side) ** 2]
+    assert made.feature is not None
+    whole = torch.isin(made.size[0], float(side * side))
+    torch.testing.assert_close(made.feature[0, whole], means[0])
+    seam = [r * 8 + c for r in range(8) for c in range(8) if max(r, c) >= 8 // side * side]
+    assert made.chosen[0, ~whole].tolist() == seam
+
+
 def test_windows_are_those_of_their_picture() -> None:
     text = policy(step("language.0", "merge: {windows: {side: 2, above: -1}}"))
     (one,) = resolve(load_policy(text), TOLD).steps

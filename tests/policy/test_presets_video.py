@@ -51,6 +51,15 @@ def film(frames: int, size: int, width: int = 8, seed: int = 0) -> torch.Tensor:
     return torch.randn(1, frames, size, width).mul(0.4).cumsum(1).flatten(1, 2) + torch.randn(1, 1, width)
 
 
+# Baselines ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("frames", "size", "every"), [(8, 6, 4), (7, 5, 3), (3, 4, 9), (5, 1, 1)])
+def test_frame_stride(frames: int, size: int, every: int) -> None:
+    left = kept(step_of("frame-stride", f"every={every}"), film(frames, size), size)
+    assert left == [i for i in range(frames * size) if i // size % every == 0]
+
+
 # EVS ------------------------------------------------------------------------------------------------------------------
 
 

@@ -174,7 +174,7 @@ def _apply(step: Any, track: _Track, *, fires: bool) -> None:
     entering = track.counts if step.scope == "image" else [sum(track.counts)]
     left = list(entering)
     if step.merge is not None:
-        track.decided_late |= not step.merge.exact
+        track.decided_late |= not step.merge.sure
         left = list(step.merge.fewest(entering) if fires else step.merge.kept(entering))
     if step.select is not None:
         chosen = list(step.select.kept(entering))

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from tvc.errors import TraceError
+from tvc.kernels.op import Tap
 from tvc.trace.layout import blocks
 from tvc.verification.steps import Sample
 
 Ends = tuple[torch.Tensor, torch.Tensor]
+
+
+def asked(taps: Iterable[Tap]) -> dict[int, list[Ends]]:
+    """The decoder layers whose changes steps ask for, nothing seen of them yet."""
+    return {int((tap.layer or "").removeprefix("language.")): [] for tap in taps if tap.kind == "transition"}
 
 
 @contextlib.contextmanager

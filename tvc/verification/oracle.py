@@ -21,7 +21,7 @@ from tvc.policy.positions import Rescale, Stride
 from tvc.trace.layout import blocks, has_attention, residual_argument
 from tvc.trace.observe import Observer, Seen, kept_offsets, observed, plain_cache, replaced
 from tvc.trace.parts import feature_owner
-from tvc.verification.branches import changes, watched
+from tvc.verification.branches import asked, changes, watched
 from tvc.verification.encoder import EncoderTaps, feature_parts, tile_mask, token_map
 from tvc.verification.entry import Entry
 from tvc.verification.following import cached_values, followed, layer_of
@@ -107,9 +107,7 @@ class _Oracle(Observer):
         self.tiles: list[Sample] = []
         self.doubt = 1.0  # how many times more than rounding does elsewhere, merges in doubt may move what is behind
         self.proportional = False  # sizes of tokens are added to the encoder's logits from here on
-        self.transitions: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {
-            int((tap.layer or "").removeprefix("language.")): [] for tap in taps if tap.kind == "transition"
-        }
+        self.transitions = asked(taps)
         self.rates = any("raters" in tap.of for tap in taps)
         self.raters: list[torch.Tensor] = []  # per sample the columns of the text that rates
         self.probing = False

@@ -318,7 +318,7 @@ def _planned(step: Any, sample: Sample) -> tuple[int, bool]:
         always = step.exit.gate.key == "always"
         return (0 if always else sum(counts)), always
     if step.merge is not None:
-        return sum(step.merge.kept(counts)), step.merge.exact
+        return sum(step.merge.kept(counts)), step.merge.sure
     chosen = step.select.kept(counts)
     left = step.rest.kept(counts, chosen) if step.rest is not None else chosen
     return sum(left), step.select.sure and (step.rest is None or step.rest.exact)
