@@ -38,8 +38,8 @@ def fitted(*names: str) -> tuple[str, ...]:
 FITTED = fitted("fastv-4", "aim-6", "covipal-trained", "sparsevlm-6", "transprune-6")
 # What no budget can be set of: it asks by itself how much leaves, cuts nothing, or thins the frames of a video.
 UNBUDGETED = (
-    *("dycoke", "evs", "frame-stride", "framefusion", "pool", "showui", "stc", "todre-exit", "v2pe", "video-xl-2"),
-    "visual-context-window",
+    *("dycoke", "evs", "frame-stride", "framefusion", "pool", "pool-3d", "showui", "stc", "todre-exit", "v2pe"),
+    *("video-xl-2", "visual-context-window"),
     *fitted("dyvte-trained", "mustdrop-6"),
 )
 # Name of the results, presets, and how to ask: all budgets in torch; what has none, as it is; and in both runtimes one

@@ -1,4 +1,4 @@
-"""frame_windows: square windows of every frame of a video become one token each, larger ones in most of the frames.
+"""frame_windows: square windows of the frames of a video become one token each, also of several frames together.
 
 Shapes:  feature [B, V, D] float, size [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64, frame and
          place [B, V] int64 (-1 pads, see frames.py), columns [B, V] int64 from 1 on, the same within a frame
@@ -7,10 +7,13 @@ Shapes:  feature [B, V, D] float, size [B, V] float, segment [B, V] int64 (-1 pa
 Grid:    places 0..columns-1 of a frame are its first row, and so on. Windows lie side by side from its first corner on;
          those at the ends of rows and columns hold what is left over.
 Rule:    frames of a segment fall into groups of `group`; windows have `near` tokens a side in the first of each, and
-         `far` in the others. A window becomes its mean, weighted by size, in the place of its first token. Sizes add
-         up, sums are float32; a window of one token is that token.
+         `far` in the others. Windows reach over `frames` frames after each other, from the segment's first on, with the
+         side that they have in the first of them; a frame with other rows than that one's has windows of its own. A
+         window becomes its mean, weighted by size, in the place of its first token. Sizes add up, sums are float32; a
+         window of one token is that token.
 
-Reference: Visual Context Window Extension, arXiv:2409.20018 (progressive pooling).
+Reference: Visual Context Window Extension, arXiv:2409.20018 (progressive pooling); over several frames: the 3-D pooling
+of Slow-Fast video models (a kernel and stride of (4, 1, 1)).
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from tvc.kernels.frames import extent, first_of
+from tvc.kernels.frames import extent, first_of, lengths
 from tvc.kernels.grid import Gridded
 from tvc.kernels.op import Merging, Scope, Tap, op, primitive
 from tvc.kernels.score_change import frame_cases
@@ -33,20 +36,27 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     torch.manual_seed(0)
     for name, given in frame_cases():
         size = torch.randint(1, 4, given[2].shape).float()
-        for columns, group, near, far in ((2, 2, 1, 2), (3, 3, 2, 3), (1, 1, 2, 5)):
-            label = f"{name}-columns{columns}-group{group}-near{near}-far{far}"
+        for columns, group, near, far, frames in ((2, 2, 1, 2, 1), (3, 3, 2, 3, 2), (1, 1, 2, 5, 3), (2, 4, 1, 1, 4)):
+            label = f"{name}-columns{columns}-group{group}-near{near}-far{far}-frames{frames}"
             rows = torch.full_like(given[2], columns)
-            yield label, (torch.randn(*given[2].shape, 3), size, *given, rows, group, near, far)
+            yield label, (torch.randn(*given[2].shape, 3), size, *given, rows, group, near, far, frames)
         rows = given[2].clamp(min=0) % 3 + 1
-        yield f"{name}-ragged", (torch.randn(*given[2].shape, 3), size, *given, rows, 2, 1, 2)
+        for frames in (1, 2):
+            yield (
+                f"{name}-ragged-frames{frames}",
+                (torch.randn(*given[2].shape, 3), size, *given, rows, 2, 1, 2, frames),
+            )
     # Frames of 5 x 7 tokens, behind two pads.
     frame = torch.tensor([[-1] * 2 + [t for t in range(4) for _ in range(35)]])
     place = torch.where(frame < 0, -1, torch.cat([torch.zeros(2), torch.arange(35).repeat(4)]).long()[None])
     segment, counts = torch.where(frame < 0, -1, frame // 3), torch.tensor([[105, 35]])
     feature = torch.randn(1, 142, 2)
     rows = torch.full_like(frame, 7)
-    yield "odd-grid", (feature, torch.ones(1, 142), segment, counts, frame, place, rows, 2, 2, 3)
-    yield "all-stay", (feature, torch.ones(1, 142), segment, counts, frame, place, rows, 2, 1, 1)
+    given = (feature, torch.ones(1, 142), segment, counts, frame, place, rows)
+    yield "odd-grid", (*given, 2, 2, 3, 1)
+    yield "odd-grid-frames2", (*given, 2, 2, 3, 2)
+    yield "whole-video", (*given, 1, 7, 7, 9)
+    yield "all-stay", (*given, 2, 1, 1, 1)
 
 
 @op(_cases)
@@ -61,16 +71,22 @@ def frame_windows(
     group: int,
     near: int,
     far: int,
+    frames: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(index, feature, size) of the windows."""
     valid = segment >= 0
     number = torch.arange(frame.shape[1], device=frame.device).expand(frame.shape)
     first, _ = extent(frame, segment, counts)
-    side = torch.where((frame - first) % group == 0, near, far)
+    start, long = first_of(frame), lengths(frame)
+    opening = torch.where(valid, frame - (frame - first) % frames, frame)
+    like = long.gather(1, opening + 1) == long.gather(1, frame + 1)
+    like = like & (columns.gather(1, torch.where(valid, start.gather(1, opening + 1), 0)) == columns)
+    opening = torch.where(like, opening, frame)
+    side = torch.where((opening - first) % group == 0, near, far)
     row, column = place // columns, place % columns
     corner = (row - row % side) * columns + column - column % side
     # A frame's tokens stand side by side.
-    leader = torch.where(valid, first_of(frame).gather(1, frame + 1) + corner, number)
+    leader = torch.where(valid, start.gather(1, opening + 1) + corner, number)
     weight = torch.where(valid, size.float(), 0.0)[:, :, None]
     wide = feature.float()
     index = leader[:, :, None].expand(wide.shape)
@@ -85,7 +101,7 @@ def frame_windows(
 
 @primitive
 class FrameWindows(Gridded, Merging):
-    """Square windows of every frame become one token each; the first frame of a group has smaller ones."""
+    """Square windows of a video's frames become one token each; the first frame of a group has smaller ones."""
 
     key: ClassVar[str] = "frame_windows"
     exact: ClassVar[bool] = False
@@ -93,6 +109,7 @@ class FrameWindows(Gridded, Merging):
     group: int = Field(gt=0, le=1_000_000, description="frames of a group")
     near: int = Field(gt=0, le=1024, description="tokens of a window's side in the first frame of a group")
     far: int = Field(gt=0, le=1024, description="tokens of a window's side in its other frames")
+    frames: int = Field(1, gt=0, le=1_000_000, description="frames after each other that a window reaches over")
 
     def taps(self) -> dict[str, Tap]:
         return {"frames": Tap("frame"), **super().taps()}
@@ -106,7 +123,7 @@ class FrameWindows(Gridded, Merging):
         columns: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         grid = (scope.segment, scope.counts, *frames, self.rows(scope, columns))
-        rule = (self.group, self.near, self.far)
+        rule = (self.group, self.near, self.far, self.frames)
         made: tuple[Any, Any, Any] = frame_windows.overload(feature, size, *grid, *rule)
         return made
 
@@ -116,7 +133,7 @@ class FrameWindows(Gridded, Merging):
         return [min(count, -(-count // columns) * -(-columns // side)) for count in counts]
 
     def fewest(self, counts: list[int]) -> list[int]:
-        side, columns = max(self.near, self.far), self.columns
+        side, columns, frames = max(self.near, self.far), self.columns, self.frames
         if columns is None:  # as positions tell: one frame, and no window with tokens left over
-            return [-(-count // side**2) for count in counts]
-        return [-(-count // columns // side) for count in counts]
+            return [-(-count // (side**2 * frames)) for count in counts]
+        return [-(-count // columns // (side * frames)) for count in counts]

@@ -59,7 +59,7 @@ def segment_pool(
     return (shares @ parts).transpose(1, 2).flatten(2).clone(memory_format=torch.contiguous_format)
 
 
-class Pooling(Trained, Merging):
+class Pooling(Merging):
     """A merge whose new tokens are weighted means of all that enter, at evenly spaced places."""
 
     @property
@@ -90,8 +90,8 @@ class Pooling(Trained, Merging):
         return [self.number.kept(count) for count in counts]
 
 
-class CountedPooling(Pooling):
-    """A pooling whose number of new tokens is written in the policy."""
+class CountedPooling(Trained, Pooling):
+    """A trained pooling whose number of new tokens is written in the policy."""
 
     keep: Budget = Field(description="how many new tokens each scope gets")
 

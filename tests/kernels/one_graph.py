@@ -15,6 +15,7 @@ from tvc.kernels.grid import neighbours_by_columns
 from tvc.kernels.merge_bipartite import Bipartite
 from tvc.kernels.merge_frame_windows import FrameWindows
 from tvc.kernels.merge_repeats import Repeats
+from tvc.kernels.merge_resize import Resize
 from tvc.kernels.merge_scenes import Scenes
 from tvc.kernels.merge_windows import Windows
 from tvc.kernels.op import Attention, Scope
@@ -363,6 +364,7 @@ class MoreGraph(OneGraph):
         tensors = (at.feature, at.size, chosen, score, scope)
         made = {
             "windows": Windows(side=2, above=-0.2, columns=3).apply(at.feature, at.size, scope),
+            "resize": Resize(side=2, how="bilinear", columns=3).apply(at.feature, at.size, scope),
             "recycle": Recycle(neighbours=2, around=2).apply(*tensors, at.metric, words),
             "within": near.apply(*tensors),
             "halving": Merge(reduce="halving").apply(*tensors),
@@ -429,9 +431,11 @@ class MoreGraph(OneGraph):
             out[f"anchor_frames.{name}"] = part
         out["select.every"] = Every(frames=2).apply(None, scope, frames)
         spent = {"frames": frames, "spent": (at.counts, at.counts * 2)}
-        parts = FrameWindows(group=2, near=1, far=2, columns=2).apply(at.feature, at.size, scope, frames)
-        for name, part in zip(("index", "feature", "size"), parts, strict=True):
-            out[f"frame_windows.{name}"] = part
+        for over in (1, 2):
+            windows = FrameWindows(group=2, near=1, far=2, columns=2, frames=over)
+            parts = windows.apply(at.feature, at.size, scope, frames)
+            for name, part in zip(("index", "feature", "size"), parts, strict=True):
+                out[f"frame_windows.over{over}.{name}"] = part
         repeats = Repeats.model_validate({"above": 0.1, "cost": "60%", "depth": 8, "before": 2})
         afford = Afford.model_validate({"cost": "50%", "depth": 8, "before": 2})
         out["select.afford"] = afford.apply(at.feature[:, :, 0], scope, spent["spent"])

@@ -130,6 +130,7 @@ def frame_windows(
     group: int,
     near: int,
     far: int,
+    over: int,
 ) -> tuple[Any, Any, Any]:
     made = []
     for b, frames in enumerate(frame):
@@ -138,9 +139,14 @@ def frame_windows(
             if f < 0:
                 continue
             before = min(g for g, s in zip(frames, segment[b], strict=True) if s == segment[b][v])
-            side = far if (f - before) % group else near
+            opening = f - (f - before) % over
+            if [columns[b][w] for w, g in enumerate(frames) if g == opening] != [
+                columns[b][w] for w, g in enumerate(frames) if g == f
+            ]:
+                opening = f
+            side = far if (opening - before) % group else near
             row, column = divmod(place[b][v], columns[b][v])
-            windows.setdefault((f, row // side, column // side), []).append(v)
+            windows.setdefault((opening, row // side, column // side), []).append(v)
         left = {}
         for tokens in windows.values():
             weight = sum(size[b][v] for v in tokens)

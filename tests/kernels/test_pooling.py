@@ -32,7 +32,8 @@ def pooled(key: str, settings: dict[str, Any], number: int = 1) -> tuple[torch.T
     made = PRIMITIVES["merge"][key].model_validate(settings)
     feature, scope = images(number)
     size = (scope.segment >= 0).float()
-    chosen, merged, sizes = made.apply(feature, size, scope, weights=made.tensors())
+    given = {"weights": made.tensors()} if "weights" in settings else {}
+    chosen, merged, sizes = made.apply(feature, size, scope, **given)
     assert made.kept([PLACES] * number) == [chosen.shape[1] // number] * number
     assert chosen[0].tolist() == sorted(chosen[0].tolist())
     torch.testing.assert_close(sizes.sum(), torch.tensor(float(PLACES * number)))
@@ -122,6 +123,36 @@ def test_a_grid_is_pytorchs_adaptive_pooling_and_a_gated_network(
     cells = torch.nn.functional.adaptive_avg_pool2d(maps, side).flatten(2).transpose(1, 2)
     wanted = (torch.nn.functional.silu(cells @ gate.T) * (cells @ up.T)) @ down.T
     torch.testing.assert_close(feature, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("side", [1, 2, 4, 5, 6])
+@pytest.mark.parametrize("how", ["mean", "bilinear"])
+def test_a_grid_is_resized_as_pytorch_does(how: str, side: int, number: int) -> None:
+    _, feature, _ = pooled("resize", {"side": side, "how": how, "columns": SIDE}, number)
+    maps = each(number).transpose(1, 2).unflatten(2, (SIDE, SIDE))
+    if how == "mean":
+        wanted = torch.nn.functional.adaptive_avg_pool2d(maps, side)
+    else:
+        wanted = torch.nn.functional.interpolate(maps, (side, side), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(feature, wanted.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "columns", "side"), [(3, 7, 2), (5, 4, 3), (2, 9, 2), (1, 5, 2), (1, 3, 2)])
+def test_grids_that_are_no_squares_are_resized_by_the_length_of_their_rows(rows: int, columns: int, side: int) -> None:
+    """Of a grid with a single row, half of the new one is the same twice; fewer tokens than cells stay as they are."""
+    torch.manual_seed(rows)
+    feature = torch.randn(1, rows * columns, 4)
+    segment = torch.zeros(1, rows * columns, dtype=torch.int64)
+    scope, lengths = Scope(segment, torch.tensor([[rows * columns]]), 1), torch.full_like(segment, columns)
+    made = PRIMITIVES["merge"]["resize"].model_validate({"side": side, "how": "bilinear"})
+    _, merged, _ = made.apply(feature, torch.ones(segment.shape), scope, columns=lengths)
+    wanted = feature
+    if rows * columns >= side * side:
+        maps = feature.transpose(1, 2).unflatten(2, (rows, columns))
+        sized = torch.nn.functional.interpolate(maps, (side, side), mode="bilinear", align_corners=False)
+        wanted = sized.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(merged, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("number", [1, 2])

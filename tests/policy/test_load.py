@@ -49,6 +49,7 @@ KNOWN = (
     "mustdrop",
     "pact",
     "pool",
+    "pool-3d",
     "prumerge",
     "prumerge-plus",
     "prunevid",

@@ -60,6 +60,23 @@ def test_frame_stride(frames: int, size: int, every: int) -> None:
     assert left == [i for i in range(frames * size) if i // size % every == 0]
 
 
+@pytest.mark.parametrize(("frames", "rows", "columns"), [(8, 4, 6), (7, 3, 5), (3, 2, 2), (4, 5, 3)])
+def test_pool_3d_is_pytorchs_average_over_frames(frames: int, rows: int, columns: int) -> None:
+    """Blocks at the ends hold what there is, as PyTorch's do with `ceil_mode`."""
+    step = step_of("pool-3d", f"steps.0.merge.frame_windows.columns={columns}", "frames=3")
+    size = rows * columns
+    x, place = film(frames, size), torch.arange(frames * size)[None]
+    at, counts = (place // size, place % size), torch.tensor([[frames * size]])
+    made = decide(step, x, torch.ones(place.shape), torch.zeros_like(place), counts, [], {"merge": {"frames": at}})
+    video = x[0].T.reshape(1, -1, frames, rows, columns)
+    wanted = torch.nn.functional.avg_pool3d(video, (3, 2, 2), ceil_mode=True, count_include_pad=False)
+    assert made.feature is not None
+    torch.testing.assert_close(made.feature[0], wanted.flatten(2)[0].T)
+    places = place.reshape(1, 1, frames, rows, columns).float()
+    first = -torch.nn.functional.max_pool3d(-places, (3, 2, 2), ceil_mode=True)
+    assert made.chosen[0].tolist() == first.flatten().long().tolist()
+
+
 # EVS ------------------------------------------------------------------------------------------------------------------
 
 
