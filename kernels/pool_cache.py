@@ -46,6 +46,7 @@ def _chunk_cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     yield "more-than-there-are", (frame, score, 2, 0, 0, 9)
     yield "ties", (frame, torch.ones(2, 13), 1, 0, 0, 2)
     yield "nan", (frame, score.masked_fill(score > 0.5, float("nan")), 1, 0, 0, 2)
+    yield "endless", (frame, score.masked_fill(frame == 1, float("-inf")), 1, 0, 0, 4)
     yield "no-visual-token", (frame[:, :0], score[:, :0], 2, 1, 1, 1)
 
 
@@ -117,6 +118,7 @@ def _cache_cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield f"pooled-past{past}", (held, entry, kept)
         yield f"nothing-pooled-past{past}", (held, torch.arange(6).repeat(2, 1), torch.arange(6).repeat(2, 1))
     one = torch.zeros(2, 1, dtype=torch.int64)
+    yield "long-run", (torch.ones(2, 1, 300, 2), one.expand(2, 300).contiguous(), one)  # more ones than bfloat16 counts
     yield "step", (torch.randn(2, 1, 4, 2), one, one)
 
 

@@ -55,6 +55,10 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     wide = (whole, *neighbours_by_columns(whole, number, 17))
     yield "V187-equal", (torch.ones(1, 187, 1), *wide, 500, 1.0)
     yield "V187-noise", (torch.randint(0, 2, (1, 187, 1)).float(), *wide, 370, 0.5)
+    # The last round but one moves a single label.
+    square, four = torch.zeros(1, 4, dtype=torch.int64), torch.tensor([[4]])
+    bent = torch.tensor([[[0.0], [1.0], [1.0], [1.0]]])
+    yield "bent", (bent, square, *neighbours_by_columns(square, four, 2), 500, 0.5)
     # One region that winds through the picture: its ends are neighbours of nothing but the next token.
     winding = torch.tensor([[(row % 2 == 0) | (column == (16 if row % 4 == 1 else 0)) for column in range(17)]
                             for row in range(11)]).float().reshape(1, 187, 1)  # fmt: skip

@@ -6,6 +6,7 @@ import collections
 
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 import stand_in
 import torch
@@ -216,6 +217,41 @@ def test_one_table_turns_every_sample(tmp_path, batch):
     run = base.target("ort").open(tmp_path, {"components": base.interface(whole)}, None, OPTIONS)
     x = torch.randn(batch, 4, 6, 8)
     torch.testing.assert_close(run("odd", {"x": x})["turned"], Turned()(x)[0], rtol=0, atol=1e-6)
+
+
+def by_tables(rows: int | str, known: bool) -> ir.Model:
+    """A rotation of [batch, 2, length, 4] by tables [rows, length, 2], whose shapes are `known` where it stands."""
+
+    def value(name: str, *shape: int | str) -> ir.Value:
+        return ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(shape))
+
+    x, y = value("x", "batch", 2, "length", 4), value("y", "batch", 2, "length", 4)
+    tables = [value(name, rows, "length", 2) for name in ("cos", "sin")]
+    passed = [ir.node("Identity", [table]) for table in tables]
+    for node, table in zip(passed, tables, strict=True):
+        node.outputs[0].dtype, node.outputs[0].shape = ir.DataType.FLOAT, table.shape if known else None
+    turn = ir.node("RotaryEmbedding", [x, *(node.outputs[0] for node in passed)], outputs=[y])
+    return ir.Model(ir.Graph([x, *tables], [y], nodes=[*passed, turn], opset_imports={"": 23}), ir_version=10)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("known", [True, False], ids=["known", "unknown"])
+@pytest.mark.parametrize("alone", [True, False], ids=["one-row", "a-row-each"])
+def test_tables_get_a_row_for_every_sample_where_they_may_have_one_alone(alone, known, batch):
+    rows = 1 if alone else batch
+    model = by_tables(rows if alone or not known else "batch", known)
+    ort_graph.widen_rotation_tables(model)
+    wide = [node.op_type for node in model.graph].count("Expand")
+    assert wide == (2 if alone or not known else 0)
+    assert all(node.outputs[0].dtype == ir.DataType.FLOAT for node in model.graph if node.op_type == "Expand")
+    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString())
+    torch.manual_seed(0)
+    x, angle = torch.randn(batch, 2, 5, 4), torch.randn(rows, 5, 2)
+    given = {"x": x, "cos": angle.cos(), "sin": angle.sin()}
+    (got,) = session.run(None, {name: tensor.numpy() for name, tensor in given.items()})
+    (one, two), cos, sin = x.split(2, -1), given["cos"][:, None], given["sin"][:, None]
+    want = torch.cat([one * cos - two * sin, two * cos + one * sin], -1)
+    torch.testing.assert_close(torch.from_numpy(got), want)
 
 
 @pytest.mark.parametrize("opset", [22, 27])

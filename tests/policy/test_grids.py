@@ -12,7 +12,7 @@ from policy_cases import layout, policy, step
 
 from tvc.errors import SiteError
 from tvc.kernels import PRIMITIVES
-from tvc.kernels.grid import row_lengths
+from tvc.kernels.grid import neighbours_by_position, row_lengths
 from tvc.kernels.op import Scope
 from tvc.passes.reduction import decide
 from tvc.policy import Step, load_policy, resolve
@@ -59,6 +59,17 @@ def test_frames_and_pictures_that_follow_each_other_are_apart(gap: int) -> None:
     for scope in (segment, segment.clamp(max=0)):
         want = [size[2] for size in sizes for _ in range(math.prod(size))]
         assert row_lengths(positions(sizes, gap), scope)[0, PADS:].tolist() == want
+
+
+def test_places_that_follow_each_other_in_another_picture_are_no_neighbours() -> None:
+    """Tokens of one row, but for a picture, a frame and a pad that begin within it."""
+    across = torch.arange(7)
+    where = torch.stack([(across >= 4).long(), torch.zeros(7).long(), across])[:, None]
+    segment = torch.tensor([[-1, -1, 0, 1, 1, 1, 1]])
+    assert neighbours_by_position(where, segment)[0].tolist() == [[-1, -1, -1, -1, 5, 6, -1]]
+    assert row_lengths(where, segment).tolist() == [[1, 1, 1, 1, 3, 3, 3]]
+    short = torch.tensor([[[0] * 4], [[0, 0, 0, 1]], [[0, 1, 2, 1]]])  # a second row of which one token is there
+    assert neighbours_by_position(short, torch.zeros(1, 4).long())[1].tolist() == [[-1, -1, -1, -1]]
 
 
 def test_no_visual_token_has_no_row() -> None:
@@ -261,6 +272,23 @@ def test_whole_rows_are_counted_from_above_where_only_the_run_tells_them() -> No
     ]
     assert [plan.layers[0].visual for plan in plans] == [25, 24]
     assert [plan.fired is None for plan in plans] == [False, True]
+
+
+@pytest.mark.parametrize(("group", "near", "far"), [(1, 1, 3), (2, 2, 3), (3, 3, 1), (2, 4, 4)])
+@pytest.mark.parametrize("written", [True, False])
+def test_what_windows_leave_lies_within_the_plan_however_frames_are_cut(
+    group: int, near: int, far: int, written: bool
+) -> None:
+    rows, columns = 12, 5
+    settings = {"group": group, "near": near, "far": far, "columns": columns if written else None}
+    merge = PRIMITIVES["merge"]["frame_windows"].model_validate(settings)
+    made = []
+    for height in (1, 2, 3, 4, 6, 12):  # of every frame
+        sides = [far if number % group else near for number in range(rows // height)]
+        made.append(sum(math.ceil(height / side) * math.ceil(columns / side) for side in sides))
+    (least,), (most,) = merge.fewest([rows * columns]), merge.kept([rows * columns])
+    assert least <= min(made)
+    assert max(made) <= most
 
 
 def test_what_windows_leave_at_least_and_at_most_without_a_row() -> None:
