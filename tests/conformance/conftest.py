@@ -8,7 +8,15 @@ import sys
 
 HERE = pathlib.Path(__file__).parent
 
-for _name in ("matrix", "random_inputs", "random_cases", "random_report", "random_bench", "random_sweep"):
+for _name in (
+    "matrix",
+    "random_inputs",
+    "random_models",
+    "random_cases",
+    "random_report",
+    "random_bench",
+    "random_sweep",
+):
     if _name not in sys.modules:
         _spec = importlib.util.spec_from_file_location(_name, HERE / f"{_name}.py")
         assert _spec is not None

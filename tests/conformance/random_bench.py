@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -19,12 +20,14 @@ from tvc import api, compiler
 from tvc.errors import PassError, TvcError, VerificationError
 from tvc.graphs import open_draft
 from tvc.policy import load_policy, resolve
+from tvc.policy.positions import Rescale
 from tvc.policy.schema import COMPONENTS
 from tvc.trace.host import PIXEL_NAMES
 from tvc.trace.sample import visual_token_ids
 from tvc.verification import samples
 from tvc.verification.across import define
 from tvc.verification.check import compare
+from tvc.verification.numbering import Rotary, at_frequencies
 from tvc.verification.oracle import Case
 from tvc.verification.report import TOLERANCES
 from tvc.verification.reselection import of_run
@@ -170,8 +173,10 @@ class Bench:
         return Outcome(kind, what if wrong else "", where, row.worst, row.allowed, len(rows))
 
     def _plain(self, compiled: Any, tensors: dict[str, torch.Tensor]) -> Outcome:
-        """Without a picture there is nothing to reduce."""
-        with torch.no_grad():
+        """Without a picture there is nothing to reduce; frequencies of the rotary embedding turn words, too."""
+        rule, rotary = compiled.policy.positions, Rotary(self.model.get_decoder())
+        rescaled = at_frequencies(rotary.modules[0], rule) if isinstance(rule, Rescale) else contextlib.nullcontext()
+        with torch.no_grad(), rescaled:
             wanted = self.model(**tensors).logits[:, -1]
         return _alike(compiled(**tensors).logits[:, -1], wanted, 1.0, "plain text")
 

@@ -1,4 +1,4 @@
-"""Random small models and policies, as hypothesis draws them.
+"""Random policies, as hypothesis draws them.
 
 A primitive's settings are drawn from its own schema, so that a new primitive is covered as soon as it is registered.
 Everything drawn is plain data: a case can be written to a file and run again.
@@ -6,143 +6,29 @@ Everything drawn is plain data: a case can be written to a file and run again.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
-from unittest import mock
 
 import hypothesis
-import torch
 from hypothesis import strategies as st
 
-import support
 from tvc.kernels.op import PRIMITIVES, Kind
 from tvc.kernels.weights import SUFFIX, Trained
 from tvc.policy import load_policy, presets
-from tvc.policy.positions import WORDS
+from tvc.policy.evictions import EARLIER
+from tvc.policy.options import OPTIONS
+from tvc.policy.positions import WHOLE, WORDS, Rescale
 from tvc.policy.schema import COMPONENTS, NORMALIZE, SCOPES
 
 Settings = dict[str, Any]
 
-# Families of which sizes are changed, too.
-FAMILIES = (
-    *support.FAMILIES,
-    "qwen2_vl",
-    "gemma3",
-    "vipllava",
-    "internvl",
-    "paligemma",
-    "qwen3_vl",
-    "llava_next",
-    "deepseek_vl",
-)
-FURTHER = tuple(family for family in support.FURTHER if family not in FAMILIES)
-# Families that can be cut inside the encoder as well take more turns; between any two of these comes a further one.
-_OFTEN = (*FAMILIES, "llava", "vipllava", "paligemma", "deepseek_vl")
-TURNS = tuple(family for place, further in enumerate(FURTHER) for family in (_OFTEN[place % len(_OFTEN)], further))
-# Families whose videos are patches that pass through the vision path of images.
-WITH_VIDEOS = ("qwen2_vl", "qwen2_5_vl")
 # Presets made for videos, and tries to draw a policy that a model can do.
 ON_VIDEOS = ("dycoke", "evs", "fastvid", "framefusion", "holitom", "prunevid", "stc")
 ATTEMPTS = 24
-DTYPES = ("float32", "float32", "float32", "float32", "bfloat16", "float16")
-# Text models that stand in for LLaMA where the family takes any.
-_DECODERS: tuple[Settings, ...] = (
-    {},
-    {"model_type": "qwen2", "layer_types": None},
-    {"model_type": "qwen3", "head_dim": 16, "layer_types": None},
-    {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
-)
-# Some presets cut a dozen times: their shares of the depth are layers of their own in a deep model alone.
-LAYERS = (2, 3, 3, 4, 6, 28)
-_HEADS = ((4, 2), (4, 1), (4, 4), (2, 1), (8, 2))  # query heads, key heads
 _NUMBERS = (-1.0, -0.1, 0.0, 1e-4, 0.001, 0.01, 0.03, 0.05, 0.1, 0.25, 0.5, 0.9, 1.0, 1.5, 2.0, 10.0, 100.0)
 WEIGHTS = "{weights}"  # how a policy names its parameter
 _SHARES = ("100%", "75%", "66.6%", "50%", "33%", "25%", "12.5%", "7%", "1%", "0.1%")
-
-
-# Models ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A family with some sizes changed; `changes` mirrors the nesting of its configuration."""
-
-    family: str
-    changes: Settings
-    seed: int
-    dtype: str = "float32"
-
-    @property
-    def config(self) -> Settings:
-        return _changed(support.family_record(self.family).config, self.changes)
-
-    def build(self) -> Any:
-        """The model with random weights."""
-        record = dataclasses.replace(support.family_record(self.family), config=self.config)
-        with mock.patch.dict(support.FAMILIES, {self.family: record}):
-            return support.build_model(self.family, self.seed).to(getattr(torch, self.dtype))
-
-
-def _changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> Settings:
-    made = dict(config)
-    for key, value in changes.items():
-        made[key] = _changed(made.get(key, {}), value) if isinstance(value, Mapping) else value
-    return made
-
-
-@st.composite
-def models(
-    draw: st.DrawFn, families: tuple[str, ...] = FAMILIES, layers: tuple[int, ...] = (2, 3, 3, 4, 6, 28)
-) -> Model:
-    """A family in one of the types; of some, the text model has another depth, heads, windows or tied embeddings."""
-    family, dtype = draw(st.sampled_from(families)), draw(st.sampled_from(DTYPES))
-    if family not in FAMILIES:
-        return Model(family, {}, draw(st.integers(0, 99)), dtype)
-    config = support.family_record(family).config
-    own = config["text_config"]
-    text = dict(draw(st.sampled_from(_DECODERS))) if own["model_type"] in ("llama", "qwen2") else {}
-    depth = draw(st.sampled_from(layers))
-    heads, key_heads = draw(st.sampled_from(_HEADS))
-    text |= {"num_hidden_layers": depth, "num_attention_heads": heads, "num_key_value_heads": key_heads}
-    if "head_dim" in {**own, **text}:
-        text["head_dim"] = draw(st.sampled_from((16, 8, 32)))
-    if "rope_parameters" in own:
-        width = text.get("head_dim", own["hidden_size"] // heads)
-        text["rope_parameters"] = {
-            "mrope_section": _sections(width // 2, "mrope_interleaved" in own["rope_parameters"])
-        }
-    text |= draw(_windows({**own, **text}, depth))
-    changes: Settings = {"text_config": text}
-    if draw(st.booleans()) and family not in ("paligemma", "gemma3"):
-        text["tie_word_embeddings"] = changes["tie_word_embeddings"] = True
-    if "num_hidden_layers" in config["vision_config"]:
-        changes["vision_config"] = {"num_hidden_layers": draw(st.integers(2, 4))}
-    if "vision_feature_layer" in config:
-        changes["vision_feature_layer"] = draw(st.sampled_from((-1, -2)))
-    return Model(family, changes, draw(st.integers(0, 99)), dtype)
-
-
-def _sections(width: int, interleaved: bool) -> list[int]:
-    """Rotary frequencies of time, height and width."""
-    if interleaved:
-        return [width - 2 * (width // 4), width // 4, width // 4]
-    first = width // 4
-    return [first, (width - first) // 2, width - first - (width - first) // 2]
-
-
-def _windows(text: Mapping[str, Any], depth: int) -> st.SearchStrategy[Settings]:
-    """Sliding windows in all layers, in some of them, or in none, as far as the text model has any."""
-    window = st.sampled_from((5, 16, 24, 40))
-    if "layer_types" in text:
-        kinds = st.sampled_from(("full_attention", "sliding_attention"))
-        mixed = {"layer_types": st.lists(kinds, min_size=depth, max_size=depth), "sliding_window": window}
-        if text["model_type"] == "gemma3_text":
-            return st.fixed_dictionaries(mixed)
-        return st.just({}) | st.fixed_dictionaries({**mixed, "use_sliding_window": st.just(True)})
-    if "sliding_window" in text:
-        return st.fixed_dictionaries({"sliding_window": st.none() | window})
-    return st.just({})
 
 
 # Policies -------------------------------------------------------------------------------------------------------------
@@ -159,7 +45,88 @@ def policies(draw: st.DrawFn, blocks: Mapping[str, int], components: tuple[str, 
         steps.sort(key=lambda step: _place(step["at"], blocks))
     # Numbering afresh needs a cut in the decoder, so it is refused for many policies.
     made = _as_policy(steps, draw(st.sampled_from((*WORDS, "keep", "keep"))))
-    return made if draw(st.integers(0, 4)) else {**made, "reselect": draw(_reselections(blocks))}
+    return made if draw(st.integers(0, 4)) else {**made, **draw(_beside_steps(blocks))}
+
+
+@st.composite
+def wholes(draw: st.DrawFn, blocks: Mapping[str, int]) -> Settings:
+    """What acts on all layers, with at most one step of the decoder; steps of which the last one's tokens leave earlier
+    caches; or a step that needs pictures or frames whole, which no other may have thinned out.
+    """
+    what = draw(st.sampled_from(("option", "option", "evict", "whole")))
+    fewest, most = {"option": (0, 1), "evict": (1, 2), "whole": (0, 1)}[what]
+    steps = draw(st.lists(_steps(blocks, ("language",)), min_size=fewest, max_size=most))
+    steps.sort(key=lambda step: _place(step["at"], blocks))
+    if what == "evict":
+        steps[-1]["evict"] = draw(_evictions(blocks))
+    if what == "whole":
+        steps.insert(0, draw(_of_whole(blocks)))
+    made = _as_policy(steps, draw(st.sampled_from((*WORDS, "keep", "keep"))) if steps else "keep")
+    return {**made, **draw(_beside_steps(blocks))} if what == "option" or not draw(st.integers(0, 3)) else made
+
+
+@st.composite
+def _of_whole(draw: st.DrawFn, blocks: Mapping[str, int]) -> Settings:
+    """A step at the decoder's beginning with a primitive that needs pictures or frames whole."""
+    kind, key = draw(st.sampled_from([(kind, key) for kind, keys in needing_whole().items() for key in keys]))
+    step = draw(_steps(blocks, ("language",), ("merge",) if kind == "merge" else ("select",)))
+    made = {key: draw(settings(PRIMITIVES[kind][key], blocks))}
+    if kind == "score":
+        step |= {"score": [made], "select": {"top": {"keep": draw(st.sampled_from(_SHARES[1:6]))}}}
+    else:
+        step[kind] = made
+    return {**step, "at": draw(st.sampled_from(("language.0", "language.1")))}
+
+
+def _evictions(blocks: Mapping[str, int]) -> st.SearchStrategy[str]:
+    return st.just(EARLIER) | _sites(blocks, ("language",))
+
+
+@functools.cache
+def needing_whole() -> dict[str, tuple[str, ...]]:
+    """Primitives of each kind that look at rows of a grid, at frames or at pixels."""
+    kinds: tuple[Kind, ...] = ("score", "select", "merge")
+    return {kind: tuple(key for key, cls in PRIMITIVES[kind].items() if _whole(cls)) for kind in kinds}
+
+
+def _whole(cls: Any) -> bool:
+    if "columns" in cls.model_fields:
+        return True
+    some = cls.model_validate(_with_file(drawn(settings(cls, {"vision": 2, "language": 2}), 0)))
+    return any(tap.kind in ("frame", "neighbour", "pixel") for tap in some.taps().values())
+
+
+@st.composite
+def _beside_steps(draw: st.DrawFn, blocks: Mapping[str, int]) -> Settings:
+    """One or two of the things that a policy may say beside its steps."""
+    says: dict[str, st.SearchStrategy[Any]] = {
+        "positions": _positions(),
+        "reselect": _reselections(blocks),
+        **{place: _few(option).map(_keyed(option.key)) for place, option in OPTIONS.items()},
+    }
+    names = draw(st.lists(st.sampled_from(sorted(says)), min_size=1, max_size=2, unique=True))
+    return {name: draw(says[name]) for name in names}
+
+
+def _few(option: Any) -> st.SearchStrategy[Settings]:
+    """Small numbers for an option: a prompt holds a few pictures and frames."""
+    schema = option.model_json_schema()
+    least = {
+        name: one.get("minimum", one.get("exclusiveMinimum", -1) + 1) for name, one in schema["properties"].items()
+    }
+    few = {name: st.integers(number, number + 2) for name, number in least.items()}
+    needed = {name: few.pop(name) for name in schema["required"]}
+    return st.fixed_dictionaries(needed, optional=few)
+
+
+def _keyed(key: str) -> Callable[[Settings], Settings]:
+    return lambda drawn: {key: drawn}
+
+
+def _positions() -> st.SearchStrategy[Any]:
+    """Fractions of a position, or other frequencies of the rotary embedding."""
+    stride = st.sampled_from((1, 16, 64, 100, 255, WHOLE))
+    return st.builds(lambda n: {"stride": n}, stride) | settings(Rescale, {}).map(_keyed(Rescale.key))
 
 
 @st.composite
@@ -185,7 +152,7 @@ def everywhere(blocks: Mapping[str, int], seed: int, resolves: Callable[[Setting
 
 
 def _as_policy(steps: list[Settings], positions: str = "keep") -> Settings:
-    made = {"version": 1, "name": "random", "steps": steps, "positions": positions}
+    made = {"version": 1, "name": "random", **({"steps": steps} if steps else {}), "positions": positions}
     return {**made, "parameters": {"weights": f"drawn{SUFFIX}"}} if WEIGHTS in str(steps) else made
 
 
@@ -198,11 +165,7 @@ def published_in_turn(
     """
     names = ON_VIDEOS if videos and number % 2 else presets()
     name = names[(number // (1 + videos)) % len(names)]
-    for attempt in range(ATTEMPTS if number % 4 else 1):
-        made = drawn(published(blocks, name), seed + 1009 * attempt)
-        if resolves(made):
-            break
-    return made
+    return soon(published(blocks, name), seed, resolves, ATTEMPTS if number % 4 else 1)
 
 
 @st.composite
@@ -288,9 +251,14 @@ def _layers(blocks: Mapping[str, int]) -> st.SearchStrategy[str]:
     return st.sampled_from(("previous", "previous", "self")) | _sites(blocks) | _ranges(blocks)
 
 
+_ACTIONS = (*("select",) * 6, *("merge",) * 3, "exit", "exit")
+
+
 @st.composite
-def _steps(draw: st.DrawFn, blocks: Mapping[str, int], components: tuple[str, ...]) -> Settings:
-    action = draw(st.sampled_from((*("select",) * 6, *("merge",) * 3, "exit", "exit")))
+def _steps(
+    draw: st.DrawFn, blocks: Mapping[str, int], components: tuple[str, ...], actions: tuple[str, ...] = _ACTIONS
+) -> Settings:
+    action = draw(st.sampled_from(actions))
     often = action == "merge" and draw(st.booleans())
     if action == "exit" and draw(st.integers(0, 9)):
         components = ("language",)
@@ -298,6 +266,8 @@ def _steps(draw: st.DrawFn, blocks: Mapping[str, int], components: tuple[str, ..
     sites = _ranges if often else _sites
     at = draw(sites(blocks, components))
     step: Settings = {"at": at, "scope": draw(st.sampled_from(SCOPES))}
+    if at.startswith("language.") and not draw(st.integers(0, 5)):
+        step["evict"] = draw(_evictions(blocks))
     if action == "merge":
         return {**step, "merge": draw(_named("merge", blocks))}
     if action == "exit":
@@ -439,3 +409,17 @@ def drawn(strategy: st.SearchStrategy[Any], seed: int) -> Any:
 
     collect()
     return values[-1]
+
+
+def soon(
+    strategy: st.SearchStrategy[Settings],
+    seed: int,
+    resolves: Callable[[Settings], bool],
+    attempts: int = ATTEMPTS,
+) -> Settings:
+    """A policy that the model can do where one is found soon, else the last one that was tried."""
+    for attempt in range(attempts):
+        made = drawn(strategy, seed + 1009 * attempt)
+        if resolves(made):
+            break
+    return made

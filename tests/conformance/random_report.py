@@ -11,6 +11,9 @@ from typing import Any
 from tvc.errors import TvcError
 from tvc.kernels.op import PRIMITIVES
 from tvc.policy import load_policy, presets
+from tvc.policy.evictions import EARLIER
+from tvc.policy.options import OPTIONS
+from tvc.policy.positions import positions_data
 from tvc.policy.schema import COMPONENTS
 from tvc.report.timing import environment
 
@@ -55,6 +58,7 @@ def coverage(rows: list[Row]) -> dict[str, dict[str, int]]:
     counted: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for kind, known in PRIMITIVES.items():
         counted[kind].update(dict.fromkeys(known, 0))
+    counted["option"].update(dict.fromkeys((option.key for option in OPTIONS.values()), 0))
     counted["preset"].update(dict.fromkeys(presets(), 0))
     for row in rows:
         if row["outcome"] in COMPARED and "policy" in row:
@@ -74,7 +78,9 @@ def _features(row: Row) -> Iterator[tuple[str, str]]:
         policy = load_policy(row["policy"])
     except TvcError:  # written for an older grammar
         return
-    yield "positions", policy.positions
+    written = positions_data(policy.positions)
+    yield "positions", written if isinstance(written, str) else next(iter(written))
+    yield from (("option", option.key) for option in policy.options.values() if option is not None)
     if policy.reselect is not None:
         yield "reselect", "unless alike" if policy.reselect.alike else "always"
     yield "steps", str(len(policy.steps))
@@ -82,6 +88,8 @@ def _features(row: Row) -> Iterator[tuple[str, str]]:
     yield "components", "+".join(name for name in COMPONENTS if name in touched)
     for step in policy.steps:
         yield "scope", step.scope
+        if step.evict:
+            yield "evict", "all earlier layers" if step.evict == EARLIER else "some layers"
         if ".." in step.at or step.at.endswith("all"):
             yield "sites", "range"
         scores = step.exit.score if step.exit is not None else step.score

@@ -52,6 +52,7 @@ def _beside(name: str, path: pathlib.Path) -> Any:
 
 support = _beside("support", HERE.parent / "support.py")
 random_inputs = _beside("random_inputs", HERE / "random_inputs.py")
+random_models = _beside("random_models", HERE / "random_models.py")
 random_cases = _beside("random_cases", HERE / "random_cases.py")
 random_report = _beside("random_report", HERE / "random_report.py")
 random_bench = _beside("random_bench", HERE / "random_bench.py")
@@ -82,23 +83,26 @@ class Case:
 def model_of(seed: int, number: int, families: tuple[str, ...]) -> Any:
     """The model of case `number`; neighbours share it, and families take turns."""
     place = number // POLICIES
-    return random_cases.drawn(random_cases.models((families[place % len(families)],)), 1_000_003 * seed + place)
+    return random_cases.drawn(random_models.models((families[place % len(families)],)), 1_000_003 * seed + place)
 
 
 def case_of(seed: int, number: int, model: Any, bench: Bench) -> Case:
-    """Case `number`: of five policies one is a preset, one is in all components, and one is anything at all.
+    """Case `number`: of five policies one is a preset, one is in all components, one is anything at all, and one acts
+    on all layers or needs pictures whole.
 
-    Most of the others are such that the model can do them.
+    The last of these and most of the others are such that the model can do them.
     """
     own = 1_000_003 * seed + number
     place, which = divmod(number, POLICIES)
-    videos = model.family in random_cases.WITH_VIDEOS
+    videos = model.family in random_models.WITH_VIDEOS
     policies = random_cases.policies(bench.blocks)
     if number % 5 in (1, 2) or (number % 5 == 3 and len(bench.components) < 3):
         policies = random_cases.policies(bench.blocks, bench.components)
         policies = policies.map(lambda drawn: random_cases.gathered(drawn, bench.blocks, seed + place))
         policies = policies.filter(bench.resolves)
-    if number % 5 == 3 and len(bench.components) == 3:
+    if number % 5 == 2 and "language" in bench.components:
+        policy = random_cases.soon(random_cases.wholes(bench.blocks), own, bench.resolves)
+    elif number % 5 == 3 and len(bench.components) == 3:
         policy = random_cases.everywhere(bench.blocks, own, bench.resolves)
         policy = random_cases.gathered(policy, bench.blocks, seed + place)
     elif number % 5 == 4:
@@ -149,7 +153,7 @@ def retry(minutes: float) -> None:
     for row in [row for row in read() if row["outcome"] in ("failed", "crashed") and "policy" in row]:
         if time.monotonic() > end:
             break
-        model, case, started = random_cases.Model(**row["model"]), Case.from_json(row), time.perf_counter()
+        model, case, started = random_models.Model(**row["model"]), Case.from_json(row), time.perf_counter()
         outcome = _outcome(Bench(model), model, case)
         was = row.get("was") or f"{row['outcome']} {row['what']} at {row.get('commit', '')}"
         _write(row["number"], row["seed"], model, case, outcome, started, was)
@@ -264,7 +268,7 @@ def again(number: int, seed: int, smaller: bool, minutes: float) -> None:
     row = next((row for row in read() if (row["seed"], row["number"]) == (seed, number)), None)
     if row is None:
         sys.exit(f"case {number} of seed {seed} is not in {RESULTS}; run it with --cases first")
-    model = random_cases.Model(**row["model"])
+    model = random_models.Model(**row["model"])
     bench, case = Bench(model), Case.from_json(row)
     outcome = bench.run(case.policy, list(case.given), case.target)
     if smaller and not outcome.fine:
@@ -280,7 +284,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=math.inf)
-    parser.add_argument("--families", default=",".join(random_cases.TURNS))
+    parser.add_argument("--families", default=",".join(random_models.TURNS))
     parser.add_argument("--again", type=int, metavar="NUMBER")
     parser.add_argument("--smaller", action="store_true")
     parser.add_argument("--retry", action="store_true")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import random_cases
 import random_inputs
+import random_models
 import random_report
 import random_sweep
 from hypothesis import HealthCheck, Phase, given, settings
@@ -28,7 +29,7 @@ DRAWN = {"deadline": None, "derandomize": True, "database": None, "suppress_heal
 @pytest.fixture(scope="module")
 def layouts() -> dict[str, tuple[Any, Any]]:
     """Blocks and layout of each family that policies are resolved against."""
-    models = [random_cases.Model(family, {}, 0) for family in READ]
+    models = [random_models.Model(family, {}, 0) for family in READ]
     benches = [random_sweep.Bench(model) for model in models]
     return {bench.family: (bench.blocks, bench.prepared.survey.layout) for bench in benches}
 
@@ -37,7 +38,7 @@ def layouts() -> dict[str, tuple[Any, Any]]:
 def bench() -> Any:
     """The cheapest model that can be cut everywhere."""
     small = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 3}}
-    model = random_cases.Model("llava", small, 0)
+    model = random_models.Model("llava", small, 0)
     return random_sweep.Bench(model)
 
 
@@ -75,7 +76,7 @@ def _check(outcome: Any) -> None:
 
 
 @pytest.mark.conformance
-@pytest.mark.parametrize("family", random_cases.FAMILIES)
+@pytest.mark.parametrize("family", random_models.FAMILIES)
 def test_random_policies_equal_their_definition_everywhere(
     family: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +99,7 @@ def test_the_sweep_goes_on_where_it_stopped(tmp_path: Any, monkeypatch: pytest.M
     assert [row["number"] for row in rows] == list(range(6))
     assert "6 cases, 30 comparisons" in random_report.summary(rows)
     model = random_sweep.model_of(3, 5, ("llava",))
-    assert random_cases.Model(**rows[5]["model"]) == model
+    assert random_models.Model(**rows[5]["model"]) == model
     assert random_sweep.Case.from_json(rows[5]) == random_sweep.case_of(3, 5, model, random_sweep.Bench(model))
 
 
