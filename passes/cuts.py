@@ -36,7 +36,11 @@ class ChunkState:
 
 @dataclasses.dataclass
 class Cut:
-    """One cut of the decoder: in front of `first` the chunk is as `before` says, behind it as `after` says."""
+    """One cut of the decoder: in front of `first` the chunk is as `before` says, behind it as `after` says.
+
+    Where `restored` is given, the hidden states with the dropped tokens among them again, it is as `before` says from
+    there on.
+    """
 
     site: str
     where: str
@@ -45,6 +49,7 @@ class Cut:
     before: ChunkState
     after: ChunkState
     evicts: int | None = None  # the first layer whose cache loses what is dropped here; None: no earlier one does
+    restored: fx.Node | None = None
 
 
 @dataclasses.dataclass

@@ -120,6 +120,7 @@ class _DecoderInsertion:
         states = [state]
         stages = [Stage(0, range(len(self.blocks)), None)]
         openings = [state]  # the chunk as it is in each stage
+        home: int | None = 0  # the stage whose caches hold what is there; None: it has none so far
         for number, step in enumerate(steps):
             layer = _layer(step.at)
             for start in sorted({_layer(one.evict) for one in steps if one.evict}):
@@ -133,12 +134,20 @@ class _DecoderInsertion:
             else:  # no block runs before the cut: the first stage opens with it
                 stages[-1].site, key_positions = step.at, state.key_positions
                 openings.pop()
+                home = None
             after = self._insert_step(step, number, state, key_positions, first, states)
-            evicts = _layer(step.evict) if step.evict else None
-            self.component.meta["cuts"].append(Cut(step.at, step.where, layer, first, state, after, evicts))
-            state = after
+            cut = Cut(step.at, step.where, layer, first, state, after, _layer(step.evict) if step.evict else None)
+            self.component.meta["cuts"].append(cut)
+            openings.append(after)
+            if step.until:
+                following = next((_layer(one.at) for one in steps[number + 1 :]), None)
+                state = states[-1] = self._returned(cut, _layer(step.until))
+                if following != _layer(step.until):  # else the next cut opens a stage there
+                    state, home = self._home(cut, _layer(step.until), state, stages, home)
+                    openings.append(state)
+                continue
+            state, home = after, stages[-1].index
             states.append(state)
-            openings.append(state)
         self.program.stages[:] = stages
         self.component.meta["stages"] = openings
         return self.changes
@@ -162,8 +171,9 @@ class _DecoderInsertion:
     def _stage(self, layer: int, site: str | None, state: ChunkState, stages: list[Stage]) -> fx.Node:
         """Opens a stage in front of `layer`; returns the places of the tokens that it has cached."""
         stages[-1].layers = range(stages[-1].layers.start, layer)
-        stages.append(Stage(len(stages), range(layer, len(self.blocks)), site))
-        return self._placeholder(f"{PAST_POSITIONS}{len(stages) - 1}", state.key_positions)
+        number = 1 + max(stage.index for stage in stages)
+        stages.append(Stage(number, range(layer, len(self.blocks)), site))
+        return self._placeholder(f"{PAST_POSITIONS}{number}", state.key_positions)
 
     def _parted(self, layer: int, state: ChunkState, stages: list[Stage], where: str) -> ChunkState:
         """The chunk in a stage that opens without a cut, as later cuts leave its layers' caches shorter."""
@@ -172,6 +182,33 @@ class _DecoderInsertion:
         self.component.meta["partings"].append(Parting(where, layer, first, state))
         self.changes.append(Change("decoder", first.name, f"caches of their own from language.{layer} on", where))
         return state
+
+    def _returned(self, cut: Cut, layer: int) -> ChunkState:
+        """The chunk from `layer` on, in front of which the tokens come back that the cut dropped."""
+        first = first_node(self.graph, self.blocks[layer])
+        inside = self._residual(first)
+        behind = [user for user in inside.users if _not_before(user, first)]
+        with self.graph.inserting_before(first):
+            arguments = (cut.before.residual, cut.after.kept, inside)
+            cut.restored = self.graph.call_function(torch.ops.tvc.restore.default, arguments)
+        annotate(cut.restored, f"InsertReductions: {cut.where}")
+        cut.restored.meta["val"] = inside.meta["val"]
+        for user in behind:
+            user.replace_input_with(inside, cut.restored)
+        what = f"tokens that passed by from {cut.site} on take part again before block language.{layer}"
+        self.changes.append(Change("decoder", cut.restored.name, what, cut.where))
+        return dataclasses.replace(cut.before, residual=None)
+
+    def _home(
+        self, cut: Cut, layer: int, state: ChunkState, stages: list[Stage], home: int | None
+    ) -> tuple[ChunkState, int]:
+        """The chunk from `layer` on, and the stage in whose caches its tokens are: the one in front of the cut."""
+        if home is None:
+            state = self._parted(layer, state, stages, cut.where)
+            return state, stages[-1].index
+        stages[-1].layers = range(stages[-1].layers.start, layer)
+        stages.append(Stage(home, range(layer, len(self.blocks)), None))
+        return state, home
 
     def _start(self) -> ChunkState:
         named = self.inputs
@@ -242,7 +279,7 @@ class _DecoderInsertion:
         states: list[ChunkState],
     ) -> ChunkState:
         note = f"InsertReductions: {step.where}"
-        cuts = self.component.meta["cuts"]
+        cuts = [cut for cut in self.component.meta["cuts"] if cut.restored is None]
         shared = (self._raters, self._transition, self._frames, self.inputs["position_ids"])
         resolver = DecoderTaps(self.graph, self.blocks, states, cuts, note, key_positions, *shared)
         with self.graph.inserting_before(first):

@@ -16,6 +16,7 @@ import torch
 import torch.fx as fx
 
 from tvc.chunks import ENTERED
+from tvc.errors import SiteError
 from tvc.graphs import annotate, backward_closure, clone
 from tvc.kernels.segments import follow
 from tvc.passes.base import Pass
@@ -55,13 +56,16 @@ class _Rebinding:
     def run(self) -> list[Change]:
         order = {node: index for index, node in enumerate(self.graph.nodes)}
         start = order[self.cut.first]
+        end = len(order) if self.cut.restored is None else order[self.cut.restored]
+        if self.cut.restored is not None:
+            self._check_return(order, start, end)
         inserted = {n for n in self.graph.nodes if order[n] < start and _made_by_cut(n, self.after)}
         live = [
             node
             for node in self.graph.nodes
             if order[node] < start
             and node not in inserted
-            and any(order[u] >= start and u.op != "output" for u in node.users)
+            and any(start <= order[u] < end and u.op != "output" for u in node.users)
         ]
         with self.graph.inserting_before(self.cut.first):
             new_size = self._note(self.graph.call_function(A.sym_size.int, (self.after.kept, 1)))
@@ -71,11 +75,27 @@ class _Rebinding:
         changes = []
         for node, copy in rebound.items():
             for user in list(node.users):
-                if order.get(user, -1) >= start and user.op != "output":
+                if start <= order.get(user, -1) < end and user.op != "output":
                     user.replace_input_with(node, copy)
             how = "gathered" if copy.target is gather_tokens else "recomputed"
             changes.append(Change("decoder", node.name, f"{how} behind {self.cut.site}", self.cut.where))
         return changes
+
+    def _check_return(self, order: dict[fx.Node, int], start: int, end: int) -> None:
+        """Only the hidden states may lead from the layers that tokens pass by to those behind them."""
+        for node in (node for node, place in order.items() if start <= place < end):
+            later = [user for user in node.users if order[user] > end and user.op != "output"]
+            value = node.meta.get("val")
+            sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+            if later and any(str(size) == str(self.size) for size in sizes):
+                raise SiteError(
+                    "a later layer reads what one has made that some tokens passed by",
+                    where=self.cut.where,
+                    got=f'"{node.name}", read by "{later[0].name}"',
+                    want="layers that hand on hidden states alone",
+                    fix="let the tokens come back earlier, or leave until out",
+                    slug="no-return",
+                )
 
     def _note(self, node: fx.Node) -> fx.Node:
         annotate(node, self.note)
@@ -160,7 +180,7 @@ class _StageOutputs:
         self.changes: list[Change] = []
 
     def write(self) -> list[Change]:
-        places: list[fx.Node] = []
+        places: dict[int, fx.Node] = {}
         left: list[ChunkState] = []
         entered: dict[str, fx.Node] = {}
         caches = [name for name in self.component.outputs if name.startswith(("key.", "value.", "state."))]
@@ -168,6 +188,9 @@ class _StageOutputs:
         opened |= {id(parting.state): parting for parting in self.component.meta["partings"]}
         with self.graph.inserting_before(self.output):
             for stage, state in zip(self.stages, self.component.meta["stages"], strict=True):
+                left.append(state)
+                if stage.index in places:  # layers behind some that tokens passed by: caches as in front of those
+                    continue
                 border = opened.get(id(state))
                 joined = self.values["key_positions.0"]
                 if border is not None:
@@ -177,10 +200,10 @@ class _StageOutputs:
                     joined = self._evict(stage, state, evicting, joined)
                     if stage.site is not None:
                         entered[f"{ENTERED}{stage.index}"] = state.query_positions
-                places.append(joined)
-                left.append(evicting[-1].after if evicting else state)
-        names = ("logits", *(f"key_positions.{s}" for s in range(len(places))), *caches, *entered)
-        values = (self.values["logits"], *places, *(self.values[name] for name in caches), *entered.values())
+                    left[-1] = evicting[-1].after
+                places[stage.index] = joined
+        names = ("logits", *(f"key_positions.{s}" for s in places), *caches, *entered)
+        values = (self.values["logits"], *places.values(), *(self.values[name] for name in caches), *entered.values())
         self.component.meta["left"] = left  # the chunk as each stage's caches hold it
         self.output.args = (values,)
         self.component.outputs = names

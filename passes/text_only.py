@@ -14,7 +14,8 @@ import torch.fx as fx
 from tvc.graphs import join_equal
 
 SHORTEN = torch.ops.tvc.shorten.default
-LEFT = (torch.ops.tvc.evict.default, torch.ops.tvc.pool_cache.default)  # both leave the cache of text as it is
+# The argument that each result is where nothing is visual: caches of text stay as they are, and no token comes back.
+LEFT = {torch.ops.tvc.evict.default: 0, torch.ops.tvc.pool_cache.default: 0, torch.ops.tvc.restore.default: 2}
 _SAME = (1, 3, 4, 5, 6, 7, 8, 9)  # the argument of `shorten` that each result but the last is, where nothing goes
 
 
@@ -40,7 +41,7 @@ def without_cuts(draft: fx.GraphModule) -> fx.GraphModule:
                     every = graph.call_function(_every_slot, (positions,))
                 result.replace_all_uses_with(every)
     for node in [copies[node] for node in draft.graph.nodes if node.target in LEFT]:
-        node.replace_all_uses_with(cast("fx.Node", node.args[0]))
+        node.replace_all_uses_with(cast("fx.Node", node.args[LEFT[node.target]]))
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     # Positions behind a cut are now those in front of it, and so is all that is made of them.
     join_equal(graph)

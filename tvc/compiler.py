@@ -37,7 +37,8 @@ from tvc.trace.survey import Survey
 from tvc.trace.vision import capture_vision
 
 Progress = Callable[[str], None]
-CUTS = frozenset({"shorten", "evict", "pool_cache"})  # whole, so that a chunk without visual tokens can go without them
+# Whole, so that a chunk without visual tokens can go without them.
+CUTS = frozenset({"shorten", "restore", "evict", "pool_cache"})
 
 
 def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, progress: Progress = print) -> Program:

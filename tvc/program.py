@@ -101,6 +101,7 @@ class Stage:
     """Decoder layers that share one sequence length, one past length and one `key_positions`.
 
     Those between two cuts, or a part of them where a later cut takes what it drops out of the caches of some alone.
+    Layers behind some that tokens pass by go on with the stage in front of these: it comes again, under its index.
     """
 
     index: int

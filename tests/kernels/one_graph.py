@@ -246,6 +246,7 @@ class OneGraph(torch.nn.Module):
             parts = OP.shorten(chosen, residual, merged, *chunk)
             for number, part in enumerate(parts):
                 out[f"shorten.{label}.{number}"] = part
+            out[f"restore.{label}"] = OP.restore(residual, parts[-1], 2 * parts[0])
             out[f"evict.places.{label}"] = OP.evict(at.key_positions, parts[-1], slots)
             out[f"evict.keys.{label}"] = OP.evict(at.key, parts[-1], slots)
         past = at.key_positions.shape[1] - at.query_positions.shape[1]

@@ -74,6 +74,15 @@ def shorten(
     return made[0], turned if axes is ids else turned[0], *made[1:]
 
 
+def restore(before: Any, kept: list[Row], inside: Any) -> Any:
+    made = [list(rows) for rows in before]
+    for own, slots, rows in zip(made, kept, inside, strict=True):
+        for slot, row in zip(slots, rows, strict=True):
+            if slot >= 0:
+                own[slot] = row
+    return made
+
+
 def evict(held: Any, kept: list[Row], slots: list[Row]) -> Any:
     def left(entries: Row, places: bool, staying: Row, chunk: int) -> Row:
         past = len(entries) - chunk
@@ -415,6 +424,7 @@ ORACLES = {
         attend_score,
         attention_score,
         shorten,
+        restore,
         evict,
         cosine_score,
         exit_keep,

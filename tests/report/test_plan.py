@@ -75,6 +75,7 @@ class Step:
     scope: str = "image"
     merge: Merging | None = None
     evict: str = ""
+    until: str = ""
     number: int = 0
 
 

@@ -37,7 +37,7 @@ def leaving(steps: tuple[Step, ...], layout: Layout) -> Iterator[tuple[Step, lis
             left = step.rest.kept(entering, chosen) if step.rest is not None else chosen
         yield step, entering, left
         # What a step of scope `sequence` leaves can't be told apart by image: later steps see it as one.
-        images = left
+        images = images if step.until else left
 
 
 def with_spreads(steps: tuple[Step, ...], layout: Layout) -> tuple[Step, ...]:
@@ -167,9 +167,11 @@ def _mean(steps: tuple[Step, ...], layout: Layout) -> Fraction:
     """Visual tokens per image and decoder layer."""
     total, current = 0, sum(layout.visual_tokens)
     after = {}
-    for step, _, left in leaving(steps, layout):
+    for step, entering, left in leaving(steps, layout):
         if step.site.component == "language":
             after[step.site.index] = sum(left)
+            if step.until:
+                after[int(step.until.removeprefix("language."))] = sum(entering)
         else:
             current = sum(left)
     for layer in range(len(layout.language)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvc.kernels.op import PRIMITIVES, Kind, Primitive
+from tvc.policy.bypass import NEVER, NEXT
 from tvc.policy.evictions import EARLIER
 from tvc.policy.options import OPTIONS, options_schema
 from tvc.policy.positions import positions_schema
@@ -34,7 +35,7 @@ def json_schema() -> dict[str, Any]:
                     {"type": "string", "pattern": r"\{[A-Za-z_][A-Za-z0-9_]*\}"},
                 ],
                 "description": "vision.K, projector or language.K: before that block runs, 0-based, -1 the last; "
-                "vision.1..-2 or vision.all: a step before each of these blocks",
+                "vision.1..-2 or vision.all: a step before each of these blocks; language.1..25/2: every other one",
             },
             "scope": {"enum": list(SCOPES), "default": "image"},
             "score": {"$ref": "#/$defs/scores"},
@@ -55,6 +56,15 @@ def json_schema() -> dict[str, Any]:
                 ],
                 "description": "once the chunk has been read, what the step drops leaves caches of earlier layers, "
                 "too: of all, or of those from language.K on; default: it stays there",
+            },
+            "until": {
+                "anyOf": [
+                    {"enum": [NEXT, NEVER]},
+                    {"type": "string", "pattern": f"^(?:{SITE_PATTERN})$"},
+                    {"type": "string", "pattern": r"\{[A-Za-z_][A-Za-z0-9_]*\}"},
+                ],
+                "description": "what the step drops passes by the layers in front of this one, language.K or the next, "
+                "and takes part again from it on, as it was; default: never",
             },
         },
     }

@@ -90,4 +90,4 @@ def check_behind_cuts(policy: Policy, steps: tuple[Step, ...]) -> None:
                 fix="act later, so that a layer with attention lies between the steps; or score by something else",
                 slug="layer-before-a-cut",
             )
-        cut = step
+        cut = cut if step.until else step

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from tvc.kernels.op import PRIMITIVES, Kind, Primitive
 from tvc.kernels.weights import Trained, Weights
+from tvc.policy.bypass import check_alone, check_beside
+from tvc.policy.bypass import written as returns
 from tvc.policy.document import Document, Path, nearest
 from tvc.policy.evictions import written
 from tvc.policy.explain import build
@@ -48,7 +50,7 @@ TOP_KEYS = (
     *OPTIONS,
 )
 TEMPLATED = ("steps", "positions", "reselect", *OPTIONS)  # where parameters are put in
-STEP_KEYS = ("at", "evict", "exit", "merge", "name", "rest", "scope", "score", "select")
+STEP_KEYS = ("at", "evict", "exit", "merge", "name", "rest", "scope", "score", "select", "until")
 ACTIONS = ("select", "merge", "exit")
 SITES = "vision.K, projector or language.K (K a block, 0-based; -1 the last; 25% by depth; 1..-2 or all for several)"
 WORDS: dict[Kind, str] = {
@@ -90,6 +92,7 @@ def parse(document: Document) -> Policy:
         )
     steps = tuple(_step(expanded, ("steps", i), value) for i, value in enumerate(raw))
     _ordered(expanded, steps)
+    check_beside(expanded, steps)
     return Policy(
         name=_text(document, ("name",), top.get("name", "unnamed")),
         steps=steps,
@@ -154,16 +157,19 @@ def _step(document: Document, path: Path, raw: Any) -> Step:
         "scope": _choice(document, (*path, "scope"), step.get("scope", "image"), SCOPES),
         "name": _text(document, (*path, "name"), step.get("name", "")),
         "evict": written(document, path, step),
+        "until": returns(document, path, step),
         "where": document.where(path),
         "number": path[-1],
     }
     if actions[0] != "select":
+        check_alone(document, path, common["until"], actions[0])
         _alone(document, path, step, actions[0])
         if actions[0] == "merge":
             return Step(merge=_primitive(document, (*path, "merge"), step["merge"], "merge"), **common)
         return Step(exit=_exit(document, (*path, "exit"), step["exit"]), **common)
     select = _primitive(document, (*path, "select"), step["select"], "select")
     rest = _primitive(document, (*path, "rest"), step.get("rest", "drop"), "rest")
+    check_alone(document, path, common["until"], "select", rest.key)
     scores = _scores(document, (*path, "score"), step["score"]) if "score" in step else ()
     users = [p for p in (select, rest) if p.needs_score]
     if users and not scores:

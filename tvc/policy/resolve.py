@@ -11,6 +11,8 @@ from typing import Any
 
 from tvc.kernels.op import Primitive, Tap
 from tvc.policy.budgets import check_nothing_emptied, with_averages, with_spreads
+from tvc.policy.bypass import check_bypasses
+from tvc.policy.bypass import settled as returning
 from tvc.policy.document import Path, from_data
 from tvc.policy.evictions import check_evictions, start
 from tvc.policy.evictions import settled as evicted
@@ -91,6 +93,7 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
         for one in _each_site(policy, layout, number, step)
     )
     check_order(policy, steps)
+    check_bypasses(policy, steps)
     check_behind_cuts(policy, steps)
     check_evictions(policy, steps)
     steps = with_averages(policy, with_spreads(steps, layout), layout)
@@ -117,7 +120,8 @@ def _each_site(policy: Policy, layout: Layout, number: int, step: Step) -> list[
     if span is None:
         return [step]
     numbers, written = _range(policy, layout, path, span), policy.document.get(path)
-    if any("columns" in type(primitive).model_fields for primitive in step.primitives()) and len(numbers) > 1:
+    whole = step.until or not any("columns" in type(primitive).model_fields for primitive in step.primitives())
+    if not whole and len(numbers) > 1:
         raise refusal(
             policy,
             path,
@@ -145,7 +149,7 @@ def _range(policy: Policy, layout: Layout, path: Path, span: Span) -> range:
     first, last = (_concrete(policy, layout, path, end) for end in (span.first, span.last))
     if span.every and first.component == "vision" and layout.used_vision_blocks:
         last = SiteName("vision", layout.used_vision_blocks - 1)
-    numbers = range(first.index or 0, (last.index or 0) + 1)
+    numbers = range(first.index or 0, (last.index or 0) + 1, span.stride)
     if not numbers:
         raise refusal(
             policy,
@@ -200,6 +204,10 @@ def _step(policy: Policy, layout: Layout, number: int, step: Step) -> Step:
         )
     if step.evict:
         resolved["evict"] = evicted(policy, path, step, site, _concrete(policy, layout, (*path, "evict"), start(step)))
+    if step.until:
+        end = parse_site(step.until)
+        named = None if end is None else _concrete(policy, layout, (*path, "until"), end)
+        resolved["until"] = returning(policy, layout, path, step, site, named)
     merge = resolved["merge"]
     if merge is not None and merge.proportional and site.component != "vision":
         raise refusal(

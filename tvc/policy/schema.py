@@ -27,7 +27,7 @@ NORMALIZE, SCOPES = get_args(Normalize), get_args(ScopeName)
 COMPONENTS = ("vision", "projector", "language")  # in the order in which a visual token passes them
 _BLOCK = r"(?:-?\d{1,4}|\d{1,2}%)"
 SITE_PATTERN = rf"projector|(vision|language)\.{_BLOCK}"
-SPAN_PATTERN = rf"(vision|language)\.(all|{_BLOCK}\.\.{_BLOCK})"
+SPAN_PATTERN = rf"(vision|language)\.(all|{_BLOCK}\.\.{_BLOCK})(?:/[1-9]\d?)?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,27 +54,32 @@ def parse_site(text: str) -> SiteName | None:
 class Span:
     """Several sites as a policy writes them: `vision.1..-2`, both ends inside, or `vision.all`.
 
-    `all` are the blocks that the visual features depend on; its ends are the component's first and last block.
+    `all` are the blocks that the visual features depend on; its ends are the component's first and last block. Behind
+    a slash stands how far the sites are apart: `language.1..25/2` are every other one, from the first on.
     """
 
     first: SiteName
     last: SiteName
     every: bool = False
+    stride: int = 1
 
     def __str__(self) -> str:
         component = self.first.component
-        return f"{component}.all" if self.every else f"{self.first}..{str(self.last).removeprefix(component + '.')}"
+        ends = f"{component}.all" if self.every else f"{self.first}..{str(self.last).removeprefix(component + '.')}"
+        return ends + (f"/{self.stride}" if self.stride > 1 else "")
 
 
 def parse_sites(text: str) -> Span | None:
     """The sites that `text` names, or None where it names no range of them."""
     if re.fullmatch(SPAN_PATTERN, text) is None:
         return None
-    component, _, blocks = text.partition(".")
+    component, _, named = text.partition(".")
+    blocks, _, apart = named.partition("/")
+    stride = int(apart or 1)
     if blocks == "all":
-        return Span(SiteName(component, 0), SiteName(component, -1), every=True)
+        return Span(SiteName(component, 0), SiteName(component, -1), every=True, stride=stride)
     one, other = (parse_site(f"{component}.{block}") for block in blocks.split(".."))
-    return Span(one, other) if one is not None and other is not None else None
+    return Span(one, other, stride=stride) if one is not None and other is not None else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +107,8 @@ class Step:
     """One reduction: `select` and `rest`, or `merge`, or `exit`.
 
     `evict`: the first decoder layer whose cache loses what the step drops, "earlier" for the first of all; "" for none.
+    `until`: the decoder layer from which on what the step drops takes part again, "next" for the one behind the site's
+    own; "" for none.
     `where` is its place in the policy's text, for messages; `number` counts the steps as they were written, of which
     several may come where a step was written for a range of sites.
     """
@@ -114,6 +121,7 @@ class Step:
     exit: Exit | None = None
     merge: Merging | None = None
     evict: str = ""
+    until: str = ""
     name: str = ""
     where: str = dataclasses.field(default="", compare=False)
     number: int = dataclasses.field(default=0, compare=False)
@@ -128,6 +136,11 @@ class Step:
         """The sites as they were written: a single one is its own first and last."""
         site = parse_site(self.at) or SiteName(self.at)
         return parse_sites(self.at) or Span(site, site)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether tokens are gone for good behind the step; exits leave none or all of them."""
+        return self.exit is None and not self.until
 
     def parts(self) -> dict[str, Primitive]:
         """The primitives beside the scores, by the name under which their taps travel."""
@@ -275,5 +288,7 @@ def steps_data(steps: tuple[Step, ...], names: bool = True) -> list[dict[str, An
             entry["exit"] = exit_data(step.exit)
         if step.evict:
             entry["evict"] = step.evict
+        if step.until:
+            entry["until"] = step.until
         written.append(entry)
     return written

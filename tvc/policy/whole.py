@@ -20,8 +20,8 @@ def refusal(policy: Policy, path: Path, summary: str, *, got: object, want: obje
 def check_frames(policy: Policy, site: SiteName, path: Path, primitive: Primitive) -> None:
     """Refuses a primitive that looks at the frames of videos where these are not known, or no longer whole."""
     own = policy.steps[int(path[1])]
-    earlier = [step.at for step in policy.steps[: int(path[1])] if step.exit is None]
-    ranged = parse_sites(own.at) is not None
+    earlier = [step.at for step in policy.steps[: int(path[1])] if step.lasts]
+    ranged = parse_sites(own.at) is not None and not own.until
     earlier += [own.at] if ranged else []  # the first of its sites
     if site.component == "language" and (primitive.gaps or not earlier):
         return
@@ -95,7 +95,7 @@ def with_columns(policy: Policy, layout: Layout, site: SiteName, path: Path, pri
     """The row length of a primitive that works on the grid of an image's tokens: the model's, where none is written."""
     if "columns" not in type(primitive).model_fields:
         return {}
-    earlier = [step.at for step in policy.steps[: int(path[1])] if step.exit is None]
+    earlier = [step.at for step in policy.steps[: int(path[1])] if step.lasts]
     if earlier:
         raise refusal(
             policy,

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 
 from tvc.kernels.op import Primitive
+from tvc.policy.bypass import in_words as until_words
 from tvc.policy.evictions import EARLIER
 from tvc.policy.positions import Rescale, Stride
 from tvc.policy.reselection import in_words as decode_steps
@@ -46,6 +47,8 @@ def _parts(step: Step) -> Iterator[tuple[str, str]]:
     if step.evict:
         caches = "all earlier layers" if step.evict == EARLIER else f"{step.evict} and the layers behind it"
         yield "evict", f"{step.evict}: What is dropped leaves the caches of {caches} once the chunk has been read."
+    if step.until:
+        yield "until", until_words(step)
 
 
 def _scores(name: str, terms: Sequence[WeightedScore]) -> Iterator[tuple[str, str]]:

@@ -41,7 +41,7 @@ def make_plan(
 
     Args:
         policy: a resolved policy: `name`, `cache`, `reselect` and `steps`, each with `site`, `scope`, `select`, `rest`,
-            `merge`, `exit` and `evict`.
+            `merge`, `exit`, `evict` and `until`.
         layout: the model.
         text_tokens: text tokens of the prompt.
         new_tokens: how many new tokens the decode cost is averaged over.
@@ -153,12 +153,16 @@ def _follow(steps: Sequence[Any], layout: Layout, *, fires: bool) -> _Track:
     track.language[-1] = sum(track.counts)
     track.cuts.append((0, list(track.counts)))
     for step in (s for s in ordered if _place(s.site)[0] == "language"):
-        index, entering = _place(step.site)[1], sum(track.counts)
+        before, exact = list(track.counts), track.exact
+        index, entering = _place(step.site)[1], sum(before)
         _apply(step, track, fires=fires)
         track.language[index] = sum(track.counts)
         track.cuts.append((_place(step.evict)[1] if step.evict else index, list(track.counts)))
         for layer in range(_place(step.evict)[1], index) if step.evict else ():
             track.evicted[layer] = track.evicted.get(layer, 0) + entering - sum(track.counts)
+        if step.until:  # a later step at that layer goes on from there
+            track.counts, track.exact = before, exact
+            track.language[_place(step.until)[1]] = entering
         name = str(step.site)
         track.sites[index] = tuple(dict.fromkeys((*track.sites.get(index, ()), name)))
     return track

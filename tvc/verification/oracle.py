@@ -22,6 +22,7 @@ from tvc.trace.layout import blocks, has_attention, residual_argument
 from tvc.trace.observe import Observer, Seen, kept_offsets, observed, plain_cache, replaced
 from tvc.trace.parts import feature_owner
 from tvc.verification.branches import asked, changes, watched
+from tvc.verification.bypass import Bypass
 from tvc.verification.encoder import EncoderTaps, feature_parts, tile_mask, token_map
 from tvc.verification.entry import Entry
 from tvc.verification.following import cached_values, followed, layer_of
@@ -117,6 +118,7 @@ class _Oracle(Observer):
         self.turned_by: Any = None  # the position embeddings that the block was given
         self.rotary, self.entry = Rotary(model.get_decoder()), Entry(model.get_decoder())
         self.options = Options(policy, case.prompt, slack)
+        self.bypass = Bypass(policy.steps)
         self.fractions: torch.Tensor | None = None  # [B, S] positions, where visual tokens take fractions of one
 
     # The call ---------------------------------------------------------------------------------------------------------
@@ -195,10 +197,12 @@ class _Oracle(Observer):
             hidden = hidden if left is features else self.entry.hidden_of(left)
             if self.rates:
                 self.raters = [text_that_rates(sample, hidden[sample.row]) for sample in self.samples]
+        hidden = self.bypass.back(index, hidden, self.alive, self.samples)
         if f"language.{index}" in self.tapped:
             self.inputs_of[f"language.{index}"] = hidden
         self.turned_by = arguments.get("position_embeddings")
         self._number(index - 1, arguments)  # a step that asks this block finds what is left numbered already
+        self.bypass.leaving(index, hidden, self.alive, self.samples)
         hidden = self._steps_at(f"language.{index}", hidden, block, arguments)
         arguments[name] = hidden
         if has_attention(block):
@@ -251,16 +255,12 @@ class _Oracle(Observer):
         lost = self.lost[self.layer] if self.lost else torch.zeros_like(self.alive)
         return lost | self.options.away(self.layer, self.alive & ~lost)
 
-    def _cut_before(self, index: int) -> bool:
-        sites = [at for at in self.steps if at.startswith("language.")]
-        return any(int(site.removeprefix("language.")) <= index for site in sites)
-
     def _number(self, index: int, arguments: dict[str, Any]) -> None:
         """Puts other positions in the place of a block's: fractions, or running numbers of what a cut at `index` or
         before it has left.
         """
         positions = self.fractions
-        if self.policy.positions == "renumber" and self._cut_before(index):
+        if self.policy.positions == "renumber" and self.bypass.reduced(index):
             positions = running(self.alive, self._lost(), self.case.prompt)
         if positions is not None:
             arguments["position_embeddings"] = self.rotary.at(positions, self.turned_by)
