@@ -80,7 +80,8 @@ class InsertReductions(Pass):
                 if tap.kind == "attention":
                     insertion.add_score(name, primitive, note)
                 elif tap.kind == "pixel":
-                    insertion.add_pixels(name, note)
+                    if name not in component.meta["tap_widths"]:
+                        insertion.add_pixels(name, note)
                 else:
                     insertion.add_keys(name, tap.layer or "", note)
             return insertion.changes
@@ -365,12 +366,14 @@ class _DecoderInsertion:
             taps[group] = {}
             for name, tap in primitive.taps().items():
                 if crosses(tap):
-                    taps[group][name] = resolver.entered(self._tap_input(tap_name(step, group, name)))
+                    taps[group][name] = resolver.entered(self._tap_input(tap_name(step, group, name, tap.kind)))
                 else:
                     taps[group][name] = resolver.resolve(tap, step.at, first)
         return scores, taps
 
     def _tap_input(self, name: str) -> fx.Node:
+        if name in self.component.inputs:
+            return placeholders(self.graph)[identifier(name)]
         self.component.meta["tap_widths"][name] = self.program.components["vision"].meta["tap_widths"][name]
         taps = [n for n in self.component.inputs if n.startswith(TAP)]
         last = identifier(taps[-1] if taps else "visual_counts")

@@ -25,9 +25,9 @@ def crosses(tap: Tap) -> bool:
     return tap.kind == "pixel" or (tap.layer or "").startswith("vision.")
 
 
-def tap_name(step: Any, group: str, name: str) -> str:
-    """The name under which a value of the vision path travels to the component of `step`."""
-    return f"{TAP}{step.at}.{group}.{name}"
+def tap_name(step: Any, group: str, name: str, kind: str = "") -> str:
+    """The name under which a value of the vision path travels to the component of `step`; pixels go there once."""
+    return f"{TAP}pixels" if kind == "pixel" else f"{TAP}{step.at}.{group}.{name}"
 
 
 def crossing(step: Any) -> Iterator[tuple[str, Any, Tap]]:
@@ -40,7 +40,7 @@ def crossing(step: Any) -> Iterator[tuple[str, Any, Tap]]:
     for group, primitive in step.parts().items():
         for name, tap in primitive.taps().items():
             if crosses(tap):
-                yield tap_name(step, group, name), primitive, tap
+                yield tap_name(step, group, name, tap.kind), primitive, tap
 
 
 def visual_rows(residual: torch.Tensor, visual_index: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ that change nothing, as many as a cut of a prefill takes.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
@@ -15,7 +15,11 @@ from tvc.graphs import join_equal
 
 SHORTEN = torch.ops.tvc.shorten.default
 # The argument that each result is where nothing is visual: caches of text stay as they are, and no token comes back.
-LEFT = {torch.ops.tvc.evict.default: 0, torch.ops.tvc.pool_cache.default: 0, torch.ops.tvc.restore.default: 2}
+LEFT: dict[Any, int] = {
+    torch.ops.tvc.evict.default: 0,
+    torch.ops.tvc.pool_cache.default: 0,
+    torch.ops.tvc.restore.default: 2,
+}
 _SAME = (1, 3, 4, 5, 6, 7, 8, 9)  # the argument of `shorten` that each result but the last is, where nothing goes
 
 

@@ -48,6 +48,22 @@ def thinned(shade: torch.Tensor) -> list[int]:
     return sorted(kept)
 
 
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_layers_are_passed_by_one_at_a_time(family: str) -> None:
+    """As the published list has it: the same tokens in every other layer, and all of them between."""
+    model, processor = support.build(family)
+    inputs: dict[str, Any] = support.inputs(family, 3)
+    policy = tvc.load_policy("showui", set=["before_layer=1..-2/2", "until=next", "within=40"])
+    compiled = tvc.compile(model, policy, inputs=inputs, processor=processor)
+    answer = compiled(**inputs)
+    held = [layer.keys.shape[2] for layer in answer.past_key_values.layers]
+    assert held[::2] == [held[0]] * 3
+    assert held[1] == held[3] < held[0] == held[5]
+    assert torch.equal(answer.kept["language.1"], answer.kept["language.3"])
+    # Pixels go to the decoder once for all of its steps.
+    assert [name for name in compiled.engine.interface.inputs["decoder"] if name.startswith("tap.")] == ["tap.pixels"]
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl", "qwen2_5_vl", "internvl"])
 def test_what_shows_the_same_is_thinned_out(family: str) -> None:
     model, processor = support.build(family)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from tvc.program import Layer, Layout, Site
 
@@ -35,6 +36,14 @@ def layout(
         element_size=4,
         sites=tuple(Site(name, name not in refused, refused.get(name, "")) for name in names),
     )
+
+
+def with_layer(index: int, **other: Any) -> Layout:
+    """A model one of whose decoder layers is another."""
+    plain = layout()
+    layers = list(plain.language)
+    layers[index] = dataclasses.replace(layers[index], **other)
+    return dataclasses.replace(plain, language=tuple(layers))
 
 
 def policy(*steps: str, head: str = "version: 1") -> str:
@@ -133,6 +142,28 @@ READING: dict[str, tuple[object, object]] = {
     "evict-no-layer-of-the-decoder": (policy(step("language.2", TOP + "\n    evict: vision.2")), ()),
     "evict-no-word": (policy(step("language.2", TOP + "\n    evict: true")), ()),
     "evict-before-the-decoder": (policy(step("projector", "select: {stride: 3}\n    evict: earlier")), ()),
+    "until-no-layer-of-the-decoder": (policy(step("language.2", TOP + "\n    until: vision.3")), ()),
+    "until-no-word": (policy(step("language.2", TOP + "\n    until: later")), ()),
+    "until-before-the-decoder": (policy(step("vision.2", "select: {stride: 3}\n    until: next")), ()),
+    "until-a-layer-of-a-range": (
+        policy(step("language.1..4", "select: {stride: 50%}\n    until: language.6")),
+        (),
+    ),
+    "until-of-a-rest-that-merges": (policy(step("language.2", TOP + "\n    rest: merge\n    until: next")), ()),
+    "until-of-a-merge": (policy(step("language.2", "merge: {pairs: {reduce: mean, keep: 50%}}\n    until: next")), ()),
+    "until-of-an-exit": (policy(step("language.2", "exit: {when: always}\n    until: next")), ()),
+    "until-beside-evict": (
+        policy(step("language.2", TOP + "\n    until: next"), step("language.4", TOP + "\n    evict: earlier")),
+        (),
+    ),
+    "until-beside-reselect": (
+        policy(step("language.2", TOP + "\n    until: next")) + "\nreselect: {at: language.5, keep: 30%}",
+        (),
+    ),
+    "until-beside-pooled-caches": (
+        policy(step("language.2", TOP + "\n    until: next")) + "\ncache: {pool: {tokens: 4, chunk: 2}}",
+        (),
+    ),
     "exit-without-when": (policy(step("language.2", "exit: {}")), ()),
     "exit-unknown-key": (policy(step("language.2", "exit: {wen: always}")), ()),
     "gate-without-score": (policy(step("language.2", "exit: {when: {above: 0.5}}")), ()),
@@ -275,6 +306,35 @@ RESOLVING: dict[str, tuple[str, Layout]] = {
     "evict-further-than-the-step-before": (
         policy(step("language.2", TOP + "\n    evict: language.1"), step("language.4", TOP + "\n    evict: earlier")),
         layout(),
+    ),
+    "until-before-its-step": (policy(step("language.4", TOP + "\n    until: language.3")), layout()),
+    "until-beyond-the-last-layer": (policy(step("language.4", TOP + "\n    until: language.12")), layout()),
+    "until-an-illegal-site": (
+        policy(step("language.4", TOP + "\n    until: language.9")),
+        layout(refused={"language.9": "another sequence joins there"}),
+    ),
+    "until-over-a-layer-without-attention": (
+        policy(step("language.2", TOP + "\n    until: language.6")),
+        with_layer(4, heads=0),
+    ),
+    "inside-a-bypass": (
+        policy(step("language.1", "select: {stride: 50%}\n    until: language.3"), step("language.2")),
+        layout(),
+    ),
+    "layer-passed-by": (
+        policy(step("language.1", "select: {stride: 50%}\n    until: language.3"), step("language.3")),
+        layout(),
+    ),
+    "tokens-counted-beside-a-bypass": (
+        policy(
+            step("language.1", "select: {stride: 50%}\n    until: next"),
+            step("language.3", "score: uniform\n    select: {afford: 30%}"),
+        ),
+        layout(),
+    ),
+    "until-beside-cross-attention": (
+        policy(step("language.2", TOP + "\n    until: language.4")),
+        with_layer(5, crosses=True),
     ),
     "evict-inside-a-stage": (
         policy(

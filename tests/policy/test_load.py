@@ -352,15 +352,19 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
     for made in steps:
         if made["at"].startswith("language.") and draw(st.booleans()):
             made["evict"] = draw(st.sampled_from(["earlier", "language.2", "language.-3", "language.7%"]))
+    returning = not any("evict" in made for made in steps) and draw(st.booleans())
+    for made in steps if returning else ():
+        if made["at"].startswith("language.") and "select" in made and made.get("rest", "drop") == "drop":
+            made["until"] = draw(st.sampled_from(["next", "never", "language.90%"]))
     document = {"version": 1, "name": draw(texts), "about": draw(texts), "steps": steps}
-    if draw(st.booleans()):
+    if not returning and draw(st.booleans()):
         alike = draw(st.one_of(st.none(), st.floats(0.01, 1)))
         more = {"unless_alike": alike, "bug_compatible": draw(st.booleans())} if alike is not None else {}
         document["reselect"] = {"at": "language.-1", "keep": draw(st.sampled_from(["30%", 7])), **more}
     fractions = st.builds(lambda stride: {"stride": stride}, st.integers(1, 256))
     if draw(st.booleans()):
         document["attention"] = {"chunks": {"frames": draw(st.integers(1, 9)), "previous": draw(st.integers(0, 9))}}
-    if draw(st.booleans()):
+    if not returning and draw(st.booleans()):
         numbers = {name: draw(st.integers(0, 9)) for name in ("first", "last", "best")}
         document["cache"] = {"pool": {"tokens": draw(st.integers(2, 9)), "chunk": draw(st.integers(1, 9)), **numbers}}
     rescaled = st.builds(lambda factor: {"rescale": {"factor": factor, "window": 64}}, st.integers(2, 16))

@@ -169,6 +169,16 @@ def test_the_grid_is_the_models_or_its_positions() -> None:
     assert again.steps == (told,)
 
 
+def test_the_published_list_of_layers() -> None:
+    """`[2,2,1],[4,4,1],...,[26,26,1]` of 28 layers, counted from 1."""
+    settings = ["before_layer=1..25/2", "until=next"]
+    steps = resolve(load_policy("showui", set=settings), layout(language=28)).steps
+    assert [(step.at, step.until) for step in steps] == [
+        (f"language.{number - 1}", f"language.{number}") for number in range(2, 27, 2)
+    ]
+    assert all(step.select.columns == 8 for step in steps)  # type: ignore[union-attr]
+
+
 def test_regions_are_refused_where_their_grid_or_their_pixels_are_not_known() -> None:
     assert refused(REGIONS.replace("AT", "language.1"), in_order=False).slug == "no-grid"
     assert refused(REGIONS.replace("AT", "projector")).slug == "decoder-only"

@@ -209,10 +209,46 @@ def test_caches_are_cut_from_a_layer_that_the_model_has(written: str, first: str
     assert resolve(load_policy(resolved.to_yaml()), layout()).policy == resolved.policy
 
 
+@pytest.mark.parametrize(
+    ("at", "until", "layers"),
+    [
+        ("language.4", "language.-3", {4: "language.9"}),
+        ("language.4", "language.50%", {4: "language.6"}),
+        ("language.-2", "next", {10: "language.11"}),
+        ("language.-1", "next", {11: ""}),  # no layer follows in which they could take part
+        ("language.4", "never", {4: ""}),
+        ("language.2..5", "next", {n: f"language.{n + 1}" for n in range(2, 6)}),
+        ("language.1..10/3", "next", {n: f"language.{n + 1}" for n in (1, 4, 7, 10)}),
+        ("language.all/5", "next", {n: f"language.{n + 1}" for n in (0, 5, 10)}),
+        ("language.50%..-1/2", "next", {6: "language.7", 8: "language.9", 10: "language.11"}),
+    ],
+)
+def test_tokens_come_back_at_a_layer_that_the_model_has(at: str, until: str, layers: dict[int, str]) -> None:
+    resolved = resolve(load_policy(policy(step(at, f"select: {{stride: 50%}}\n    until: {until}"))), layout())
+    assert {made.site.index: made.until for made in resolved.steps} == layers
+    assert resolve(load_policy(resolved.to_yaml()), layout()).policy == resolved.policy
+
+
+def test_tokens_that_pass_by_count_in_an_average_where_they_take_part() -> None:
+    """64 tokens in ten of twelve layers and n in the others are 56 on average for n = 16."""
+    text = policy(step("language.3", "select: {stride: {keep: {average: 56}}}\n    until: language.5"))
+    (only,) = resolve(load_policy(text), layout()).steps
+    assert only.select is not None
+    assert only.select.kept([64]) == [16]
+
+
+def test_layers_in_front_of_a_bypass_may_be_asked_behind_it() -> None:
+    attention = "score: {attention: {of: last, layer: language.1}}\n    select: {top: 50%}"
+    text = policy(step("language.2", "select: {stride: 50%}\n    until: next"), step("language.6", attention))
+    assert resolve(load_policy(text), layout()).steps[1].score[0].primitive.layer == "language.1"  # type: ignore[attr-defined]
+
+
 def test_steps_that_only_keep_their_caches_say_nothing_of_it() -> None:
     plain = load_policy(policy(step("language.4", "select: {stride: 3}")))
     assert "evict" not in resolve(plain, layout()).to_yaml()
     assert plain.digest() == load_policy(policy(step("language.4", "select: {stride: 3}\n    evict:"))).digest()
+    assert plain.digest() == load_policy(policy(step("language.4", "select: {stride: 3}\n    until: never"))).digest()
+    assert plain.digest() != load_policy(policy(step("language.4", "select: {stride: 3}\n    until: next"))).digest()
 
 
 @pytest.mark.parametrize(

@@ -376,6 +376,38 @@ def test_what_is_evicted_counts_in_prefill_and_not_in_caches():
     ]  # fmt: skip
 
 
+def test_what_passes_layers_by_counts_again_behind_them():
+    """Half of the tokens pass by layers 1 and 2, three quarters by layer 3, and at 5 an eighth of all is left."""
+    steps = (
+        share("language.1", "50%", until="language.3"),
+        share("language.3", "25%", until="language.4"),
+        share("language.5", "12.5%"),
+    )
+    plan = make_plan(Steps(steps), layout(), new_tokens=1)
+    visual = [576, 288, 288, 144, 576, 72, 72, 72]
+    assert [layer.visual for layer in plan.layers] == visual
+    assert [layer.held for layer in plan.layers] == [count + 64 for count in visual]
+    assert plan.average_visual_tokens == sum(visual) / 8
+    sizes = layout()
+    bytes_of = [2 * layer.kv_heads * layer.head_dim * sizes.element_size for layer in sizes.language]
+    assert plan.compiled.kv_bytes == sum(size * (count + 64) for size, count in zip(bytes_of, visual, strict=True))
+    whole = make_plan(Steps(()), layout(), new_tokens=1)
+    saved = [plan.layers[i].flops - whole.layers[i].flops for i in range(8)]
+    assert [i for i, flops in enumerate(saved) if not flops] == [0, 4]
+    assert plan.compiled.prefill - whole.compiled.prefill == sum(saved)
+    assert [(stage.first, stage.last, stage.sites) for stage in plan.stages if stage.part == "language"] == [
+        (0, 0, ()), (1, 2, ("language.1",)), (3, 3, ("language.3",)), (4, 4, ()), (5, 7, ("language.5",)),
+    ]  # fmt: skip
+
+
+def test_images_that_share_a_budget_are_themselves_again_behind_a_bypass():
+    sizes = layout(visual_tokens=(20, 12))
+    shared = dataclasses.replace(share("language.1", "25%", until="language.3"), scope="sequence")
+    plan = make_plan(Steps((shared, share("language.5", "50%"))), sizes)
+    assert [layer.visual for layer in plan.layers] == [32, 8, 8, 32, 32, 16, 16, 16]
+    assert plan.exact
+
+
 def test_what_is_pooled_counts_in_prefill_and_not_in_caches():
     """Five frames of 7 tokens in chunks of two; each frame becomes 2 entries where its chunk does not stay as it is."""
     sizes = layout(visual_tokens=(7,) * 5)

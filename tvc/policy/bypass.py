@@ -21,8 +21,8 @@ def written(document: Document, path: Path, step: Mapping[str, Any]) -> str:
     Raises:
         PolicyError: it names no layer of the decoder, or the step does not act in front of one.
     """
-    until = step.get("until", NEVER)
-    if until == NEVER:
+    until = step.get("until")
+    if until is None or until == NEVER:
         return ""
     here, named = (*path, "until"), parse_site(until) if isinstance(until, str) else None
     if until != NEXT and (named is None or named.component != "language"):
@@ -37,7 +37,7 @@ def written(document: Document, path: Path, step: Mapping[str, Any]) -> str:
     if not step["at"].startswith("language."):
         raise document.error(
             here,
-            f"step {path[-1]} drops tokens in front of the decoder, of which alone layers can be passed by",
+            f"step {path[-1]} drops tokens in front of the decoder, and only layers of the decoder can be passed by",
             got=f"until: {until} at {step['at']}",
             want="a step at a language site",
             fix="leave until out",
@@ -63,19 +63,14 @@ def check_alone(document: Document, path: Path, until: str, action: str, rest: s
     """
     if not until or (action == "select" and rest == "drop"):
         return
-    merges = f"rest: {rest}" if action == "select" else action
+    exits, merges = action == "exit", "merges tokens, which cannot come back beside what they are merged into"
     raise document.error(
         (*path, "until"),
-        f"step {path[-1]} "
-        + (
-            "is an exit, behind which no visual token comes back"
-            if action == "exit"
-            else "merges tokens that come back"
-        ),
-        got=f"{merges}, until: {until}",
+        f"step {path[-1]} {'is an exit, behind which no visual token comes back' if exits else merges}",
+        got=f"{f'rest: {rest}' if action == 'select' else action}, until: {until}",
         want="select and rest: drop",
-        fix="leave until out" if action == "exit" else "write rest: drop, or leave until out",
-        slug="until-of-a-merge" if action != "exit" else "until-of-an-exit",
+        fix="write rest: drop, or leave until out" if action == "select" else "leave until out",
+        slug="until-of-an-exit" if exits else "until-of-a-merge",
     )
 
 

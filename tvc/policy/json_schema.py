@@ -22,7 +22,48 @@ def json_schema() -> dict[str, Any]:
     term = {"weight": {"type": "number", "default": 1}, "normalize": {"enum": list(NORMALIZE), "default": "none"}}
     definitions["scores"] = _scores(choices["score"], term)
     definitions["reselect"] = _fields(Reselect, definitions)
-    definitions["step"] = {
+    definitions["step"] = _step(choices)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "tvc policy",
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["version"],
+        "anyOf": [
+            {"required": ["steps"]},
+            {"required": ["extends"]},
+            {"required": ["positions"], "properties": {"positions": {"type": "object"}}},
+            {"required": ["reselect"]},
+            *({"required": [place]} for place in OPTIONS),
+        ],
+        "properties": {
+            "version": {"const": VERSION},
+            "name": {"type": "string"},
+            "about": {"type": "string"},
+            "reference": {"type": "object"},
+            "covers": {"type": "string"},
+            "deviations": {"type": "array", "items": {"type": "string"}},
+            "unverified": {"type": "array", "items": {"type": "string"}},
+            "extends": {"type": "string"},
+            "parameters": {"type": "object"},
+            "budgets": {
+                "type": "object",
+                "propertyNames": {"pattern": r"^\d+(\.\d)?%$"},
+                "additionalProperties": {"type": "object"},
+                "description": "parameters by the share of the visual tokens that they are published for",
+            },
+            "steps": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/step"}},
+            "positions": {"anyOf": [*positions_schema(), {"$ref": "#/$defs/template"}], "default": "keep"},
+            "reselect": {"$ref": "#/$defs/reselect"},
+            **options_schema({"$ref": "#/$defs/template"}),
+        },
+        "$defs": definitions,
+    }
+
+
+def _step(choices: dict[Kind, dict[str, Any]]) -> dict[str, Any]:
+    """The schema of one step; `choices` are those of each kind of primitive."""
+    return {
         "type": "object",
         "additionalProperties": False,
         "required": ["at"],
@@ -67,42 +108,6 @@ def json_schema() -> dict[str, Any]:
                 "and takes part again from it on, as it was; default: never",
             },
         },
-    }
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "tvc policy",
-        "type": "object",
-        "additionalProperties": False,
-        "required": ["version"],
-        "anyOf": [
-            {"required": ["steps"]},
-            {"required": ["extends"]},
-            {"required": ["positions"], "properties": {"positions": {"type": "object"}}},
-            {"required": ["reselect"]},
-            *({"required": [place]} for place in OPTIONS),
-        ],
-        "properties": {
-            "version": {"const": VERSION},
-            "name": {"type": "string"},
-            "about": {"type": "string"},
-            "reference": {"type": "object"},
-            "covers": {"type": "string"},
-            "deviations": {"type": "array", "items": {"type": "string"}},
-            "unverified": {"type": "array", "items": {"type": "string"}},
-            "extends": {"type": "string"},
-            "parameters": {"type": "object"},
-            "budgets": {
-                "type": "object",
-                "propertyNames": {"pattern": r"^\d+(\.\d)?%$"},
-                "additionalProperties": {"type": "object"},
-                "description": "parameters by the share of the visual tokens that they are published for",
-            },
-            "steps": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/step"}},
-            "positions": {"anyOf": [*positions_schema(), {"$ref": "#/$defs/template"}], "default": "keep"},
-            "reselect": {"$ref": "#/$defs/reselect"},
-            **options_schema({"$ref": "#/$defs/template"}),
-        },
-        "$defs": definitions,
     }
 
 
