@@ -144,6 +144,24 @@ def test_image_and_video_of_one_prompt(half: Any, family: str, image_first: bool
     assert tvc.verify(compiled, model, inputs, steps=3).passed
 
 
+def test_videos_that_have_as_many_tokens_as_the_image_are_no_part_of_it(half: Any) -> None:
+    """An image of 12 tokens beside videos of 3 and of 9: each keeps half of its own."""
+    model, compiled = half("qwen2_5_vl")
+    config = model.config
+    made, extra = video_tokens(model, [(3, 2, 2), (3, 6, 2)])
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(48, extra["pixel_values_videos"].shape[1], generator=generator)
+    image = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 12]])}
+    picture = [config.vision_start_token_id, *[config.image_token_id] * 12, config.vision_end_token_id]
+    inputs = with_kinds(model, [[1, 105, *made[0], 106, *made[1], *picture, 130]], {**image, **extra})
+    (kept,) = compiled(**inputs).kept["language.2"].tolist()
+    shown = (inputs["input_ids"][0] == config.image_token_id) | (inputs["input_ids"][0] == config.video_token_id)
+    columns = shown.nonzero().flatten().tolist()
+    left = [sum(column in kept for column in part) for part in (columns[:3], columns[3:12], columns[12:])]
+    assert left == [1, 4, 6]
+    assert tvc.verify(compiled, model, inputs, steps=2).passed
+
+
 @pytest.mark.parametrize(
     ("preset", "settings", "left"),
     [

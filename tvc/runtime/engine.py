@@ -394,16 +394,19 @@ def _segments(
 ) -> tuple[torch.Tensor, int]:
     """[B, S] number (within its sample, in order) of the image or video of each visual slot, -1 elsewhere; and how many
     a sample has at most. Images and videos have placeholders of their own; `lengths` lists the tokens of each by kind.
+    Where both are as many in all, the first of `tokens` is the image's.
     """
     # On the host: a dozen small steps, most of which would wait for the device.
     device, visual, ids = visual.device, visual.cpu(), ids.cpu()
     segment = torch.full(visual.shape, -1, dtype=torch.int64)
-    found = 0
+    found, kinds = 0, sorted(lengths)  # image, video
     for token in tokens:
         own = visual & (ids == token)
         total = int(own.sum())
+        kind = next((kind for kind in kinds if sum(lengths[kind]) == total), None)
         # Where the family does not say, every sample's tokens are one image.
-        each = next((given for given in lengths.values() if sum(given) == total), own.sum(1).tolist())
+        each = own.sum(1).tolist() if kind is None else lengths[kind]
+        kinds = [other for other in kinds if other != kind]
         owner = torch.repeat_interleave(torch.arange(len(each)), torch.tensor(each, dtype=torch.int64))
         segment[own] = owner + found
         found += len(each)

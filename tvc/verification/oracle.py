@@ -299,13 +299,12 @@ class _Oracle(Observer):
     def _owners(self, ids: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
         """[B, S] which image or video of the batch each visual token is of."""
         owner = torch.full_like(ids, -1)
-        found = 0
+        found, left = 0, dict(self.lengths)  # the image's placeholder comes first, as its name does
         for token in self.case.visual_token_ids:
             places = (visual & (ids == token)).nonzero()
-            lengths = next((each for each in self.lengths.values() if sum(each) == len(places)), None)
-            if lengths is None:
-                lengths = [int((places[:, 0] == row).sum()) for row in range(len(ids))]
-            videos = lengths is self.lengths.get("get_video_features")
+            kind = next((name for name in sorted(left) if sum(left[name]) == len(places)), "")
+            lengths = left.pop(kind, None) or [int((places[:, 0] == row).sum()) for row in range(len(ids))]
+            videos = kind == "get_video_features"
             grids = self.case.inputs.get("video_grid_thw" if videos else "image_grid_thw")
             self.frames_of += [1] * len(lengths) if grids is None or not videos else grids[:, 0].tolist()
             self.pictures.note(lengths, grids)
