@@ -12,7 +12,7 @@ import support
 from tvc.errors import SiteError
 from tvc.graphs import open_draft
 from tvc.passes.insert_vision import VisionInsertion
-from tvc.passes.patches import find_patches, number_patches, patch_rows
+from tvc.passes.patches import cell_pixels, find_patches, number_patches, on_all_channels, patch_rows, pixels_of
 from tvc.passes.retrace import export_draft
 from tvc.passes.token_map import TokenMap
 from tvc.program import Component
@@ -167,6 +167,27 @@ def test_a_layer_over_numbers_that_are_no_pixels_is_passed_by() -> None:
 
     nodes = draft_of(Sizes(), torch.ones(3, 2, dtype=torch.int64)).graph.nodes
     assert all(find_patches(node, "test") is None for node in nodes if node.op == "call_function")
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_token_of_several_patches_shows_them_side_by_side(flat: bool) -> None:
+    rows = torch.arange(8.0).reshape(4, 2)
+    cells = torch.tensor([[[3, 0], [1, -1], [-1, -1]]])
+    made = cell_pixels(rows, cells, flat)
+    want = [[6.0, 7, 0, 1], [2, 3, 0, 0], [0, 0, 0, 0]]
+    assert made.tolist() == (want if flat else [want])
+
+
+def test_all_channels_of_a_token_hold_one_number() -> None:
+    numbers = torch.tensor([[[4, 9, 9], [2, 9, 9]]])
+    assert on_all_channels(numbers, torch.zeros(1, 2, 5)).tolist() == [[[4] * 5, [2] * 5]]
+
+
+def test_an_encoder_without_blocks_is_refused() -> None:
+    graph = draft_of(Embedding(torch.nn.Linear(12, 5)), torch.zeros(2, 7, 12)).graph
+    with pytest.raises(SiteError, match="which pixels") as caught:
+        pixels_of(graph, [], next(iter(graph.nodes)), "a step")
+    assert (caught.value.slug, caught.value.where) == ("pixels-not-traceable", "a step")
 
 
 class Joined(torch.nn.Module):
