@@ -1,6 +1,6 @@
 """Trains modules that policies have at the decoder's entry for the bundled model, their teacher, which stays as it is.
 
-    python examples/train_module.py POLICY... [--steps N] [--lessons N] [--output DIRECTORY]
+    python examples/train_module.py POLICY... [--steps N] [--lessons N] [--size NAME=N] [--output DIRECTORY]
 
 The policy's own primitives run with weights that learn: what the model says of the tokens that they leave is to be what
 it says of all of them. Two things are compared behind the picture, at a question and its right answer: the distribution
@@ -10,15 +10,14 @@ names none, so that one file serves all. A score learns besides what the questio
 decoder layers, and a head that says how many tokens stay, whether the answer was the same with as many.
 
 Questions are those of the `train` split, which no evaluation asks. All follows from the seed and the step's number: a
-run that was killed goes on from its last checkpoint (`--state`). The weights in `examples/policies` were made with the
-defaults, of which the first four take a minute each on one core and the last three:
+run that was killed goes on from its last checkpoint (`--state`). A minute or two on one core for each policy whose
+tokens do not depend on the question. `examples/policies/tokenflex.safetensors` was made by
 
-    cd benchmarks/policies
-    python ../../examples/train_module.py {tokenflex,flash-latents,b-vllm-sampler,mqt,qtsplus}-trained.yaml
+    python examples/train_module.py benchmarks/policies/tokenflex-trained.yaml --steps 200
 
-What a policy does to answers:
+and what it does to answers is told by
 
-    tvc eval examples/models/tiny-llava --policy benchmarks/policies/mqt-trained.yaml -o out/mqt
+    tvc eval examples/models/tiny-llava --policy benchmarks/policies/tokenflex-trained.yaml -o out/tokenflex
 """
 
 from __future__ import annotations
@@ -44,8 +43,6 @@ from tvc import api
 from tvc.errors import ArgumentError
 from tvc.evaluation import scenes
 from tvc.kernels.merge_grid_mlp import GridMlp
-from tvc.kernels.merge_latents import Latents
-from tvc.kernels.merge_qformer import QFormer
 from tvc.kernels.merge_queries import Queries, enlarged, sines
 from tvc.kernels.op import OPS, Scope
 from tvc.kernels.score_query_attention import Grouped, QueryAttention
@@ -63,8 +60,7 @@ SCENES, QUESTIONS = 8, 4  # of a step
 RATE, WARM_UP, EVERY = 3e-3, 20, 10
 SHARES = (50, 500)  # permille of the tokens, where the policy names no budgets
 TEACHER = 3  # the decoder layer whose attention a score learns
-SHARPER = math.sqrt(3)
-PEAK = 8.0  # what a latent makes of its own place
+SHARPER = math.sqrt(3)  # makes a query that looks at a place see little beyond its neighbours
 EVENLY = (0.7548776662466927, 0.5698402909980532)  # powers of the plastic number: multiples fill a square evenly
 CAUTION = 4.0  # how many times more a wrong answer moves a head than a right one
 SIZES = {"queries": 81, "latents": 72}  # that a file decides; any other is the width of the tokens
@@ -219,43 +215,36 @@ def entry(policy: Policy, layout: Any) -> Step:
 def started(model: Any, step: Step, feature: torch.Tensor, sizes: Mapping[str, int]) -> Tensors:
     """Weights as they are before the training, for visual tokens [N, V, D] as they enter the decoder.
 
-    Norms start at 1, biases at 0, square matrices as what changes nothing: those into heads as one rotation, sharper
-    where they rate, those out of heads as its inverse; what is known better as `known` says, all else at random.
+    Norms start at 1, biases at 0, square matrices as what changes nothing but lengths, which become those of the tokens
+    where a module ends; what is known better as `known` says, all else at random.
     """
     width, made = feature.shape[2], {}
-    turn = torch.linalg.qr(torch.randn(width, width))[0]
     for _, primitive in trained((step,)):
         own: Tensors = {}
         for name, shape in primitive.shapes(width).items():
             full = [size if isinstance(size, int) else sizes.get(size, width) for size in shape]
             if len(full) == 1:
                 own[name] = torch.zeros(full) if name.endswith("bias") else torch.ones(full)
-            elif full[1] != width or full[0] not in (width, 3 * width) or not name.endswith("weight"):
-                own[name] = torch.randn(full) / math.sqrt(full[-1])
-            elif "attention" not in name:
+            elif full == [width, width] and name.endswith("weight"):
                 own[name] = torch.eye(width) * (feature.square().mean().sqrt() if name.startswith("project") else 1)
-            elif ".out" in name:
-                own[name] = turn.T.clone()
             else:
-                each = (SHARPER, SHARPER, 1.0) if full[0] > width else (1.0 if "value" in name else SHARPER,)
-                own[name] = torch.cat([factor * turn for factor in each])
+                own[name] = torch.randn(full) / math.sqrt(full[-1])
         front = f"{primitive.prefix}." if primitive.prefix else ""
         made |= {f"{front}{name}": value for name, value in {**own, **known(model, primitive, feature, own)}.items()}
     return made
 
 
 def known(model: Any, primitive: Trained, feature: torch.Tensor, own: Tensors) -> Tensors:
-    """Better starts: queries that look at places all over the picture, a gate that is open, the decoder's own heads."""
+    """Better starts: queries that look about places all over the picture, an open gate, the decoder's own heads."""
     mean = feature.mean((0, 1))
-    apart = feature.mean(0) - mean  # [V, D] what tells places from each other
     if isinstance(primitive, Queries):
         table = sines(math.isqrt(len(own["queries"])), len(mean))
-        return {"queries": spread(enlarged(table, primitive.columns or 1), len(table)) - table}
-    if isinstance(primitive, QFormer):
-        return {"query_tokens": spread(apart, own["query_tokens"].shape[1])[None]}
-    if isinstance(primitive, Latents):
-        found = spread(apart, len(own["latents"]))
-        return {"latents": PEAK * found / found.square().sum(1, keepdim=True)}
+        turn = torch.linalg.qr(torch.randn(len(mean), len(mean)))[0]  # every head sees rows and columns
+        return {
+            "queries": spread(enlarged(table, primitive.columns or 1), len(table)) - table,
+            "attention.in_proj_weight": torch.cat([SHARPER * turn, SHARPER * turn, turn]),
+            "attention.out_proj.weight": turn.T.clone(),
+        }
     if isinstance(primitive, GridMlp):  # silu(1.278) is 1
         return {"gate.weight": 1.278 * (mean / mean.square().sum()).repeat(len(own["gate.weight"]), 1)}
     if isinstance(primitive, Grouped):
@@ -452,7 +441,7 @@ def sized(text: str) -> tuple[str, int]:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("policies", nargs="+", help="policy files with one step, at language.0, that names weights")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--lessons", type=int, default=60, help=f"batches of {SCENES} scenes, asked in turn")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--size", type=sized, action="append", default=[], help="NAME=N, where the weights decide it")
