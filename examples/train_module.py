@@ -11,11 +11,12 @@ decoder layers, and a head that says how many tokens stay, whether the answer wa
 
 Questions are those of the `train` split, which no evaluation asks. All follows from the seed and the step's number: a
 run that was killed goes on from its last checkpoint (`--state`). A minute or two on one core for each policy whose
-tokens do not depend on the question. `examples/policies/tokenflex.safetensors` was made by
+tokens do not depend on the question. Those in `examples/policies` were made by
 
     python examples/train_module.py benchmarks/policies/tokenflex-trained.yaml --steps 200
+    python examples/train_module.py benchmarks/policies/flash-latents-trained.yaml
 
-and what it does to answers is told by
+and what a policy does to answers is told by
 
     tvc eval examples/models/tiny-llava --policy benchmarks/policies/tokenflex-trained.yaml -o out/tokenflex
 """
