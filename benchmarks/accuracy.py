@@ -35,7 +35,10 @@ def fitted(*names: str) -> tuple[str, ...]:
 
 
 # FastV by the fourth layer: the bundled model's six layers find later than the preset cuts what a question asks about.
-FITTED = fitted("fastv-4", "aim-6", "covipal-trained", "sparsevlm-6", "transprune-6")
+FITTED = fitted(
+    *("fastv-4", "aim-6", "sparsevlm-6", "transprune-6"),
+    *("covipal-trained", "flash-latents-trained", "tokenflex-trained"),
+)
 # What no budget can be set of: it asks by itself how much leaves, cuts nothing, or thins the frames of a video.
 UNBUDGETED = (
     *("dycoke", "evs", "frame-stride", "framefusion", "pool", "pool-3d", "showui", "stc", "todre-exit", "v2pe"),

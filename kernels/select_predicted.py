@@ -95,6 +95,21 @@ class Predicted(Trained, Select):
             "share.bias": (1,),
         }
 
+    def part(
+        self,
+        score: torch.Tensor | None,
+        scope: Scope,
+        text: tuple[torch.Tensor, torch.Tensor],
+        weights: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """[B, N] float32: the part of each scope's tokens that the head says."""
+        states: Any = share_states.overload(score, scope.segment, scope.counts)
+        words = text_mean(*text)[:, None, :].expand(-1, scope.counts.shape[1], -1)
+        seen = torch.cat([words, states], 2)
+        hidden = torch.nn.functional.gelu(seen @ weights["hidden.weight"].float().T + weights["hidden.bias"].float())
+        told = torch.sigmoid(hidden @ weights["share.weight"].float().T + weights["share.bias"].float()).squeeze(2)
+        return self.least + (self.most - self.least) * told
+
     def apply(
         self,
         score: torch.Tensor | None,
@@ -102,12 +117,7 @@ class Predicted(Trained, Select):
         text: tuple[torch.Tensor, torch.Tensor],
         weights: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        states: Any = share_states.overload(score, scope.segment, scope.counts)
-        words = text_mean(*text)[:, None, :].expand(-1, scope.counts.shape[1], -1)
-        seen = torch.cat([words, states], 2)
-        hidden = torch.nn.functional.gelu(seen @ weights["hidden.weight"].float().T + weights["hidden.bias"].float())
-        told = torch.sigmoid(hidden @ weights["share.weight"].float().T + weights["share.bias"].float()).squeeze(2)
-        part = self.least + (self.most - self.least) * told  # [B, N]
+        part = self.part(score, scope, text, weights)
         number = (part * scope.counts).ceil().clamp(min=1, max=self.limit).long()
         chosen: torch.Tensor = numbered_keep.overload(score, scope.segment, scope.counts, number)
         return chosen
