@@ -37,7 +37,8 @@ def fitted(*names: str) -> tuple[str, ...]:
 # FastV by the fourth layer: the bundled model's six layers find later than the preset cuts what a question asks about.
 FITTED = fitted(
     *("fastv-4", "aim-6", "sparsevlm-6", "transprune-6"),
-    *("covipal-trained", "flash-latents-trained", "tokenflex-trained"),
+    *("b-vllm-sampler-trained", "covipal-trained", "flash-latents-trained"),
+    *("mqt-trained", "tokenflex-trained"),
 )
 # What no budget can be set of: it asks by itself how much leaves, cuts nothing, or thins the frames of a video.
 UNBUDGETED = (

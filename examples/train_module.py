@@ -14,7 +14,7 @@ run that was killed goes on from its last checkpoint (`--state`). A minute or tw
 tokens do not depend on the question. Those in `examples/policies` were made by
 
     python examples/train_module.py benchmarks/policies/tokenflex-trained.yaml --steps 200
-    python examples/train_module.py benchmarks/policies/flash-latents-trained.yaml
+    python examples/train_module.py benchmarks/policies/{flash-latents,b-vllm-sampler,mqt}-trained.yaml
 
 and what a policy does to answers is told by
 
