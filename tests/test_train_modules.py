@@ -30,7 +30,7 @@ EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 MODEL = EXAMPLES / "models" / "tiny-llava"
 MODULES = {"train_scorer": "scorer", "train_exit_router": "exit-router"}
 POLICIES = EXAMPLES.parent / "benchmarks" / "policies"
-LEARNED = ("b-vllm-sampler", "flash-latents", "mqt", "tokenflex")  # by train_module.py
+LEARNED = ("b-vllm-sampler", "flash-latents", "mqt", "qtsplus", "tokenflex")  # by train_module.py
 # Settings of the bundled model's size, and budgets where the numbers of a policy are none of its own.
 SMALL = {
     "b-vllm-sampler": ("keep: 25%, heads: 4, layers: 2", ""),
