@@ -160,6 +160,10 @@ READING: dict[str, tuple[object, object]] = {
         policy(step("language.2", TOP + "\n    until: next")) + "\nreselect: {at: language.5, keep: 30%}",
         (),
     ),
+    "until-beside-chunks": (
+        policy(step("language.2", TOP + "\n    until: next")) + "\nattention: {chunks: {frames: 2}}",
+        (),
+    ),
     "until-beside-pooled-caches": (
         policy(step("language.2", TOP + "\n    until: next")) + "\ncache: {pool: {tokens: 4, chunk: 2}}",
         (),

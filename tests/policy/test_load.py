@@ -362,7 +362,7 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
         more = {"unless_alike": alike, "bug_compatible": draw(st.booleans())} if alike is not None else {}
         document["reselect"] = {"at": "language.-1", "keep": draw(st.sampled_from(["30%", 7])), **more}
     fractions = st.builds(lambda stride: {"stride": stride}, st.integers(1, 256))
-    if draw(st.booleans()):
+    if not returning and draw(st.booleans()):
         document["attention"] = {"chunks": {"frames": draw(st.integers(1, 9)), "previous": draw(st.integers(0, 9))}}
     if not returning and draw(st.booleans()):
         numbers = {name: draw(st.integers(0, 9)) for name in ("first", "last", "best")}

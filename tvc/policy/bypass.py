@@ -7,6 +7,7 @@ from typing import Any
 
 from tvc.kernels.op import Tap
 from tvc.policy.document import Document, Path
+from tvc.policy.options import OPTIONS
 from tvc.policy.schema import Policy, SiteName, Step, parse_site, parse_sites
 from tvc.policy.whole import refusal
 from tvc.program import Layout
@@ -78,14 +79,14 @@ def check_beside(document: Document, steps: Sequence[Step]) -> None:
     """Refuses what is not defined beside steps whose tokens come back.
 
     Raises:
-        PolicyError: caches lose tokens, or decode steps choose among them.
+        PolicyError: caches lose tokens, decode steps choose among them, or tokens see some chunks alone.
     """
     returning = next((step for step in steps if step.until), None)
     if returning is None:
         return
     evicting = next((step for step in steps if step.evict), None)
     others: dict[str, Path] = {} if evicting is None else {"evict": ("steps", evicting.number, "evict")}
-    others |= {key: (key,) for key in ("reselect", "cache") if document.data.get(key) is not None}
+    others |= {key: (key,) for key in ("reselect", *OPTIONS) if document.data.get(key) is not None}
     for key, path in others.items():
         raise document.error(
             path,
