@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
@@ -18,6 +19,9 @@ HERE = pathlib.Path(__file__).parent
 # `python -m pytest` puts the repository root on the path, where `kernels` would be imported a second time.
 sys.path[:] = [entry for entry in sys.path if pathlib.Path(entry or ".").resolve() != HERE.parent]
 
+# How long an example takes is the machine's business, not the code's.
+hypothesis.settings.register_profile("tvc", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("tvc")
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 

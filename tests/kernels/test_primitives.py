@@ -147,7 +147,7 @@ def test_norm_can_prefer_the_small() -> None:
 
 
 @given(st.integers(0, 2**63 - 1))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_random_scores_never_tie_and_do_not_lean(seed: int) -> None:
     score = RandomScore(seed=seed).apply(ordinals(4096))[0]
     assert score.unique().numel() == 4096
@@ -168,7 +168,7 @@ def test_random_modulus_makes_a_cube_a_bijection_without_overflow() -> None:
 
 
 @given(st.integers(1, 700), st.integers(1, 700))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_uniform_top_is_spread_evenly(number: int, kept: int) -> None:
     score = UniformScore().apply(ordinals(number))[0].tolist()
     chosen = sorted(sorted(range(number), key=lambda v: -score[v])[:kept])
@@ -190,7 +190,7 @@ def test_combine_weighs_normalised_scores() -> None:
 
 
 @given(IMAGES, BUDGETS, st.integers(0, 5), st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_selection_keeps_what_the_plan_counts(images: list[list[int]], budget: Any, seed: int, levels: int) -> None:
     at = chunk(images, seed)
     torch.manual_seed(seed)
@@ -207,7 +207,7 @@ def test_selection_keeps_what_the_plan_counts(images: list[list[int]], budget: A
 
 
 @given(IMAGES, BUDGETS, st.integers(0, 5))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_top_takes_the_best_and_the_lowest_of_equals(images: list[list[int]], budget: Any, levels: int) -> None:
     at = chunk(images)
     torch.manual_seed(levels)
@@ -227,7 +227,7 @@ def test_a_full_budget_keeps_every_token_in_place() -> None:
 
 
 @given(IMAGES, st.integers(-4, 4))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_threshold_keeps_what_passes(images: list[list[int]], quarter: int) -> None:
     at = chunk(images)
     torch.manual_seed(quarter + 4)
@@ -271,7 +271,7 @@ def test_stride_targets_of_visionzip(dominant: int, contextual: int, left: int, 
 
 
 @given(IMAGES, st.integers(1, 5), st.sampled_from(["stride", "top", "kept"]), st.integers(0, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_merge_loses_no_token(images: list[list[int]], amount: int, targets: str, seed: int) -> None:
     at = chunk(images, seed)
     torch.manual_seed(seed)

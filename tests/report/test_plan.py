@@ -250,7 +250,7 @@ def test_decode_is_the_mean_over_the_new_tokens():
     assert many == one + sum(4 * 4 * 16 for _ in range(8))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 1000), st.integers(1, 1000), st.integers(1, 7), st.integers(100, 500))
 def test_a_solved_schedule_is_the_best_below_the_target(first, second, layer, target):
     steps = (
@@ -298,7 +298,7 @@ def test_a_policy_without_budgets_cannot_be_solved():
         solve_average(Steps((Step("language.2", exit=Gate(Always())),)), layout(), 100)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 1000), st.integers(1, 400), st.integers(0, 30), st.integers(4, 576))
 def test_a_solved_number_is_the_most_below_the_target(share_of, count, more, target):
     """A share, then a count, then an exit that does not count; the rest of the last cut leaves tokens too."""

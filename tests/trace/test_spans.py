@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tvc.errors import ModelError
@@ -178,7 +178,6 @@ def prompts(draw: st.DrawFn) -> tuple[list[list[bool]], list[int], int, str]:
 
 
 @given(prompts(), st.integers(0, 3), st.booleans())
-@settings(deadline=None)
 def test_what_is_read_says_the_same_mask(
     prompt: tuple[list[list[bool]], list[int], int, str], seen: int, several: bool
 ) -> None:
