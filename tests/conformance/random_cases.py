@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tvc.kernels.op import PRIMITIVES, Kind
 from tvc.kernels.weights import SUFFIX, Trained
 from tvc.policy import load_policy, presets
+from tvc.policy.bypass import NEXT
 from tvc.policy.evictions import EARLIER
 from tvc.policy.options import OPTIONS
 from tvc.policy.positions import WHOLE, WORDS, Rescale
@@ -53,12 +54,16 @@ def wholes(draw: st.DrawFn, blocks: Mapping[str, int]) -> Settings:
     """What acts on all layers, with at most one step of the decoder; steps of which the last one's tokens leave earlier
     caches; or a step that needs pictures or frames whole, which no other may have thinned out.
     """
-    what = draw(st.sampled_from(("option", "option", "evict", "whole")))
-    fewest, most = {"option": (0, 1), "evict": (1, 2), "whole": (0, 1)}[what]
-    steps = draw(st.lists(_steps(blocks, ("language",)), min_size=fewest, max_size=most))
+    what = draw(st.sampled_from(("option", "option", "evict", "until", "whole")))
+    fewest, most = {"option": (0, 1), "evict": (1, 2), "until": (1, 2), "whole": (0, 1)}[what]
+    actions = ("select",) if what == "until" else _ACTIONS
+    steps = draw(st.lists(_steps(blocks, ("language",), actions), min_size=fewest, max_size=most))
     steps.sort(key=lambda step: _place(step["at"], blocks))
     if what == "evict":
         steps[-1]["evict"] = draw(_evictions(blocks))
+    if what == "until":
+        number = draw(st.integers(0, len(steps) - 1))
+        steps[number] |= {"rest": "drop", "until": draw(st.just(NEXT) | _sites(blocks, ("language",)))}
     if what == "whole":
         steps.insert(0, draw(_of_whole(blocks)))
     made = _as_policy(steps, draw(st.sampled_from((*WORDS, "keep", "keep"))) if steps else "keep")

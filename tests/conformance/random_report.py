@@ -11,6 +11,7 @@ from typing import Any
 from tvc.errors import TvcError
 from tvc.kernels.op import PRIMITIVES
 from tvc.policy import load_policy, presets
+from tvc.policy.bypass import NEXT
 from tvc.policy.evictions import EARLIER
 from tvc.policy.options import OPTIONS
 from tvc.policy.positions import positions_data
@@ -88,6 +89,8 @@ def _features(row: Row) -> Iterator[tuple[str, str]]:
     yield "components", "+".join(name for name in COMPONENTS if name in touched)
     for step in policy.steps:
         yield "scope", step.scope
+        if step.until:
+            yield "until", "next" if step.until == NEXT else "a layer"
         if step.evict:
             yield "evict", "all earlier layers" if step.evict == EARLIER else "some layers"
         if ".." in step.at or step.at.endswith("all"):
