@@ -32,6 +32,10 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qtsplus": ({"most": 0.5}, {"most": 0.25}),
     "stc": ({"keep": 9}, {"keep": 3}),
     "tokenflex": ({"side": 4}, {"side": 2}),
+    "video-xl-2": ({"pooled": 2}, {"pooled": 4}),
+    # A number of tokens and a share of them are computed in other ways.
+    "visionzip": ({"keep": "50%", "contextual": "10%"}, {"keep": "12.5%", "contextual": "5%"}),
+    "visual-context-window": ({"near": 1, "far": 2}, {"near": 2, "far": 4}),
 }
 WITHOUT = ("dyvte", "todre-exit", "v2pe")
 
