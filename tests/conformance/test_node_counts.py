@@ -29,6 +29,7 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "framefusion": ({"cost": "60%"}, {"cost": "30%"}),
     "pool": ({"side": 2}, {"side": 4}),
     "pool-3d": ({"side": 2}, {"side": 4}),
+    "prumerge": ({"keep": "25%"}, {"keep": "12.5%"}),
     "qtsplus": ({"most": 0.5}, {"most": 0.25}),
     "stc": ({"keep": 9}, {"keep": 3}),
     "tokenflex": ({"side": 4}, {"side": 2}),
