@@ -215,6 +215,49 @@ def visual_mask(family: str, input_ids: torch.Tensor) -> torch.Tensor:
     return input_ids == tokenizer(family).convert_tokens_to_ids(family_record(family).visual)
 
 
+def two_images() -> tuple[dict[str, torch.Tensor], int]:
+    """Inputs of one prompt of llava with two images, and the slot where the second image begins."""
+    both = inputs("llava", images=2)
+    visual = visual_mask("llava", both["input_ids"])[0]
+    return both, int(visual.nonzero().flatten()[visual.sum() // 2])
+
+
+def conversation(
+    compiled: Any, whole: Mapping[str, torch.Tensor], lengths: Sequence[int], pixels: Mapping[int, torch.Tensor]
+) -> tuple[torch.Tensor, list[tuple[int, dict[str, torch.Tensor]]], Any]:
+    """([B, calls, vocabulary] what each call answers, (slots, `kept`) of each, the cache behind the last).
+
+    Args:
+        whole: the ids and the mask of all calls together.
+        lengths: slots of each call.
+        pixels: of the calls that bring images, by their number.
+    """
+    start, cache, answers, parts = 0, None, [], []
+    for number, length in enumerate(lengths):
+        end = start + length
+        given = {"input_ids": whole["input_ids"][:, start:end], "attention_mask": whole["attention_mask"][:, :end]}
+        given |= {"pixel_values": pixels[number]} if number in pixels else {}
+        out = compiled(**given, past_key_values=cache)
+        start, cache = end, out.past_key_values
+        answers.append(out.logits[:, 0])
+        parts.append((length, out.kept))
+    return torch.stack(answers, 1), parts, cache
+
+
+def beams(compiled: Any, given: Mapping[str, torch.Tensor], new: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """([B] what `new` tokens of the best of three beams are worth, the prompts with these tokens behind them)."""
+    options = {"num_beams": 3, "do_sample": False, "max_new_tokens": new, "length_penalty": 0.0, "eos_token_id": None}
+    out = compiled.generate(**given, **options, return_dict_in_generate=True, output_scores=True)
+    mask = torch.nn.functional.pad(given["attention_mask"], (0, new), value=1)
+    return out.sequences_scores, {**given, "input_ids": out.sequences, "attention_mask": mask}
+
+
+def worth(logits: torch.Tensor, ids: torch.Tensor, new: int) -> torch.Tensor:
+    """[B] the log-probability of the last `new` of `ids` [B, S] by the logits [B, S, vocabulary] of all."""
+    said = logits[:, -new - 1 : -1].log_softmax(-1)
+    return said.gather(2, ids[:, -new:, None]).sum((1, 2))
+
+
 @contextlib.contextmanager
 def masked(model: Any, masks: Sequence[torch.Tensor]) -> Iterator[None]:
     """Every decoder layer under a mask of its own, [B, S, S] bool."""

@@ -332,9 +332,7 @@ def test_calls_that_hand_the_cache_on_equal_one_call(reduced):
 
 def test_a_second_turn_brings_a_second_image(artifacts):
     made = artifacts("llava", UNIFORM[0], settings=UNIFORM[1])
-    both = support.inputs("llava", images=2)
-    visual = support.visual_mask("llava", both["input_ids"])[0]
-    cut = int(visual.nonzero().flatten()[visual.sum() // 2])  # where the second image begins
+    both, cut = support.two_images()
     one = {
         "input_ids": both["input_ids"][:, :cut],
         "attention_mask": both["attention_mask"][:, :cut],

@@ -117,51 +117,30 @@ def test_verification_sees_caches_that_were_not_cut(made: Made) -> None:
 def test_a_later_turn_sees_what_is_left(made: Made) -> None:
     """A padded batch, then text, then a single token."""
     inputs = support.inputs("llava", 3)
-    first = made.compiled(**inputs)
-    more = torch.arange(40, 46).expand(3, -1)
+    prompt, more = inputs["input_ids"].shape[1], torch.arange(40, 46).expand(3, -1)
     whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], more], 1)}
     whole["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 6), value=1)
-    want = untouched(made.model, whole, [(inputs["input_ids"].shape[1], first.kept)])
-    prompt = inputs["input_ids"].shape[1]
-    close(first.logits[:, 0], want[:, prompt - 1])
-    mask = whole["attention_mask"]
-    cache = first.past_key_values
-    second = made.compiled(input_ids=more[:, :5], attention_mask=mask[:, :-1], past_key_values=cache)
-    close(second.logits[:, 0], want[:, -2])
-    third = made.compiled(input_ids=more[:, 5:], attention_mask=mask, past_key_values=second.past_key_values)
-    close(third.logits[:, 0], want[:, -1])
-    assert [layer.keys.shape[2] for layer in third.past_key_values.layers] == [
-        layer.keys.shape[2] + 6 for layer in cache.layers
-    ]
+    got, parts, cache = support.conversation(made.compiled, whole, (prompt, 5, 1), {0: inputs["pixel_values"]})
+    want = untouched(made.model, whole, parts[:1])
+    close(got, want[:, [prompt - 1, -2, -1]])
+    first = made.compiled(**inputs).past_key_values
+    assert [layer.keys.shape[2] for layer in cache.layers] == [layer.keys.shape[2] + 6 for layer in first.layers]
 
 
 def test_a_second_image_takes_only_its_own_tokens_along(made: Made) -> None:
-    both = support.inputs("llava", images=2)
-    visual = support.visual_mask("llava", both["input_ids"])[0]
-    cut = int(visual.nonzero().flatten()[visual.sum() // 2])  # where the second image begins
-    mask, pixels = both["attention_mask"], both["pixel_values"]
-    first = made.compiled(input_ids=both["input_ids"][:, :cut], attention_mask=mask[:, :cut], pixel_values=pixels[:1])
-    second = made.compiled(
-        input_ids=both["input_ids"][:, cut:],
-        attention_mask=mask,
-        pixel_values=pixels[1:],
-        past_key_values=first.past_key_values,
-    )
-    want = untouched(made.model, both, [(cut, first.kept), (both["input_ids"].shape[1] - cut, second.kept)])
+    both, cut = support.two_images()
+    lengths, pixels = (cut, both["input_ids"].shape[1] - cut), both["pixel_values"]
+    got, parts, _ = support.conversation(made.compiled, both, lengths, {0: pixels[:1], 1: pixels[1:]})
+    want = untouched(made.model, both, parts)
     # The first part ends in a visual token, which may have been dropped: it answers nothing.
-    close(second.logits[:, 0], want[:, -1])
+    close(got[:, 1], want[:, -1])
 
 
 def test_beams_are_worth_what_the_untouched_model_gives_them(made: Made) -> None:
     inputs = support.inputs("llava", 2)
-    prompt = inputs["input_ids"].shape[1]
-    options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 4, "length_penalty": 0.0, "eos_token_id": None}
-    out = made.compiled.generate(**inputs, **options, return_dict_in_generate=True, output_scores=True)
-    whole = {**inputs, "input_ids": out.sequences}
-    whole["attention_mask"] = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
-    logits = untouched(made.model, whole, [(prompt, made.compiled(**inputs).kept)])[:, prompt - 1 : -1]
-    chosen = logits.log_softmax(-1).gather(2, out.sequences[:, prompt:, None])
-    close(out.sequences_scores, chosen.sum((1, 2)))
+    scores, whole = support.beams(made.compiled, inputs, 4)
+    want = untouched(made.model, whole, [(inputs["input_ids"].shape[1], made.compiled(**inputs).kept)])
+    close(scores, support.worth(want, whole["input_ids"], 4))
 
 
 @pytest.mark.conformance

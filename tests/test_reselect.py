@@ -150,6 +150,14 @@ def test_caches_hold_everything_and_steps_attend_to_a_share(made: Made) -> None:
     assert [layer.keys.shape[2] for layer in two.layers] == [layer.keys.shape[2] + 1 for layer in one.layers]
 
 
+def conversation(
+    made: Made, whole: Inputs, lengths: Sequence[int], pixels: dict[int, torch.Tensor]
+) -> tuple[torch.Tensor, list[tuple[int, torch.Tensor]]]:
+    """What each call answers, and (slots, what the cut kept) of each."""
+    got, parts, _ = support.conversation(made.compiled, whole, lengths, pixels)
+    return got, [(length, kept[f"language.{CUT}"]) for length, kept in parts]
+
+
 def test_a_later_turn_is_read_whole_and_starts_anew(made: Made) -> None:
     """Prompts, two steps, a turn in which one sample has one token, two more steps."""
     inputs = support.inputs("llava", 2)
@@ -158,40 +166,24 @@ def test_a_later_turn_is_read_whole_and_starts_anew(made: Made) -> None:
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 7), value=1)
     mask[0, prompt + 2 : prompt + 4] = 0
     whole = {**inputs, "input_ids": torch.cat([inputs["input_ids"], more], 1), "attention_mask": mask}
-    lengths, start, cache, got, parts = (prompt, 1, 1, 3, 1, 1), 0, None, [], []
-    for length in lengths:
-        end = start + length
-        given = {"input_ids": whole["input_ids"][:, start:end], "attention_mask": mask[:, :end]}
-        given |= {"pixel_values": inputs["pixel_values"]} if cache is None else {}
-        out = made.compiled(**given, past_key_values=cache)
-        cache, start = out.past_key_values, end
-        got.append(out.logits[:, 0])
-        parts.append((length, out.kept[f"language.{CUT}"]))
+    lengths = (prompt, 1, 1, 3, 1, 1)
+    got, parts = conversation(made, whole, lengths, {0: inputs["pixel_values"]})
     want, _ = untouched(made, whole, parts)
     ends = torch.tensor(lengths).cumsum(0) - 1
-    close(torch.stack(got, 1), want[:, ends])
+    close(got, want[:, ends])
 
 
 def test_an_image_of_a_later_turn_joins(made: Made) -> None:
-    both = support.inputs("llava", images=2)
-    visual = support.visual_mask("llava", both["input_ids"])[0]
-    cut = int(visual.nonzero().flatten()[visual.sum() // 2])  # where the second image begins
+    both, cut = support.two_images()
     ids = torch.cat([both["input_ids"][:, :cut], torch.tensor([[50]]), both["input_ids"][:, cut:]], 1)
     ids = torch.cat([ids, torch.tensor([[41, 43]])], 1)
-    mask, pixels = torch.ones_like(ids), both["pixel_values"]
+    whole, pixels = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, both["pixel_values"]
     edges = [0, cut, cut + 1, ids.shape[1] - 2, ids.shape[1] - 1, ids.shape[1]]
-    cache, got, parts = None, [], []
-    for number, (start, end) in enumerate(itertools.pairwise(edges)):
-        image = {0: pixels[:1], 2: pixels[1:]}.get(number)
-        given = {} if image is None else {"pixel_values": image}
-        given |= {"input_ids": ids[:, start:end], "attention_mask": mask[:, :end]}
-        out = made.compiled(**given, past_key_values=cache)
-        cache = out.past_key_values
-        got.append(out.logits[:, 0])
-        parts.append((end - start, out.kept[f"language.{CUT}"]))
-    want, _ = untouched(made, {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}, parts)
+    lengths = [end - start for start, end in itertools.pairwise(edges)]
+    got, parts = conversation(made, whole, lengths, {0: pixels[:1], 2: pixels[1:]})
+    want, _ = untouched(made, {**whole, "pixel_values": pixels}, parts)
     # The first part ends in a visual token, which may have been dropped: it answers nothing.
-    close(torch.stack(got[1:], 1), want[:, [end - 1 for end in edges[2:]]])
+    close(got[:, 1:], want[:, [end - 1 for end in edges[2:]]])
 
 
 def test_beams_keep_their_own_choices(made: Made) -> None:

@@ -155,6 +155,14 @@ def test_lowering_leaves_no_op_but_those_kept(reduced: Program) -> None:
         assert not [n for n in component.exported.graph.nodes if n.target in names]
 
 
+def test_a_program_is_lowered_for_one_target_after_another(traced: Callable[[str], Any]) -> None:
+    given = traced("llava")
+    program = RebindCuts()(InsertReductions(given.resolved(FASTV))(given.program))
+    LowerOps()(program)
+    kept = LowerOps({"attention"})(program).components["decoder"].exported.graph
+    assert [node.target for node in kept.nodes].count(OPS["attention"].overload) == 6
+
+
 def test_hidden_states_of_another_layer_are_refused(traced: Callable[[str], Any]) -> None:
     given = traced("llava")
     policy = {

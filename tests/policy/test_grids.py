@@ -147,6 +147,14 @@ def test_pool_is_pytorchs_average_of_a_square_grid(side: int) -> None:
     assert made.chosen[0, ~whole].tolist() == seam
 
 
+def test_windows_that_need_not_merge_leave_their_number_to_the_run() -> None:
+    text = policy(step("language.0", "merge: {windows: {side: 2, above: -0.9}}"))
+    (one,) = resolve(load_policy(text), layout()).steps
+    assert one.merge is not None
+    assert not one.merge.sure
+    assert (one.merge.kept([64]), one.merge.fewest([64])) == ([64], [16])
+
+
 def test_windows_are_those_of_their_picture() -> None:
     text = policy(step("language.0", "merge: {windows: {side: 2, above: -1}}"))
     (one,) = resolve(load_policy(text), TOLD).steps

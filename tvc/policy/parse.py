@@ -52,7 +52,10 @@ TOP_KEYS = (
 TEMPLATED = ("steps", "positions", "reselect", *OPTIONS)  # where parameters are put in
 STEP_KEYS = ("at", "evict", "exit", "merge", "name", "rest", "scope", "score", "select", "until")
 ACTIONS = ("select", "merge", "exit")
-SITES = "vision.K, projector or language.K (K a block, 0-based; -1 the last; 25% by depth; 1..-2 or all for several)"
+SITES = (
+    "vision.K, projector or language.K (K a block, 0-based; -1 the last; 25% by depth; "
+    "1..-2, 1..-2/2 or all for several)"
+)
 WORDS: dict[Kind, str] = {
     "score": "a score",
     "select": "a selector",
