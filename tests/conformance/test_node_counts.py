@@ -31,8 +31,13 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "pool-3d": ({"side": 2}, {"side": 4}),
     "prumerge": ({"keep": "25%"}, {"keep": "12.5%"}),
     "qtsplus": ({"most": 0.5}, {"most": 0.25}),
+    "showui": ({"keep": "60%"}, {"keep": "30%"}),
     "stc": ({"keep": 9}, {"keep": 3}),
     "tokenflex": ({"side": 4}, {"side": 2}),
+    "transprune": (
+        {"keep": "75%", "keep_second": "60%", "keep_third": "50%"},
+        {"keep": "50%", "keep_second": "30%", "keep_third": "20%"},
+    ),
     "video-xl-2": ({"pooled": 2}, {"pooled": 4}),
     # A number of tokens and a share of them are computed in other ways.
     "visionzip": ({"keep": "50%", "contextual": "10%"}, {"keep": "12.5%", "contextual": "5%"}),
@@ -63,7 +68,10 @@ def counted(preset: str, settings: dict[str, Any], folder: pathlib.Path) -> dict
 
 
 def two_budgets(preset: str) -> list[dict[str, Any]]:
-    """Settings for the two shares furthest apart that the preset can meet on this model."""
+    """Settings for the two shares furthest apart that the preset can meet on this model.
+
+    A step that keeps everything computes no share, so these are left out.
+    """
     if preset in PAIRS:
         return list(PAIRS[preset])
     prepared, _ = matrix.prepare("llava", "cpu", matrix.DEPTHS.get(preset))
@@ -71,9 +79,11 @@ def two_budgets(preset: str) -> list[dict[str, Any]]:
     met = []
     for share in SHARES:
         try:
-            met.append(settings_at(policy, prepared.survey.layout, share))
+            settings = settings_at(policy, prepared.survey.layout, share)
         except ArgumentError:
             continue
+        if "100%" not in settings.values():
+            met.append(settings)
     return [met[0], met[-1]]
 
 
