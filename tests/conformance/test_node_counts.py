@@ -36,7 +36,7 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tokenflex": ({"side": 4}, {"side": 2}),
     "transprune": (
         {"keep": "75%", "keep_second": "60%", "keep_third": "50%"},
-        {"keep": "50%", "keep_second": "30%", "keep_third": "20%"},
+        {"keep": "60%", "keep_second": "50%", "keep_third": "30%"},
     ),
     "video-xl-2": ({"pooled": 2}, {"pooled": 4}),
     # A number of tokens and a share of them are computed in other ways.
