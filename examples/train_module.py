@@ -15,6 +15,7 @@ tokens do not depend on the question. Those in `examples/policies` were made by
 
     python examples/train_module.py benchmarks/policies/tokenflex-trained.yaml --steps 200
     python examples/train_module.py benchmarks/policies/{flash-latents,b-vllm-sampler,mqt}-trained.yaml
+    python examples/train_module.py benchmarks/policies/reread-trained.yaml --steps 1600 --lessons 300
 
 and what a policy does to answers is told by
 

@@ -15,7 +15,6 @@ Reference: BLIP-2, arXiv 2301.12597, equations from its text; B-VLLM, arXiv 2412
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
@@ -23,7 +22,7 @@ from pydantic import Field
 
 from tvc.errors import WeightsError
 from tvc.kernels.op import Scope, Tap, primitive
-from tvc.kernels.rest_reencode import segment_attention
+from tvc.kernels.segment_attention import segment_attention
 from tvc.kernels.segment_pool import CountedPooling
 from tvc.kernels.segments import per_token, ranks
 from tvc.kernels.weights import Shape
@@ -100,7 +99,7 @@ class QFormer(CountedPooling):
         for layer in range(self.layers):
             front = f"encoder.layer.{layer}"
             parts = (self._heads(made, weights, f"{front}.attention.attention.{name}") for name in _PARTS)
-            made = _added(made, segment_attention.overload(*parts, own), weights, f"{front}.attention.output")
+            made = _added(made, segment_attention.overload(*parts, own, own), weights, f"{front}.attention.output")
             if layer % self.every == 0:
                 read = self._read(made, tokens, own, scope.segment, weights, f"{front}.crossattention.attention")
                 made = _added(made, read, weights, f"{front}.crossattention.output")
@@ -125,12 +124,8 @@ class QFormer(CountedPooling):
         """[B, K, hidden] what each query takes of the tokens of its segment; pads take nothing."""
         query = self._heads(made, weights, f"{name}.query")
         key, value = (self._heads(tokens, weights, f"{name}.{part}") for part in _PARTS[1:])
-        same = (own[:, :, None] == segment[:, None, :]) & (own >= 0)[:, :, None]  # [B, K, V]
-        # Pads see everything, so that no row is without a number; what they make is set to 0 behind the last layer.
-        seen = same | (own < 0)[:, :, None]
-        logits = query @ key.transpose(2, 3) / math.sqrt(query.shape[3])
-        shares = logits.masked_fill(~seen[:, None], float("-inf")).softmax(3)
-        return (shares @ value).transpose(1, 2).flatten(2)
+        read: torch.Tensor = segment_attention.overload(query, key, value, own, segment)
+        return read
 
 
 _PARTS = ("query", "key", "value")

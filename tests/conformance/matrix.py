@@ -60,6 +60,7 @@ SETTINGS = {
     "flash-latents": ["keep=5"],
     "b-vllm-sampler": ["keep=5", "heads=2", "layers=3"],
     "qtsplus": ["heads=4", "groups=2"],
+    "reread": ["heads=4", "groups=2"],
     "visiondrop": [
         "keep=60%",
         "contextual=20%",

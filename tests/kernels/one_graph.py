@@ -412,7 +412,9 @@ class MoreGraph(OneGraph):
         place = torch.nn.functional.pad(at.feature, (0, 0, 1, 0))
         kept = place.gather(1, (chosen + 1)[:, :, None].expand(-1, -1, WIDTH)).unflatten(2, (2, half)).transpose(1, 2)
         own = torch.nn.functional.pad(at.segment, (1, 0), value=-1).gather(1, chosen + 1)
-        out["segment_attention"] = OP.segment_attention(kept, kept, kept, own)
+        out["segment_attention"] = OP.segment_attention(kept, kept, kept, own, own)
+        tokens = at.feature.unflatten(2, (2, half)).transpose(1, 2)
+        out["segment_attention.all"] = OP.segment_attention(kept, tokens, tokens, own, at.segment)
         out["segment_pool"] = OP.segment_pool(at.feature[:, None, :, :4], at.feature, at.segment, at.counts, chosen)
 
     def scenes(self, at: Inputs, scope: Scope, frames: Any, out: dict[str, torch.Tensor]) -> None:

@@ -132,7 +132,7 @@ def numbered_keep(score: list[Row], segment: list[Row], counts: list[Row], numbe
     return [_pad(own, max(map(len, kept))) for own in kept]
 
 
-def segment_attention(query: Any, key: Any, value: Any, own: list[Row]) -> Any:
+def segment_attention(query: Any, key: Any, value: Any, own: list[Row], segment: list[Row]) -> Any:
     result = []
     for b, places in enumerate(own):
         rows: list[Row] = []
@@ -140,12 +140,12 @@ def segment_attention(query: Any, key: Any, value: Any, own: list[Row]) -> Any:
             row: Row = []
             for h, words in enumerate(query[b]):
                 group = h * len(key[b]) // len(query[b])
-                members = [v for v, s in enumerate(places) if s == scope]
+                members = [v for v, s in enumerate(segment[b]) if s == scope >= 0]
                 logits = [_dot(words[k], key[b][group][v]) / math.sqrt(len(words[k])) for v in members]
                 shares = _softmax(logits)
                 for d in range(len(words[k])):
                     pairs = zip(shares, members, strict=True)
-                    row.append(sum(s * value[b][group][v][d] for s, v in pairs) if scope >= 0 else 0.0)
+                    row.append(sum((s * value[b][group][v][d] for s, v in pairs), 0.0))
             rows.append(row)
         result.append(rows)
     return result

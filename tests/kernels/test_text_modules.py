@@ -98,8 +98,37 @@ def test_the_kept_tokens_attend_to_those_of_their_image(given: dict[str, torch.T
         torch.testing.assert_close(feature[0, where], wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_the_kept_tokens_read_all_of_their_image(given: dict[str, torch.Tensor], tmp_path: pathlib.Path) -> None:
+    primitive, weights = made("rest", "reread", {"heads": HEADS, "groups": GROUPS}, tmp_path)
+    segment, counts = torch.tensor([[-1] + [0] * 12 + [1] * 7]), torch.tensor([[12, 7]])
+    chosen = torch.tensor([[-1, 1, 4, 12, 13, 19]])
+    size = torch.arange(1.0, TOKENS + 1)[None]
+    scope = Scope(segment, counts, 2)
+    kept, feature, sizes = primitive.apply(given["feature"], size, chosen, None, scope, weights=weights)
+    assert kept.tolist() == chosen.tolist()
+    assert sizes.tolist() == [[0, 2, 5, 13, 14, 20]]
+    for places, seen in (([1, 4, 12], slice(1, 13)), ([13, 19], slice(13, 20))):
+        rows, read = given["feature"][0, places], given["feature"][0, seen]
+        query = projected(rows, weights, "norm", "query")[None]
+        key, value = (projected(read, weights, "norm_read", name)[None] for name in ("key", "value"))
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        added = mixed[0].transpose(0, 1).flatten(1) @ weights["output.weight"].T
+        wanted = rows + math.tanh(float(weights["gate"])) * added
+        where = [chosen[0].tolist().index(place) for place in places]
+        torch.testing.assert_close(feature[0, where], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_behind_a_closed_gate_tokens_are_dropped(given: dict[str, torch.Tensor], tmp_path: pathlib.Path) -> None:
+    primitive, weights = made("rest", "reread", {"heads": HEADS, "groups": GROUPS}, tmp_path)
+    chosen, size = torch.tensor([[2, 3, 17]]), torch.ones(1, TOKENS)
+    scope = Scope(torch.zeros(1, TOKENS, dtype=torch.int64), torch.tensor([[TOKENS]]), 1)
+    shut = {**weights, "gate": torch.zeros(1)}
+    _, feature, _ = primitive.apply(given["feature"], size, chosen, None, scope, weights=shut)
+    assert torch.equal(feature, given["feature"][:, [2, 3, 17]])
+
+
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
-    for kind, key in (("score", "query_attention"), ("rest", "reencode")):
+    for kind, key in (("score", "query_attention"), ("rest", "reencode"), ("rest", "reread")):
         settings = {"weights": "w.safetensors", "heads": 3, "groups": 1}
         with pytest.raises(WeightsError, match="heads-mismatch"):
             PRIMITIVES[kind][key].model_validate(settings).shapes(WIDTH)  # type: ignore[index]

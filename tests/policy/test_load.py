@@ -57,6 +57,7 @@ KNOWN = (
     "qtsplus",
     "random",
     "recoverable",
+    "reread",
     "showui",
     "sparsevlm",
     "stc",
