@@ -115,7 +115,10 @@ def build_model(family: str, seed: int = 0, layers: int | None = None) -> Any:
     record, ids = family_record(family), tokenizer(family)
     described = record.config
     if layers is not None:
-        described = {**described, "text_config": {**described["text_config"], "num_hidden_layers": layers}}
+        text = {**described["text_config"], "num_hidden_layers": layers}
+        if kinds := text.get("layer_types"):
+            text["layer_types"] = [kinds[number % len(kinds)] for number in range(layers)]
+        described = {**described, "text_config": text}
     config = getattr(transformers, record.config_class)(**_resolved(record, described, ids))
     model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     randomize(model, seed)

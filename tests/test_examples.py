@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pathlib
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ import support
 import tvc
 from tvc.evaluation import scenes
 from tvc.evaluation.answering import ask
-from tvc.evaluation.tasks import SceneTask, batches
+from tvc.evaluation.tasks import Example, SceneTask, batches
 from tvc.policy import load_policy, presets
 from tvc.policy.words import preset_table
+from tvc.runtime.prompts import prepared
 
 ROOT = pathlib.Path(__file__).parent.parent
 MODEL = ROOT / "examples" / "models" / "tiny-llava"
@@ -137,3 +139,46 @@ def test_the_demo_prints_answers_and_costs_and_writes_the_overlays(
     assert "what dense and compiled models answer" in printed
     for policy in demo.POLICIES:
         assert (tmp_path / f"{policy}.png").stat().st_size > 10_000
+
+
+def test_a_reply_is_as_sure_as_its_least_probable_token() -> None:
+    """Against one run over the prompt and the reply, a sample at a time."""
+    script = support.script("examples/two_resolutions.py")
+    model = transformers.AutoModelForImageTextToText.from_pretrained(MODEL, dtype=torch.float32).eval()
+    processor = transformers.AutoProcessor.from_pretrained(MODEL)
+    ((_, examples),) = batches(SceneTask(7, seed=5), 0, 7)
+    replies, lengths = script.ask(model, processor, examples), set()
+    for example, reply in zip(examples, replies, strict=True):
+        inputs = prepared(processor, example.image, example.question)
+        begins = inputs["input_ids"].shape[1]
+        ids = model.generate(**inputs, max_new_tokens=script.NEW_TOKENS, do_sample=False)
+        assert processor.decode(ids[0, begins:], skip_special_tokens=True).strip() == reply.text
+        with torch.no_grad():
+            logits = model(ids, pixel_values=inputs["pixel_values"]).logits[0, begins - 1 : -1]
+        chances = logits.softmax(1).gather(1, ids[0, begins:, None])
+        assert reply.sure == pytest.approx(float(chances.min()), abs=1e-4)
+        lengths.add(len(chances))
+    assert len(lengths) > 1  # so that some replies of the batch are filled up
+
+
+def test_what_is_unsure_is_asked_again() -> None:
+    script = support.script("examples/two_resolutions.py")
+    first = [script.Said("red", 0.9), script.Said("blue", 0.5), script.Said("4", 0.2), script.Said("7", 0.6)]
+    second = [script.Said("blue", 1.0), script.Said("green", 0.9), script.Said("5", 0.1), script.Said("8", 1.0)]
+    asked = [Example(Image.new("RGB", (2, 2)), "", answers, "") for answers in (("red",), ("green",), ("4",), ("7",))]
+    for bound, expected in ((0.0, (0.75, 0.0)), (0.5, (0.5, 0.25)), (0.6, (0.75, 0.5)), (2.0, (0.25, 1.0))):
+        assert script.told(first, second, asked, bound) == expected
+
+
+def test_a_picture_is_asked_about_twice_where_the_first_reply_is_unsure(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = support.script("examples/two_resolutions.py")
+    drawn, question = scenes.example("test", 0, 3)
+    drawn.image.save(tmp_path / "scene.png")
+    options = ["--coarse", "uniform", "--image", str(tmp_path / "scene.png"), "--prompt", question.text, "--halve"]
+    monkeypatch.setattr(sys, "argv", ["two_resolutions", *options, "--bound", "1.1"])
+    script.main()
+    first, second = (line for line in capsys.readouterr().out.splitlines() if ": " in line)
+    assert first.startswith("first: ")
+    assert second.startswith(f"second: {question.answer} (")
