@@ -26,7 +26,7 @@ endif
 help:
 	@echo "make demo         compile the bundled model for a photo, print the table, write out/demo/"
 	@echo "make test         linters, types and the tests"
-	@echo "make conformance  every preset x family x target (minutes)"
+	@echo "make conformance  every preset x family x target x input (hours; it goes on where it stopped)"
 	@echo "make bench        dense, compiled and ideal side by side, written to benchmarks/results/"
 	@echo "make accuracy     what every preset leaves of the bundled model's answers, written to benchmarks/results/"
 	@echo "make train        trains the bundled model anew (about an hour on two cores)"
@@ -58,6 +58,7 @@ test: lint $(READY)
 
 conformance: $(READY)
 	$(PYTHON) tests/conformance/matrix.py
+	$(PYTHON) tests/conformance/asked.py
 	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m conformance --deselect tests/conformance/test_matrix.py --deselect tests/conformance/test_random.py
 
 bench: $(READY)

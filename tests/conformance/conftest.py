@@ -16,6 +16,7 @@ for _name in (
     "random_report",
     "random_bench",
     "random_sweep",
+    "asked",
 ):
     if _name not in sys.modules:
         _spec = importlib.util.spec_from_file_location(_name, HERE / f"{_name}.py")

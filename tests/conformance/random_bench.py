@@ -19,7 +19,7 @@ import support
 from tvc import api, compiler
 from tvc.errors import PassError, TvcError, VerificationError
 from tvc.graphs import open_draft
-from tvc.policy import load_policy, resolve
+from tvc.policy import Policy, load_policy, resolve
 from tvc.policy.positions import Rescale
 from tvc.policy.schema import COMPONENTS
 from tvc.trace.host import PIXEL_NAMES
@@ -74,11 +74,16 @@ class Outcome:
 class Bench:
     """One model, loaded and traced once for all its policies."""
 
-    def __init__(self, model: Any):
-        self.family = model.family
-        self.model, self.processor = model.build(), support.build_processor(model.family)
-        sample = None if self.processor is not None else support.inputs(model.family, 2)
+    def __init__(self, family: str, model: Any):
+        self.family = family
+        self.model, self.processor = model, support.build_processor(family)
+        sample = None if self.processor is not None else support.inputs(family, 2)
         self.prepared = api.Prepared(self.model, processor=self.processor, inputs=sample)
+
+    @classmethod
+    def of(cls, model: Any) -> Bench:
+        """That of a drawn model."""
+        return cls(model.family, model.build())
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -103,17 +108,22 @@ class Bench:
         return True
 
     def run(self, policy: Mapping[str, Any], given: list[Any], target: str = "torch") -> Outcome:
-        """The policy compiled, and compared with its definition on each of the inputs."""
-        usable = [(one, tensors) for one in given if (tensors := self.tensors(one)) is not None]
-        if not usable:
-            return Outcome("unusable", "inputs")
+        """The policy compiled, and compared with its definition on all of the inputs."""
+        (found,) = self.runs(load_policy(policy), [given], target)
+        return found
+
+    def runs(self, policy: Policy, lists: list[list[Any]], target: str = "torch") -> list[Outcome]:
+        """As `run`, an outcome for each list of inputs; the policy is compiled once."""
+        usable = [[(one, made) for one in given if (made := self.tensors(one)) is not None] for given in lists]
+        if not any(usable):
+            return [Outcome("unusable", "inputs")] * len(lists)
         with tempfile.TemporaryDirectory(prefix="tvc-weights-") as folder:
             try:
-                own = support.with_weights(load_policy(policy), self.prepared.survey.layout, pathlib.Path(folder))
+                own = support.with_weights(policy, self.prepared.survey.layout, pathlib.Path(folder))
                 compiled = self._draft(own) if target == "draft" else self.prepared.compile(own, target, verify=False)
             except Exception as problem:  # noqa: BLE001  what is raised is what is looked for
-                return told(problem)
-            return self._on_all(compiled, usable)
+                return [told(problem)] * len(lists)
+            return [self._on_all(compiled, given) if given else Outcome("unusable", "inputs") for given in usable]
 
     def _on_all(self, compiled: Any, usable: list[tuple[Any, dict[str, torch.Tensor]]]) -> Outcome:
         """The first failure, or what came closest to one."""

@@ -134,7 +134,7 @@ def sweep(cases: int, seed: int, minutes: float, families: tuple[str, ...]) -> N
         model = model_of(seed, first, families)
         started = time.perf_counter()
         try:
-            bench = Bench(model)
+            bench = Bench.of(model)
         except Exception as problem:  # noqa: BLE001
             if first not in done:  # one line for all of its cases
                 _write(first, seed, model, None, _of_model(random_bench.told(problem)), started)
@@ -154,7 +154,7 @@ def retry(minutes: float) -> None:
         if time.monotonic() > end:
             break
         model, case, started = random_models.Model(**row["model"]), Case.from_json(row), time.perf_counter()
-        outcome = _outcome(Bench(model), model, case)
+        outcome = _outcome(Bench.of(model), model, case)
         was = row.get("was") or f"{row['outcome']} {row['what']} at {row.get('commit', '')}"
         _write(row["number"], row["seed"], model, case, outcome, started, was)
 
@@ -167,7 +167,7 @@ def _outcome(bench: Bench, model: Any, case: Case) -> Outcome:
 
 def _in_half(outcome: Outcome, model: Any, case: Case) -> Outcome:
     """Half types settle choices of merges and selectors otherwise; what is right in float32 is right by its graph."""
-    twin = Bench(dataclasses.replace(model, dtype="float32"))
+    twin = Bench.of(dataclasses.replace(model, dtype="float32"))
     right = twin.run(case.policy, list(case.given), "draft").kind == "passed"
     return dataclasses.replace(outcome, kind="rounding") if right else outcome
 
@@ -269,7 +269,7 @@ def again(number: int, seed: int, smaller: bool, minutes: float) -> None:
     if row is None:
         sys.exit(f"case {number} of seed {seed} is not in {RESULTS}; run it with --cases first")
     model = random_models.Model(**row["model"])
-    bench, case = Bench(model), Case.from_json(row)
+    bench, case = Bench.of(model), Case.from_json(row)
     outcome = bench.run(case.policy, list(case.given), case.target)
     if smaller and not outcome.fine:
         case = minimise(case, bench, minutes)

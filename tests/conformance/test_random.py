@@ -30,7 +30,7 @@ DRAWN = {"deadline": None, "derandomize": True, "database": None, "suppress_heal
 def layouts() -> dict[str, tuple[Any, Any]]:
     """Blocks and layout of each family that policies are resolved against."""
     models = [random_models.Model(family, {}, 0) for family in READ]
-    benches = [random_sweep.Bench(model) for model in models]
+    benches = [random_sweep.Bench.of(model) for model in models]
     return {bench.family: (bench.blocks, bench.prepared.survey.layout) for bench in benches}
 
 
@@ -39,7 +39,7 @@ def bench() -> Any:
     """The cheapest model that can be cut everywhere."""
     small = {"text_config": {"num_hidden_layers": 2}, "vision_config": {"num_hidden_layers": 3}}
     model = random_models.Model("llava", small, 0)
-    return random_sweep.Bench(model)
+    return random_sweep.Bench.of(model)
 
 
 @settings(max_examples=150, **DRAWN)
@@ -100,7 +100,7 @@ def test_the_sweep_goes_on_where_it_stopped(tmp_path: Any, monkeypatch: pytest.M
     assert "6 cases, 30 comparisons" in random_report.summary(rows)
     model = random_sweep.model_of(3, 5, ("llava",))
     assert random_models.Model(**rows[5]["model"]) == model
-    assert random_sweep.Case.from_json(rows[5]) == random_sweep.case_of(3, 5, model, random_sweep.Bench(model))
+    assert random_sweep.Case.from_json(rows[5]) == random_sweep.case_of(3, 5, model, random_sweep.Bench.of(model))
 
 
 def test_what_was_in_the_cases_is_counted(tmp_path: pathlib.Path) -> None:
