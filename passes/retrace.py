@@ -5,9 +5,11 @@ Tracing is what compiling a model takes longest over: a draft is exported once, 
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
-from tvc.chunks import sample_inputs, varying_axes
+from tvc.chunks import batch_axis, sample_inputs, varying_axes
 from tvc.errors import PassError
 from tvc.graphs import drop_checks, drop_unused_attributes
 from tvc.passes.base import Pass
@@ -37,6 +39,7 @@ def retrace(component: Component, program: Program) -> None:
     """Exports the component's draft, on a sample that fits what the passes made of it."""
     if component.name == "decoder":
         _decoder_sample(component, program)
+        _share_batch(component)
     export_draft(component)
 
 
@@ -47,6 +50,27 @@ def _decoder_sample(component: Component, program: Program) -> None:
         component.inputs, shape, stage_of_layer, component.meta["tap_widths"], visual=component.meta.get("visual", 64)
     )
     component.dynamic = tuple(dict.fromkeys(varying_axes(name, shape), AUTO) for name in component.inputs)
+
+
+def _share_batch(component: Component) -> None:
+    """States that all inputs hold the same number of samples, which a tracer does not conclude across a cut.
+
+    Modelling code may take that number from one input and reshape by it what comes from another one (OPT's attention
+    does): behind a cut whose size only the run tells, nothing could be said of the length that is left.
+    """
+    draft, shape = component.draft, component.meta["shape"]
+    if draft is None:
+        return
+    inputs = [node for node in draft.graph.nodes if node.op == "placeholder"][-len(component.inputs) :]
+    with draft.graph.inserting_before(inputs[-1].next):
+        first, *others = (
+            draft.graph.call_function(torch.ops.aten.sym_size.int, (node, batch_axis(name, shape)))
+            for name, node in zip(component.inputs, inputs, strict=True)
+        )
+        for size in others:
+            draft.graph.call_function(
+                torch.ops.aten._assert_scalar.default, (draft.graph.call_function(operator.eq, (first, size)), "")
+            )
 
 
 def export_draft(component: Component) -> None:

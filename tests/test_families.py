@@ -194,6 +194,16 @@ def test_beams_of_everything_kept_are_the_untouched_models(compiled: Any, family
 # Vision paths that are not traced -------------------------------------------------------------------------------------
 
 
+def test_samples_that_another_input_counts_stand_behind_cuts_of_any_size() -> None:
+    """OPT's attention reshapes by the mask's number of samples; its positions turn neither queries nor keys."""
+    steps = policy(
+        {"at": "language.1", "select": {"every": {"frames": 2}}, "rest": "drop"},
+        step("language.3", {"mean_query": "self"}),
+    )
+    reduced = prepared("blip-2").compile(steps, verify=False)
+    assert tvc.verify(reduced, model("blip-2"), support.inputs("blip-2", 3)).passed
+
+
 def test_inspection_says_why_no_cut_inside_the_encoder_is_legal() -> None:
     program = tvc.inspect(model("lfm2_vl"), inputs=support.inputs("lfm2_vl", 2))
     assert program.layout.untraced

@@ -136,6 +136,11 @@ class DecoderShape:
         return torch.zeros(batch, sizes[0], length, sizes[1 + name.startswith(PAST_VALUE)], dtype=self.dtype)
 
 
+def batch_axis(name: str, shape: DecoderShape) -> int:
+    """The axis of an input along which samples lie."""
+    return varying_axes(name, shape)[0]
+
+
 def varying_axes(name: str, shape: DecoderShape) -> tuple[int, ...]:
     """The axes of an input that may differ from call to call."""
     if name.startswith(PAST_STATE):

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from tvc import api
-from tvc.errors import TvcError
+from tvc.errors import PassError, TvcError
 from tvc.policy import load_policy, presets
 from tvc.report.timing import environment
 from tvc.verification.check import compare
@@ -120,7 +120,9 @@ def verify_cells(
 
     def refused(target: str, refusal: TvcError) -> Cell:
         spent = time.perf_counter() - started
-        return Cell(family, preset, target, "refused", 0.0, 0.0, refusal.render(), 0, spent)
+        # A pass that breaks its own rules is no refusal.
+        outcome = "failed" if isinstance(refusal, PassError) else "refused"
+        return Cell(family, preset, target, outcome, 0.0, 0.0, refusal.render(), 0, spent)
 
     try:
         prepared, inputs = prepare(family, device, DEPTHS.get(preset))

@@ -123,3 +123,8 @@ class Rotary:
         made = module(*args, **kwargs)
         self._again = False
         return made
+
+    def unturned(self, mask: torch.Tensor, axes: int, given: Any) -> Any:
+        """As `at`, for the place 0, where nothing is turned; `mask` [B, S] tells how many there are."""
+        zeros = torch.zeros_like(mask, dtype=torch.int64)
+        return self.at(zeros.expand(axes, *zeros.shape) if axes else zeros, given)

@@ -412,9 +412,9 @@ class _Oracle(Observer):
         if not inside and any(not tap.rotary for p in self.primitives for tap in p.taps().values()):
             name = next(reversed(self.seen))
             turned = self.seen[name].copy()
-            zeros = torch.zeros_like(self.mask, dtype=torch.int64)
-            zeros = zeros.expand(self.case.axes, *zeros.shape) if self.case.axes else zeros
-            block.forward(**{**given, "position_embeddings": self.rotary.at(zeros, self.turned_by)})
+            if "position_embeddings" in given:  # else positions turn nothing
+                given["position_embeddings"] = self.rotary.unturned(self.mask, self.case.axes, self.turned_by)
+            block.forward(**given)
             self.seen[f"{name} {UNTURNED}"] = [self.seen[name].pop()]
             self.seen[name] = turned
         self.probing = False
