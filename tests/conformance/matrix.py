@@ -118,10 +118,10 @@ def verify_cells(
     policy = load_policy(preset, SETTINGS.get(preset, ()))
     weights = tempfile.TemporaryDirectory(prefix="tvc-weights-")
 
-    def refused(target: str, refusal: TvcError) -> Cell:
+    def refused(target: str, refusal: TvcError, called: bool = False) -> Cell:
         spent = time.perf_counter() - started
-        # A pass that breaks its own rules is no refusal.
-        outcome = "failed" if isinstance(refusal, PassError) else "refused"
+        # A pass that breaks its own rules is no refusal, nor is what comes once the model is compiled.
+        outcome = "failed" if called or isinstance(refusal, PassError) else "refused"
         return Cell(family, preset, target, outcome, 0.0, 0.0, refusal.render(), 0, spent)
 
     try:
@@ -138,7 +138,11 @@ def verify_cells(
         except TvcError as refusal:
             cells.append(refused(target, refusal))
             continue
-        rows = [row for given in inputs.values() for row in compare(compiled, model, given, steps=steps).comparisons]
+        try:
+            rows = [row for one in inputs.values() for row in compare(compiled, model, one, steps=steps).comparisons]
+        except TvcError as problem:
+            cells.append(refused(target, problem, called=True))
+            continue
         worst = max(rows, key=lambda row: row.worst / max(row.allowed, 1e-30))
         spent, started = time.perf_counter() - started, time.perf_counter()
         outcome = "passed" if all(row.passed for row in rows) else "failed"
