@@ -3,8 +3,9 @@
 A tensor that holds its own token numbers is sent along the path from the last block to the features. Operators that
 only move data (views, permutations, slices, indexing) move the numbers the same way, and tokens that are put beside
 them (a class token) have the number -1. Where channels are mixed (a linear layer, a norm) every output channel depends
-on all channels of its row: the numbers found there are spread over the new channels in blocks. At the end, one number
-per block names the encoder tokens of each visual token.
+on all channels of its row: the numbers found there are spread over the new channels in blocks, and so are those of a
+window where a pooling makes one place of it. At the end, one number per block names the encoder tokens of each visual
+token.
 """
 
 from __future__ import annotations
@@ -55,17 +56,33 @@ def unnumbered(hidden: torch.Tensor) -> torch.Tensor:
 
 def mix_channels(numbers: torch.Tensor, count: int, width: int) -> torch.Tensor:
     """[..., C] holding `count` numbers in equal blocks -> [..., width] holding them in equal blocks."""
-    found = numbers[..., :: numbers.shape[-1] // count][..., :count]
-    place = (torch.arange(width, device=numbers.device) * count) // width
-    return found[..., place]
+    return first_of_blocks(numbers, count)[..., block_of_channel(count, width, numbers.device)]
 
 
 def sample_groups(numbers: torch.Tensor, count: int) -> torch.Tensor:
     """[n, F, count]: the encoder tokens of each visual token."""
-    width = numbers.shape[-1]
-    place = (torch.arange(count, device=numbers.device) * width + width - 1) // count
-    groups = numbers[..., place]
+    groups = first_of_blocks(numbers, count)
     return groups if groups.dim() == 3 else groups.unsqueeze(0)
+
+
+def block_of_channel(count: int, width: int, device: torch.device) -> torch.Tensor:
+    """[width] int64: which of `count` blocks each channel is in, as equal in length as they can be."""
+    return (torch.arange(width, device=device) * count) // width
+
+
+def first_of_blocks(numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """[..., count]: what the first channel of each block holds."""
+    width = numbers.shape[-1]
+    return numbers[..., (torch.arange(count, device=numbers.device) * width + count - 1) // count]
+
+
+def share_windows(numbers: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """[n, C, H, W], one number a place -> [n, C, H // rows, W // columns]: those of each window, in blocks of C."""
+    _, width, high, wide = numbers.shape
+    whole = numbers[:, :, : high // rows * rows, : wide // columns * columns]
+    members = whole.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).transpose(3, 4).flatten(4)
+    place = block_of_channel(rows * columns, width, numbers.device)[:, None, None, None]
+    return members.gather(4, place.expand(*members.shape[:4], 1)).squeeze(4)
 
 
 class TokenMap:
@@ -146,6 +163,8 @@ class TokenMap:
             annotate(copy, self.note)
             copy.meta.pop("val", None)
             self.shadows[node], self.blocks[node] = copy, self.blocks[data]
+        elif node.target is A.avg_pool2d.default:
+            self._pooled(node, data)
         elif node.target is A.cat.default and not _same_rows(data, node):
             self.shadows[node], self.blocks[node] = self._joined(node), self.blocks[data]
         elif _same_shape(data, node) or node.target in CASTS:
@@ -160,6 +179,16 @@ class TokenMap:
         else:
             raise _untraceable(node, f"{tuple(data.meta['val'].shape)} -> {tuple(value.shape)}")
 
+    def _pooled(self, node: fx.Node, data: fx.Node) -> None:
+        """The numbers of windows that lie side by side; channels are on the second axis."""
+        rows, columns = _window(node)
+        width = int(node.meta["val"].shape[1])
+        # Numbers that share a place already would have to share it once more.
+        if node.meta["val"].dim() != 4 or not rows or self.blocks[data] != width or rows * columns > width:
+            raise _untraceable(node, "windows that overlap or reach over the edge, or too few channels to tell them")
+        self.shadows[node] = self._call(share_windows, self.shadows[data], rows, columns)
+        self.blocks[node] = width // (rows * columns)
+
     def _joined(self, node: fx.Node) -> fx.Node:
         """The numbers of tokens that are put beside others, which have none."""
         whole: Any = node.args[0]
@@ -167,6 +196,21 @@ class TokenMap:
             raise _untraceable(lost[0], "values that are no longer those of the encoder's tokens")
         parts = [self.shadows.get(part) or self._call(unnumbered, part) for part in whole]
         return self._call(torch.cat, parts, *node.args[1:])
+
+
+def _window(node: fx.Node) -> tuple[int, int]:
+    """(rows, columns) of what a pooling takes the mean of; (0, 0) unless every place is in one window at most."""
+    _, kernel, stride, padding, ceil, *_ = (*node.args, *([], 0, False)[len(node.args) - 2 :])
+    rows, columns = _pair(kernel)
+    apart = not stride or _pair(stride) == (rows, columns)
+    return (rows, columns) if apart and _pair(padding) == (0, 0) and not ceil else (0, 0)
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    first, *others = value
+    return int(first), int(others[0] if others else first)
 
 
 def _untraceable(node: fx.Node, got: str) -> SiteError:

@@ -222,3 +222,39 @@ def test_tokens_put_beside_others_have_no_number() -> None:
 def test_tokens_that_were_lost_on_the_way_are_refused() -> None:
     with pytest.raises(SiteError, match="cannot be followed"):
         followed(Joined(broken=True), torch.zeros(3, 6, 4))
+
+
+class Averaged(torch.nn.Module):
+    """Tokens of a grid, averaged in windows; what fills no window at the edge is left out. A layer follows."""
+
+    def __init__(self, rows: int, columns: int, kernel: tuple[int, int], stride: int | None = None, width: int = 12):
+        super().__init__()
+        self.grid, self.kernel, self.stride = (rows, columns), kernel, stride
+        self.linear = torch.nn.Linear(width, 20)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        laid = hidden.transpose(1, 2).unflatten(2, self.grid)
+        pooled = torch.nn.functional.avg_pool2d(laid, self.kernel, self.stride)
+        made: torch.Tensor = self.linear(pooled.flatten(2).transpose(1, 2))
+        return made
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "kernel"), [(4, 6, (2, 2)), (5, 7, (2, 3)), (3, 4, (1, 4)), (5, 5, (3, 3))]
+)
+@torch.no_grad()
+def test_tokens_of_a_window_are_those_of_their_mean(rows: int, columns: int, kernel: tuple[int, int]) -> None:
+    found = followed(Averaged(rows, columns, kernel), torch.zeros(2, rows * columns, 12))
+    high, wide = kernel
+    expected = [
+        [(top * high + down) * columns + left * wide + across for down in range(high) for across in range(wide)]
+        for top in range(rows // high)
+        for left in range(columns // wide)
+    ]
+    assert found.tolist() == [expected] * 2
+
+
+def test_windows_that_share_tokens_are_refused() -> None:
+    for stride, width in ((1, 12), (None, 3)):
+        with pytest.raises(SiteError, match="cannot be followed"):
+            followed(Averaged(4, 4, (2, 2), stride, width), torch.zeros(2, 16, width))
