@@ -13,28 +13,18 @@ def check_memories(policy: Policy, steps: Sequence[Step]) -> None:
     """Refuses, of resolved steps, scores with a memory where what a later call goes on with is not defined.
 
     Raises:
-        SiteError: the score stands in front of the decoder, whose caches the memory goes along with; it belongs to an
-            exit, or one comes before it; or something else changes what caches hold of earlier calls.
+        SiteError: the score belongs to an exit, or one comes before it; or something else changes what layers or caches
+            hold of earlier calls.
     """
-    step = next((step for step in steps if _remembers(step)), None)
-    if step is None:
+    remembering = [step for step in steps if _remembers(step)]
+    if not remembering:
         return
-    path = ("steps", step.number)
-    if step.site.component != "language":
-        raise refusal(
-            policy,
-            (*path, "at"),
-            f"step {step.number} remembers earlier calls, which the caches of the decoder alone can carry",
-            got=f"a score with a memory at {step.at}",
-            want="a language site",
-            fix="write at: language.0",
-            slug="decoder-only",
-        )
+    step = remembering[-1]
     leaving = next((one for one in steps if one.exit is not None and one.number <= step.number), None)
     if leaving is not None:
         raise refusal(
             policy,
-            (*path, "score") if leaving is not step else (*path, "exit"),
+            ("steps", step.number, "score" if leaving is not step else "exit"),
             f"step {step.number} remembers what it has seen, and whether it sees anything hangs on an exit",
             got=f"a score with a memory behind the exit at {leaving.at}"
             if leaving is not step

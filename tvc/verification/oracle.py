@@ -351,8 +351,8 @@ class _Oracle(Observer):
             self.expected.memories |= memories(step, came, tap_value)
             for index, sample in enumerate(came):
                 theirs = self._theirs(site, sample) if last else None
-                given = (entered[sample.row], tap_value, theirs, self.slack, self.doubt)
-                outcome = carry_out(step, sample, *given, before(came, sample))
+                doubts = (self.slack, self.doubt)
+                outcome = carry_out(step, sample, entered[sample.row], tap_value, theirs, *doubts, before(came, sample))
                 outcomes.append(outcome)
                 if outcome.feature is not None:
                     hidden = hidden.clone()

@@ -60,7 +60,7 @@ class Sample:
             segments.append(part.segment + images)
             images += part.images
         names = ("text", "slots", "size", "origin", "number")
-        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
         return dataclasses.replace(self, **joined, segment=torch.cat(segments), images=images)
 
     def within(self, columns: torch.Tensor) -> torch.Tensor:
