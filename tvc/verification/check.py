@@ -20,7 +20,7 @@ from tvc.verification.across import define
 from tvc.verification.oracle import Case, Expected
 from tvc.verification.report import TOLERANCES, Comparison, Report, Tolerance
 from tvc.verification.reselection import of_run
-from tvc.verification.turns import Talk, positions, talk_of
+from tvc.verification.turns import Talk, ends, positions, talk_of
 
 STEPS = 8
 LARGE = 1_000_000_000  # parameters from which on one short comparison has to do
@@ -104,11 +104,12 @@ class _Comparing:
             return []
         run = converse(self.compiled, self.model, talk, self.steps)
         rows = self._compared(f"later call, batch {len(talk.whole['input_ids'])}", talk.whole, run, (0, talk.start))
-        end = self.model(**talk.whole).logits[:, talk.start - 1]
-        if _difference(end, self.model(**talk.first).logits[:, -1]) <= self.tolerance.allowed(end, run.doubt):
+        alone = talk_of(self.model, [sample], pad)
+        if not self.compiled.engine.interface.shape.spans or (
+            alone is not None and _difference(*ends(self.model, alone)) <= self.tolerance.allowed(run.logits)
+        ):
             return rows
-        # Tokens of this model's first call would see those of the second: only what stands in front of all layers is
-        # the same in one prompt.
+        # Tokens of this model see others where all is one prompt: only in front of its layers is that as in two calls.
         return [row for row in rows if row.site == "language.0" and row.output in ("selection", "plan", "memory")]
 
     def _padded(self, sample: samples.Inputs) -> list[Comparison]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from tvc.chunks import memory_name
-from tvc.trace.observe import kept_offsets, named_arguments
+from tvc.trace.observe import kept_offsets, named_arguments, plain_cache
 from tvc.trace.parts import PIXEL_NAMES
 from tvc.trace.sample import sample_axis
 from tvc.verification.samples import Inputs, image_lengths, joined, widened
@@ -94,6 +94,15 @@ def positions(model: Any, whole: Inputs, more: int) -> torch.Tensor | None:
         return None
     behind = places[..., -1:] + torch.arange(1, more + 1, device=places.device)
     return torch.cat([places, behind.to(places.dtype)], -1)
+
+
+def ends(model: Any, talk: Talk) -> tuple[torch.Tensor, torch.Tensor]:
+    """[1, vocabulary] what the model itself answers to two calls without padding, and to one prompt with all of it."""
+    cache = plain_cache(model)
+    model(**talk.first, past_key_values=cache, use_cache=True)
+    given = {**talk.second, "attention_mask": talk.whole["attention_mask"]}
+    apart = model(**given, past_key_values=cache, use_cache=True).logits[:, -1]
+    return apart, model(**talk.whole).logits[:, -1]
 
 
 def parted(
