@@ -392,8 +392,7 @@ class _DecoderInsertion:
 
     def _remember(self, step: Any, state: ChunkState, scores: list[Any], note: str) -> None:
         """What each score of a step hands on to the next call, noted for the decoder's outputs."""
-        terms = step.exit.score if step.exit is not None else step.score
-        for index, (term, taps) in enumerate(zip(terms, scores, strict=True)):
+        for index, (term, taps) in enumerate(zip(step.score, scores, strict=False)):  # those of an exit have none
             for tap, wanted in term.primitive.taps().items():
                 if not wanted.states:
                     continue

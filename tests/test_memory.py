@@ -165,6 +165,25 @@ def test_decode_steps_hand_the_memory_on(made: Made) -> None:
         assert torch.equal(out.past_key_values.marks[name], before[name])
 
 
+def test_generation_goes_on_with_a_clip_of_a_later_turn(made: Made) -> None:
+    """As a chat does it: the whole conversation's tokens, the new pictures, and the cache of the answer before."""
+    first, second = made.turn(5, [1, 2], [4, 2]), made.turn(6, [2, 1], [3, 5])
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    said = made.compiled.generate(**first, **options)
+    cache, seen = said.past_key_values, said.sequences[:, :-1]  # the last token has not been read yet
+    ids = torch.cat([seen, second["input_ids"]], 1)
+    mask = torch.nn.functional.pad(first["attention_mask"], (0, seen.shape[1] - first["input_ids"].shape[1]), value=1)
+    mask = torch.cat([mask, second["attention_mask"]], 1)
+    given = {"input_ids": ids, "attention_mask": mask, "pixel_values": second["pixel_values"]}
+    out = made.compiled.generate(**given, past_key_values=cache, **options)
+    want = []
+    for one, other in zip(made.features(first, [1, 2]), made.features(second, [2, 1]), strict=True):
+        want.append(torch.stack([frame.mean(0) for frame in (*one, *other)]).sum(0))
+    marks = out.past_key_values.marks
+    assert marks["memory.language.0.0.frames"].tolist() == [3, 3]
+    torch.testing.assert_close(marks["memory.language.0.0.total"].double(), torch.stack(want), rtol=1e-5, atol=1e-5)
+
+
 def test_beams_carry_the_memory_of_their_prompt(made: Made) -> None:
     """Three beams of two prompts; every row of the cache that the search leaves behind goes on with a turn."""
     first, images = made.turn(6, [2, 1], [4, 6]), [1, 1]

@@ -142,8 +142,7 @@ def memories(step: Any, samples: Sequence[Sample], tap_value: TapValue) -> dict[
         samples: as they came to the step.
     """
     made: dict[str, torch.Tensor] = {}
-    terms = step.exit.score if step.exit is not None else step.score
-    for number, term in enumerate(terms):
+    for number, term in enumerate(step.score):
         if not remembers(term.primitive):
             continue
         last = {sample.row: sample.behind(before(samples, sample)) for sample in samples}
