@@ -68,6 +68,8 @@ def sizes(component: Component, program: Program) -> dict[str, dict[int, str]]:
             named[name] = {0: "batch", 1: f"past_{index}"}
         elif kind in ("past_key", "past_value"):
             named[name] = {0: "batch", 2: f"past_{stage.get(int(index), 0)}"}
+        elif kind == "past_memory":
+            named[name] = {0: "batch"}
         elif kind in plain:
             named[name] = {0: "batch", 1: plain[kind]}
         elif kind in ("inputs_embeds", "query_positions", "position_ids", "input_ids"):

@@ -70,6 +70,17 @@ def op(
     return register
 
 
+class State(NamedTuple):
+    """A tensor [B, *sizes] that goes along with the caches from call to call, zeros where no call came before.
+
+    `width` among the sizes stands for that of the decoder.
+    """
+
+    name: str
+    sizes: tuple[int | Literal["width"], ...]
+    dtype: torch.dtype
+
+
 @dataclasses.dataclass(frozen=True)
 class Tap:
     """A value of the traced graph that a primitive asks for.
@@ -91,6 +102,8 @@ class Tap:
                       none
           `spent`     a `(entered, spent)` pair, each [B, N] int64: visual tokens of each image at the decoder's entry,
                       and their sum over the layers in front of `layer`, the step's own
+          `memory`    tensors by name, as `states` says: what a score of a decoder step has kept of earlier calls on
+                      the same cache (see `Score.remembered`)
     of: the rows of `attention`; `behind` of `text`: what stands behind the last visual token, all text if nothing does
     columns: for `neighbour` the length of a row; None: as the decoder's positions tell
     """
@@ -108,12 +121,14 @@ class Tap:
         "neighbour",
         "row",
         "pixel",
+        "memory",
     ]
     layer: str | None = None
     of: tuple[str, ...] = ()
     tensors: Callable[[], dict[str, torch.Tensor]] | None = None
     rotary: bool = True
     columns: int | None = None
+    states: tuple[State, ...] = ()
 
 
 class Attention(NamedTuple):
@@ -166,6 +181,14 @@ class Score(Primitive):
 
     def apply(self, *args: Any, **taps: Any) -> torch.Tensor:
         """[B, V] float32, one number a visual token (pads: any finite number)."""
+        raise NotImplementedError
+
+    def remembered(self, *args: Any, **taps: Any) -> dict[str, torch.Tensor]:
+        """The states of its `memory` tap behind this call, by name; takes the taps that `apply` takes.
+
+        Two calls, each with some of the visual tokens, have to give what one with all of them gives. Samples that bring
+        no visual token keep their states whatever this says.
+        """
         raise NotImplementedError
 
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from tvc.chunks import PAST_POSITIONS, SPANS, TAP
+from tvc.chunks import PAST_POSITIONS, SPANS, TAP, DecoderShape, Memory, memory_name
 from tvc.errors import SiteError, TraceError
 from tvc.graphs import annotate, find_blocks, first_node, identifier, open_draft, placeholders
 from tvc.kernels.segments import follow
@@ -63,6 +64,7 @@ class InsertReductions(Pass):
         if component.draft is None:  # else an earlier pass has opened it
             component.draft = open_draft(component)
         component.meta = {**component.meta, "cuts": [], "partings": [], "stages": [], "tap_widths": {}}
+        component.meta["remembered"] = {}
         insertion = _DecoderInsertion(component, program, self.policy.positions == "renumber")
         if self.policy.cache is not None:
             insertion.frames_that_stay(self.policy.cache)
@@ -285,6 +287,7 @@ class _DecoderInsertion:
         resolver = DecoderTaps(self.graph, self.blocks, states, cuts, note, key_positions, *shared)
         with self.graph.inserting_before(first):
             scores, taps = self._step_taps(step, number, resolver, first)
+            self._remember(step, state, scores, note)
             node = self.graph.call_function(
                 cut_function(step, self.renumber, f"cut_{identifier(step.at)}"),
                 (
@@ -360,7 +363,8 @@ class _DecoderInsertion:
             if any(crosses(tap) for tap in wanted.values()):
                 scores.append(resolver.entered(self._tap_input(tap_name(step, "score", str(index)))))
             else:
-                scores.append({name: resolver.resolve(tap, step.at, first) for name, tap in wanted.items()})
+                found = {name: resolver.resolve(tap, step.at, first) for name, tap in wanted.items() if not tap.states}
+                scores.append(found | self._memories(step, index, term.primitive))
         taps: dict[str, Any] = {}
         for group, primitive in step.parts().items():
             taps[group] = {}
@@ -371,6 +375,38 @@ class _DecoderInsertion:
                     taps[group][name] = resolver.resolve(tap, step.at, first)
         return scores, taps
 
+    def _memories(self, step: Any, term: int, primitive: Any) -> dict[str, dict[str, fx.Node]]:
+        """The states of a score's memory, as inputs of the decoder, by the names of the tap and of the states."""
+        made: dict[str, dict[str, fx.Node]] = {}
+        for name, tap in primitive.taps().items():
+            for state in tap.states:
+                shape: DecoderShape = self.component.meta["shape"]
+                before = shape.memories[-1].name if shape.memories else f"{PAST_POSITIONS}0"
+                sizes = tuple(shape.width if size == "width" else size for size in state.sizes)
+                memory = Memory(memory_name(step.at, term, state.name), sizes, str(state.dtype).removeprefix("torch."))
+                shape = dataclasses.replace(shape, memories=(*shape.memories, memory))
+                self.component.meta["shape"] = shape
+                node = self._placeholder(memory.name, placeholders(self.graph)[identifier(before)])
+                made.setdefault(name, {})[state.name] = node
+        return made
+
+    def _remember(self, step: Any, state: ChunkState, scores: list[Any], note: str) -> None:
+        """What each score of a step hands on to the next call, noted for the decoder's outputs."""
+        for index, (term, taps) in enumerate(zip(step.score, scores, strict=False)):  # those of an exit have none
+            for tap, wanted in term.primitive.taps().items():
+                if not wanted.states:
+                    continue
+                made = self.graph.call_function(_behind(term.primitive), (taps,))
+                annotate(made, note)
+                for name, before in taps[tap].items():
+                    after = self.graph.call_function(operator.getitem, (made, name))
+                    kept = self.graph.call_function(torch.ops.tvc.remember.default, (before, after, state.visual_index))
+                    output = memory_name(step.at, index, name).removeprefix("past_")
+                    self.component.meta["remembered"][output] = kept
+                    self.changes.append(Change("decoder", kept.name, f"goes on as {output}", step.where))
+                    for node in (after, kept):
+                        annotate(node, note)
+
     def _tap_input(self, name: str) -> fx.Node:
         if name in self.component.inputs:
             return placeholders(self.graph)[identifier(name)]
@@ -378,6 +414,16 @@ class _DecoderInsertion:
         taps = [n for n in self.component.inputs if n.startswith(TAP)]
         last = identifier(taps[-1] if taps else "visual_counts")
         return self._placeholder(name, next(n for n in self.graph.nodes if n.op == "placeholder" and n.target == last))
+
+
+def _behind(primitive: Any) -> Callable[[dict[str, Any]], dict[str, torch.Tensor]]:
+    """What a score remembers behind a chunk, as a function of its taps."""
+
+    def remembered(taps: dict[str, Any]) -> dict[str, torch.Tensor]:
+        made: dict[str, torch.Tensor] = primitive.remembered(**taps)
+        return made
+
+    return remembered
 
 
 def _layer(site: str) -> int:

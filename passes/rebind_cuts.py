@@ -202,8 +202,10 @@ class _StageOutputs:
                         entered[f"{ENTERED}{stage.index}"] = state.query_positions
                     left[-1] = evicting[-1].after
                 places[stage.index] = joined
-        names = ("logits", *(f"key_positions.{s}" for s in places), *caches, *entered)
-        values = (self.values["logits"], *places.values(), *(self.values[name] for name in caches), *entered.values())
+        remembered = self.component.meta["remembered"]
+        names = ("logits", *(f"key_positions.{s}" for s in places), *caches, *entered, *remembered)
+        held = (self.values[name] for name in caches)
+        values = (self.values["logits"], *places.values(), *held, *entered.values(), *remembered.values())
         self.component.meta["left"] = left  # the chunk as each stage's caches hold it
         self.output.args = (values,)
         self.component.outputs = names

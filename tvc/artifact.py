@@ -44,6 +44,13 @@ print(compiled.processor.batch_decode(compiled.generate(**inputs, max_new_tokens
 
 or `tvc run {name} --image photo.jpg --prompt "What is this?"`. Tokens, costs and checks: report.html.
 """
+_REMEMBERED = """
+Steps remember earlier turns. Beside its caches the decoder takes
+
+{inputs}
+
+zeros in front of the first turn, and gives each of them without `past_`. `past_key_values` carries them.
+"""
 
 
 def save(
@@ -78,7 +85,7 @@ def save(
         readme = _README.format(
             model=source.name, policy=compiled.policy.name, target=compiled.target, name=place.name or "out"
         )
-        (folder / "README.md").write_text(readme, encoding="utf-8")
+        (folder / "README.md").write_text(readme + _remembered(compiled.engine.interface), encoding="utf-8")
         fusions: dict[str, int] = {}
         for part in program.components.values():
             for name, count in part.meta.get("fusions", {}).items():
@@ -101,6 +108,15 @@ def save(
                 image_size=list(surveyed.layout.image_size),
             )
         )
+
+
+def _remembered(interface: Interface) -> str:
+    """What the page says of tensors that go from turn to turn, "" where there are none but caches."""
+    memories = [
+        f"- `{memory.name}` [{', '.join(('batch', *map(str, memory.sizes)))}] {memory.dtype}"
+        for memory in interface.shape.memories
+    ]
+    return _REMEMBERED.format(inputs="\n".join(memories)) if memories else ""
 
 
 def open_artifact(

@@ -34,7 +34,8 @@ def verify(
 
     Returns:
         Every comparison: what each step kept, keys and values of every layer, logits of every generated token; for the
-        batch as given, for one sample and for three samples of different lengths.
+        batch as given, for one sample and for three samples of different lengths; where scores remember earlier calls,
+        also for a later one of three samples, with what is remembered.
 
     Raises:
         VerificationError: they differ; it names the first output that does and carries the report.

@@ -23,6 +23,7 @@ past_visual.s          [B, P_s] bool which of the tokens cached by stage s are v
                        decode steps choose among them (see kernels/reselect.py)
 past_seen.s            [B, P_s] float32 the attention that the last decode step paid each of them, zeros behind others
 past_chosen.s          [B, P_s] bool which of them it attended to; an output alone where nothing asks
+past_memory.SITE.i.n   [B, ...] state n that score term i of the step at SITE has kept of earlier calls, see `Memory`
 
 Every past_ input is an output without `past_`. Beside these and the logits there may be:
 
@@ -49,6 +50,7 @@ CHUNK_INPUTS = (
 PAST_POSITIONS = "past_key_positions."
 PAST_KEY, PAST_VALUE, PAST_STATE = "past_key.", "past_value.", "past_state."
 PAST_VISUAL, PAST_SEEN, PAST_CHOSEN = "past_visual.", "past_seen.", "past_chosen."
+PAST_MEMORY = "past_memory."
 PAST_MARKS = {PAST_VISUAL: torch.bool, PAST_SEEN: torch.float32, PAST_CHOSEN: torch.bool}
 TAP = "tap."
 SPANS = "query_spans"
@@ -92,6 +94,30 @@ class Crossing:
 
 
 @dataclasses.dataclass(frozen=True)
+class Memory:
+    """A tensor that a step hands from call to call beside the caches, zeros where no call came before.
+
+    Attributes:
+        name: Its input, see `memory_name`; its output is the same without `past_`.
+        sizes: Those behind [B].
+        dtype: Name of a torch type.
+    """
+
+    name: str
+    sizes: tuple[int, ...]
+    dtype: str
+
+    def empty(self, batch: int) -> torch.Tensor:
+        """[B, *sizes] where no call came before."""
+        return torch.zeros(batch, *self.sizes, dtype=getattr(torch, self.dtype))
+
+
+def memory_name(site: str, term: int, state: str) -> str:
+    """The input for a state of a score term, which is numbered within the step at `site`."""
+    return f"{PAST_MEMORY}{site}.{term}.{state}"
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderShape:
     """The fixed sizes of a decoder's inputs."""
 
@@ -106,6 +132,7 @@ class DecoderShape:
     crossing: Crossing | None = None
     stride: int = 0  # 256ths of a position that a visual token takes; 0: positions are the model's own
     real: bool = False  # the model's own positions are float numbers
+    memories: tuple[Memory, ...] = ()  # what steps of a policy remember
 
     @property
     def chunk_inputs(self) -> tuple[str, ...]:
@@ -135,6 +162,10 @@ class DecoderShape:
             return torch.zeros(batch, *sizes, dtype=self.dtype)
         return torch.zeros(batch, sizes[0], length, sizes[1 + name.startswith(PAST_VALUE)], dtype=self.dtype)
 
+    def empty_memory(self, name: str, batch: int) -> torch.Tensor:
+        """Zeros for the input `name` of what a step remembers."""
+        return next(memory for memory in self.memories if memory.name == name).empty(batch)
+
 
 def batch_axis(name: str, shape: DecoderShape) -> int:
     """The axis of an input along which samples lie."""
@@ -143,7 +174,7 @@ def batch_axis(name: str, shape: DecoderShape) -> int:
 
 def varying_axes(name: str, shape: DecoderShape) -> tuple[int, ...]:
     """The axes of an input that may differ from call to call."""
-    if name.startswith(PAST_STATE):
+    if name.startswith((PAST_STATE, PAST_MEMORY)):
         return (0,)
     if name.startswith((PAST_KEY, PAST_VALUE)):
         return (0, 2)
@@ -198,6 +229,8 @@ def sample_inputs(
             return torch.arange(past + 3 * int(name.removeprefix(PAST_POSITIONS))).repeat(batch, 1)
         if (mark := mark_type(name)) is not None:
             return torch.ones(batch, past + 3 * int(name.split(".")[1]), dtype=mark)
+        if name.startswith(PAST_MEMORY):
+            return shape.empty_memory(name, batch)
         if name.startswith(TAP):
             tap = torch.rand(batch, visual, max(tap_widths[name], 1))
             return tap if tap_widths[name] else tap[..., 0].clone()

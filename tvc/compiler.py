@@ -38,7 +38,7 @@ from tvc.trace.vision import capture_vision
 
 Progress = Callable[[str], None]
 # Whole, so that a chunk without visual tokens can go without them.
-CUTS = frozenset({"shorten", "restore", "evict", "pool_cache"})
+CUTS = frozenset({"shorten", "restore", "evict", "pool_cache", "remember"})
 
 
 def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, progress: Progress = print) -> Program:

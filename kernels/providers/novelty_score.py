@@ -130,13 +130,27 @@ def _novelty_kernel(
     tl.store(p_score + i_b * V + o_v, tl.where(b_frame >= 0, b_score, 0.0), mask=o_v < V)
 
 
-def supports(feature: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor, frame: torch.Tensor) -> Support:
+def supports(
+    feature: torch.Tensor,
+    segment: torch.Tensor,
+    counts: torch.Tensor,
+    frame: torch.Tensor,
+    total: torch.Tensor | None = None,
+    frames: torch.Tensor | None = None,
+) -> Support:
     if feature.dtype not in FLOATS:
         return no(f"the feature is {feature.dtype}, not float32, float16 or bfloat16")
     return YES
 
 
-def launch(feature: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor, frame: torch.Tensor) -> torch.Tensor:
+def launch(
+    feature: torch.Tensor,
+    segment: torch.Tensor,
+    counts: torch.Tensor,
+    frame: torch.Tensor,
+    total: torch.Tensor | None = None,
+    frames: torch.Tensor | None = None,
+) -> torch.Tensor:
     """[B, V] float32: the higher, the less alike to its frame and to the frames so far."""
     batch, visual, width = feature.shape
     number = int(frame.max()) + 1 if frame.numel() else 0  # frames of a sample at most
@@ -146,22 +160,26 @@ def launch(feature: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor, f
     begin, length = (table[:, 1 : number + 1].contiguous() for table in (first_of(frame), lengths(frame)))
     chosen = setting("novelty_score", visual)
     blocks = {"BLOCK_V": chosen["block_v"], "BLOCK_D": chosen["block_d"], "num_warps": chosen["warps"]}
-    frames = (number, cdiv(width, chosen["block_d"]), batch)
+    rows = (number, cdiv(width, chosen["block_d"]), batch)
     tiles, steps = (cdiv(visual, chosen["block_v"]), batch), feature.stride()[:2]
 
     mean, varies, middle = torch.empty(3, batch, number, width, dtype=torch.float32, device=feature.device)
-    _moments_kernel[frames](feature, begin, length, mean, varies, number, width, *steps, **blocks)
+    _moments_kernel[rows](feature, begin, length, mean, varies, number, width, *steps, **blocks)
     every = torch.zeros(batch * number, width, dtype=torch.int64, device=feature.device)
     counted = best(-varies.view(-1, width), every, torch.full_like(every[:, :1], max(1, width // 2)))
     inverse = torch.empty(batch, visual, dtype=torch.float32, device=feature.device)
     _length_kernel[tiles](feature, counted, frame, inverse, visual, number, width, *steps, **blocks)
-    _middle_kernel[frames](feature, inverse, counted, begin, length, middle, visual, number, width, *steps, **blocks)
+    _middle_kernel[rows](feature, inverse, counted, begin, length, middle, visual, number, width, *steps, **blocks)
 
-    # Column 0 takes the pads.
-    first = torch.where(frame >= 0, extent(frame, segment, counts)[0], 0)
-    first = torch.zeros(batch, number + 1, dtype=torch.int64, device=frame.device).scatter(1, frame + 1, first)[:, 1:]
-    total = torch.nn.functional.pad(mean.cumsum(1), (0, 0, 1, 0))
-    so_far = total[:, 1:] - total.gather(1, first[:, :, None].expand(mean.shape))
+    so_far = mean.cumsum(1)
+    if total is None or frames is None:
+        # Column 0 takes the pads.
+        first = torch.where(frame >= 0, extent(frame, segment, counts)[0], 0)
+        first = torch.zeros(batch, number + 1, dtype=torch.int64, device=frame.device).scatter(1, frame + 1, first)
+        sums = torch.nn.functional.pad(so_far, (0, 0, 1, 0))
+        so_far = so_far - sums.gather(1, first[:, 1:, None].expand(mean.shape))
+    else:
+        so_far = so_far + total.float()[:, None]
     memory = directions(so_far * counted.view(mean.shape))  # how many frames a sum is of shows in no direction
     score = torch.empty_like(inverse)
     _novelty_kernel[tiles](

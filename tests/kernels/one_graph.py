@@ -347,6 +347,11 @@ class MoreGraph(OneGraph):
         flat = frames_of(at.query_positions, *at.chunk())
         out["frames.images"] = flat[0]
         out["score.novelty"] = NoveltyScore().apply(scope, at.feature, flat)
+        past = {"total": at.text.mean(1), "frames": at.query_positions.clamp(min=0).amax(1)}
+        remembering = NoveltyScore(memory="conversation")
+        out["score.novelty.remembered"] = remembering.apply(scope, at.feature, flat, past)
+        for name, state in remembering.remembered(at.feature, flat, past).items():
+            out[f"memory.{name}"] = OP.remember(past[name], state, at.visual_index)
         rules: dict[str, Any] = {"each": {"keep": "40%"}, "together": {"keep": 3, "together": True}}
         for label, rule in rules.items():
             out[f"select.frames.{label}"] = FrameSelect.model_validate(rule).apply(score, scope, frames)

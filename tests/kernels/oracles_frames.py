@@ -42,12 +42,18 @@ def change_score(feature: Any, segment: Any, counts: Any, frame: Any, place: Any
     return result
 
 
-def novelty_score(feature: Any, segment: Any, counts: Any, frame: Any) -> list[Row]:
+def novelty_score(
+    feature: Any, segment: Any, counts: Any, frame: Any, total: Any = None, earlier: Any = None
+) -> list[Row]:
     result = []
-    for rows, videos, numbers in zip(feature, segment, frame, strict=True):
+    for b, (rows, videos, numbers) in enumerate(zip(feature, segment, frame, strict=True)):
         row = [0.0] * len(rows)
+        if total is not None:  # one video, whatever is shown; of the frames before it each is their mean
+            videos = [min(video, 0) for video in videos]
         for frames in _videos(videos, numbers).values():
             memory: list[Row] = []
+            if total is not None:
+                memory = [[x / earlier[b] for x in total[b]] for _ in range(earlier[b])]
             for tokens in frames:
                 columns = list(zip(*(rows[token] for token in tokens), strict=True))
                 mean = [sum(column) / len(column) for column in columns]
@@ -63,6 +69,25 @@ def novelty_score(feature: Any, segment: Any, counts: Any, frame: Any) -> list[R
                     row[token] = -_alike(unit, middle) - _alike(unit, past)
         result.append(row)
     return result
+
+
+def frame_memory(feature: Any, frame: Any, total: Any, frames: Any) -> tuple[list[Row], Row]:
+    sums, counts = [list(row) for row in total], list(frames)
+    for b, (rows, numbers) in enumerate(zip(feature, frame, strict=True)):
+        for number in set(numbers) - {-1}:
+            tokens = [row for row, own in zip(rows, numbers, strict=True) if own == number]
+            sums[b] = [
+                s + sum(column) / len(tokens) for s, column in zip(sums[b], zip(*tokens, strict=True), strict=True)
+            ]
+            counts[b] += 1
+    return sums, counts
+
+
+def remember(before: Any, after: Any, visual_index: list[Row]) -> list[Any]:
+    return [
+        new if any(slot >= 0 for slot in own) else old
+        for old, new, own in zip(before, after, visual_index, strict=True)
+    ]
 
 
 def _alike(a: Row, b: Row) -> float:
@@ -163,3 +188,4 @@ def frame_windows(
 ORACLES["frame_windows"] = frame_windows
 ORACLES |= {"change_score": change_score, "novelty_score": novelty_score, "frames_keep": frames_keep}
 ORACLES["every_keep"] = every_keep
+ORACLES |= {"frame_memory": frame_memory, "remember": remember}

@@ -364,6 +364,8 @@ def novelty_score(sizes: tuple[int, ...]) -> Iterator[Case]:
     for visual in sizes:
         yield f"V{visual}", (torch.randn(2, visual, 300), *_frames(visual, 7)[:3])
         yield f"V{visual}-one-channel", (torch.randn(2, visual, 1), *_frames(visual, 11)[:3])
+        memory = (torch.randn(2, 300), torch.tensor([0, 4]))
+        yield f"V{visual}-remembered", (torch.randn(2, visual, 300), *_frames(visual, 7)[:3], *memory)
     endless = torch.randn(2, 40, 7).index_fill(1, torch.tensor([6, 30]), float("inf"))
     yield "not-finite", (endless, *_frames(40, 5)[:3])
     yield "all-pads", (torch.randn(2, 21, 6), *pads_alone(2, 21), torch.full((2, 21), -1))

@@ -19,6 +19,7 @@ from tvc.passes.lower_ops import LowerOps
 from tvc.passes.rebind_cuts import RebindCuts
 from tvc.passes.reselect_keys import ReselectKeys
 from tvc.passes.retrace import Retrace
+from tvc.passes.text_only import without_cuts
 from tvc.program import Change, Program
 
 FASTV = {
@@ -136,6 +137,28 @@ def test_layers_from_a_reselection_on_share_a_mask_of_their_own(
     assert [name for name in decoder.inputs if mark_type(name) is not None] == names
     placeholders = [str(node.target) for node in decoder.graph.find_nodes(op="placeholder")]
     assert placeholders == [identifier(name) for name in decoder.inputs]
+
+
+def test_what_scores_remember_enters_and_leaves_the_decoder(traced: Callable[[str], Any]) -> None:
+    """Two steps with a memory and one without; a chunk of text hands on what it was given."""
+    given = traced("llava")
+    score = {"novelty": {"memory": "conversation"}}
+    listed = [{**score, "weight": 1.0}, {"norm": {}, "weight": 1.0}, {**score, "weight": 2.0}]
+    steps = [{"at": "language.1", "score": listed, "select": {"top": "50%"}}, *FASTV["steps"]]
+    resolved = given.resolved({"version": 1, "steps": steps})
+    program = RebindCuts()(InsertReductions(resolved)(given.program))
+    decoder = program.components["decoder"]
+    names = [f"memory.language.1.{term}.{state}" for term in (0, 2) for state in ("total", "frames")]
+    assert [name for name in decoder.inputs if "memory" in name] == [f"past_{name}" for name in names]
+    assert list(decoder.outputs[-4:]) == names
+    sizes = {memory.name.removeprefix("past_"): memory.sizes for memory in decoder.meta["shape"].memories}
+    assert sizes == {name: (64,) if name.endswith("total") else () for name in names}
+    assert not given.program.components["decoder"].meta["shape"].memories
+    placeholders = [str(node.target) for node in decoder.graph.find_nodes(op="placeholder")]
+    assert placeholders == [identifier(name) for name in decoder.inputs]
+    text = without_cuts(decoder.draft).graph
+    passed = list(text.nodes)[-1].args[0][-4:]
+    assert [node.target for node in passed] == [identifier(f"past_{name}") for name in names]
 
 
 def test_positions_are_recomputed_not_gathered(reduced: Program) -> None:

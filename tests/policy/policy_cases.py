@@ -152,6 +152,7 @@ READING: dict[str, tuple[object, object]] = {
     "until-of-a-rest-that-merges": (policy(step("language.2", TOP + "\n    rest: merge\n    until: next")), ()),
     "until-of-a-merge": (policy(step("language.2", "merge: {pairs: {reduce: mean, keep: 50%}}\n    until: next")), ()),
     "until-of-an-exit": (policy(step("language.2", "exit: {when: always}\n    until: next")), ()),
+    "memory-of-no-kind": (policy(step("language.0", "score: {novelty: {memory: video}}\n    select: {top: 3}")), ()),
     "until-beside-evict": (
         policy(step("language.2", TOP + "\n    until: next"), step("language.4", TOP + "\n    evict: earlier")),
         (),
@@ -236,7 +237,39 @@ READING: dict[str, tuple[object, object]] = {
 
 RENUMBER = "version: 1\npositions: renumber"
 # Found against a model: name -> (policy, layout).
+REMEMBERS = "score: {novelty: {memory: conversation}}"
+
 RESOLVING: dict[str, tuple[str, Layout]] = {
+    "memory-of-an-exit": (policy(step("language.2", "exit: {when: {" + REMEMBERS + ", above: 0.5}}")), layout()),
+    "memory-behind-an-exit": (
+        policy(
+            step("language.1", "exit: {when: {score: uniform, above: 0.5}}"),
+            step("language.2", REMEMBERS + "\n    select: {top: 3}"),
+        ),
+        layout(),
+    ),
+    "memory-beside-until": (
+        policy(step("language.2", REMEMBERS + "\n    select: {top: 3}\n    until: next")),
+        layout(),
+    ),
+    "memory-beside-evict": (
+        policy(
+            step("language.0", REMEMBERS + "\n    select: {top: 3}"),
+            step("language.2", "select: {stride: 2}\n    evict: language.1"),
+        ),
+        layout(),
+    ),
+    "memory-beside-reselect": (
+        policy(
+            step("language.0", REMEMBERS + "\n    select: {top: 3}"),
+            head="version: 1\nreselect: {at: language.3, keep: 30%}",
+        ),
+        layout(),
+    ),
+    "memory-beside-pooled-caches": (
+        policy(step("language.0", REMEMBERS + "\n    select: {top: 3}"), head="version: 1\ncache: {pool: {tokens: 4}}"),
+        layout(),
+    ),
     "reselect-at-the-first-layer": ("version: 1\nreselect: {at: language.0, keep: 30%}", layout()),
     "reselect-by-a-later-layer": ("version: 1\nreselect: {at: language.3, keep: 30%, layer: language.3}", layout()),
     "reselect-beyond-the-last-layer": ("version: 1\nreselect: {at: language.12, keep: 30%}", layout()),

@@ -17,6 +17,7 @@ SHAPE = DecoderShape(8, 0, ((2, 4, 6), (7, 3), (1, 5, 5)), torch.float32, torch.
 PLACES = [torch.tensor([[0, 1, 2, 3, 4], [-1, 0, 1, 2, 3], [-1, -1, 0, 1, 2]]), torch.tensor([[0, 4], [0, 3], [0, 2]])]
 
 MARKS = {"visual.1": torch.tensor([[True, False], [False, True], [True, True]]), "seen.1": torch.rand(BATCH, 2)}
+MARKS |= {"memory.language.0.0.total": torch.rand(BATCH, 8), "memory.language.0.0.frames": torch.tensor([4, 0, 7])}
 
 
 def held() -> dict[str, torch.Tensor]:

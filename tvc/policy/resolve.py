@@ -16,6 +16,7 @@ from tvc.policy.bypass import settled as returning
 from tvc.policy.document import Path, from_data
 from tvc.policy.evictions import check_evictions, start
 from tvc.policy.evictions import settled as evicted
+from tvc.policy.memory import check_memories
 from tvc.policy.options import Chunks, Pool, check_options, options_data
 from tvc.policy.order import check_behind_cuts, check_order, closest, ranges, rank
 from tvc.policy.positions import Positions, check_positions, positions_data
@@ -96,6 +97,7 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
     check_bypasses(policy, steps)
     check_behind_cuts(policy, steps)
     check_evictions(policy, steps)
+    check_memories(policy, steps)
     steps = with_averages(policy, with_spreads(steps, layout), layout)
     check_nothing_emptied(policy, steps, layout)
     rule = reselected(policy, layout, steps, lambda path, name: _concrete(policy, layout, path, name))

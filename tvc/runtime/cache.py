@@ -33,7 +33,8 @@ class StagedCache(Cache):
     ):
         """`held` has the cache of every layer by the names of `DecoderShape.cached`.
 
-        `marks` [B, P_s] are what else the decoder has to know of cached tokens, by the names of its outputs.
+        `marks` are what else the decoder has to know, by the names of its outputs: of cached tokens [B, P_s], and what
+        steps remember of earlier calls [B, ...].
         `saved` [B] int64 are the positions that visual tokens have saved, where they take fractions of one.
         """
         layers = []
@@ -92,6 +93,27 @@ class StagedCache(Cache):
             fix="use greedy search, sampling or beam search; assisted decoding rolls its cache back",
             slug="no-rollback",
         )
+
+
+def remembered(past: StagedCache | None, name: str, shape: DecoderShape, batch: int) -> torch.Tensor:
+    """What the input `name` takes of the calls before; zeros where there were none.
+
+    Raises:
+        InputError: the cache is of a model without this memory.
+    """
+    if past is None:
+        return shape.empty_memory(name, batch)
+    held = past.marks.get(name.removeprefix("past_"))
+    if held is None:
+        raise InputError(
+            "the cache holds nothing of what this model's steps remember",
+            where="past_key_values",
+            got=f"a cache with {', '.join(past.marks) or 'keys and values alone'}",
+            want=name.removeprefix("past_"),
+            fix="hand back the past_key_values of an earlier answer of this model, or run the whole prompt again",
+            slug="foreign-cache",
+        )
+    return held
 
 
 def _layer(held: Sequence[torch.Tensor]) -> DynamicLayer | LinearAttentionLayer:

@@ -14,6 +14,7 @@ from tvc.chunks import (
     ENTERED,
     PAST_KEY,
     PAST_MARKS,
+    PAST_MEMORY,
     PAST_POSITIONS,
     PAST_STATE,
     PAST_VALUE,
@@ -22,10 +23,11 @@ from tvc.chunks import (
     Crossing,
     DecoderShape,
     Extra,
+    Memory,
     mark_type,
 )
 from tvc.errors import InputError
-from tvc.runtime.cache import StagedCache
+from tvc.runtime.cache import StagedCache, remembered
 from tvc.runtime.chunk import Chunk, chunk_inputs, left_packed, put_back, ragged, rows_at, take
 from tvc.runtime.crossed import brought, check_rows, decoder_inputs, reduced
 from tvc.runtime.inputs import (
@@ -109,6 +111,7 @@ class Interface:
                 crossing,
                 int(shape.get("stride", 0)),
                 bool(shape.get("real", False)),
+                tuple(Memory(m["name"], tuple(map(int, m["sizes"])), m["dtype"]) for m in shape.get("memories", ())),
             ),
             visual_token_ids=tuple(data["visual_token_ids"]),
             taps=dict(data["taps"]),
@@ -354,6 +357,9 @@ class Engine:
             elif (mark := mark_type(name)) is not None:
                 empty = torch.zeros(batch, 0, dtype=mark, device=chunk.embeds.device)
                 inputs[name] = past.marks[name.removeprefix("past_")] if past is not None else empty
+            elif name.startswith(PAST_MEMORY):
+                held = remembered(past, name, interface.shape, batch)
+                inputs[name] = held.to(chunk.embeds.device)
             elif name.startswith((PAST_KEY, PAST_VALUE, PAST_STATE)):
                 held = past.tensor(name) if past is not None else interface.shape.empty_cache(name, batch, 0)
                 inputs[name] = held.to(chunk.embeds.device)
@@ -366,7 +372,7 @@ class Engine:
             columns,
             offered,
             chunk.saved,
-            {name: value for name, value in outputs.items() if f"past_{name}".startswith(tuple(PAST_MARKS))},
+            {n: value for n, value in outputs.items() if f"past_{n}".startswith((*PAST_MARKS, PAST_MEMORY))},
         )
         for site, source in interface.sites.items():
             if source.startswith("key_positions."):

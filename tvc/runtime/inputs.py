@@ -31,6 +31,7 @@ def check_call(inputs: Mapping[str, Any], visual_token_ids: Sequence[int], where
     _check_cache(past, where)
     ids: Any = inputs.get("input_ids")
     _check_ids(ids, inputs, where)
+    _check_batch(past, ids, where)
     seen = past.seen if isinstance(past, StagedCache) else 0
     _check_mask(inputs.get("attention_mask"), ids, seen, where)
     new = ids[:, seen:] if where == "generate" else ids
@@ -272,6 +273,22 @@ def _check_ids(ids: Any, inputs: Mapping[str, Any], where: str) -> None:
             want="int64 [batch, sequence], neither of them 0",
             fix="ask the processor for return_tensors='pt'",
             slug="bad-input-ids",
+        )
+
+
+def _check_batch(past: Any, ids: torch.Tensor, where: str) -> None:
+    if not isinstance(past, StagedCache) or where == "generate":  # which may yet repeat the prompts
+        return
+    cached, batch = len(past.key_positions[0]), len(ids)
+    if cached != batch:
+        raise InputError(
+            "the cache, and what goes along with it, is of another number of samples",
+            where=where,
+            got=f"input_ids of {batch} samples, past_key_values of {cached}",
+            want=f"{cached} samples, those of the earlier call in its order",
+            fix="pass a row for every sample, padding where one has nothing to say; or repeat the cache's rows with "
+            "past_key_values.batch_select_indices",
+            slug="other-batch",
         )
 
 

@@ -18,7 +18,7 @@ from tvc.trace.crossing import across, images_of
 from tvc.trace.layout import blocks
 from tvc.trace.observe import plain_cache
 from tvc.verification.oracle import Case, Expected, expect
-from tvc.verification.steps import Sample, carry_out
+from tvc.verification.steps import Sample, carry_out, constants
 
 
 def define(model: Any, policy: Any, case: Case, slack: float) -> Expected:
@@ -148,5 +148,5 @@ class _Across:
 def _tap(tap: Tap, sample: Sample, hidden: torch.Tensor) -> Any:
     """What can be had where visual tokens enter the decoder: their features, their order, trained weights."""
     if tap.kind == "weights":
-        return {name: tensor.to(hidden.device) for name, tensor in tap.tensors().items()}  # type: ignore[misc]
+        return constants(tap, hidden)
     return sample.origin[None] if tap.kind == "ordinal" else hidden[sample.slots][None]

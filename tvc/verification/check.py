@@ -20,6 +20,7 @@ from tvc.verification.across import define
 from tvc.verification.oracle import Case, Expected
 from tvc.verification.report import TOLERANCES, Comparison, Report, Tolerance
 from tvc.verification.reselection import of_run
+from tvc.verification.turns import Talk, ends, positions, talk_of
 
 STEPS = 8
 LARGE = 1_000_000_000  # parameters from which on one short comparison has to do
@@ -90,7 +91,26 @@ class _Comparing:
             rows += self._case("batch 1", alone[0])[0]
         if alone and not large:
             rows += self._padded(alone[0])
+        if alone and self.compiled.engine.interface.shape.memories:
+            rows += self._later_call(alone[0], large)
         return Report(tuple(rows))
+
+    def _later_call(self, sample: samples.Inputs, large: bool) -> list[Comparison]:
+        """Two calls on one cache, since scores remember the first one; by hand everything is one prompt."""
+        pad, lengths = _pad_token(self.model), LENGTHS[:1] if large else LENGTHS
+        several = [samples.lengthened(sample, more) for more in lengths]
+        talk = talk_of(self.model, several, pad) or talk_of(self.model, [sample], pad)
+        if talk is None:
+            return []
+        run = converse(self.compiled, self.model, talk, self.steps)
+        rows = self._compared(f"later call, batch {len(talk.whole['input_ids'])}", talk.whole, run, (0, talk.start))
+        alone = talk_of(self.model, [sample], pad)
+        if not self.compiled.engine.interface.shape.spans or (
+            alone is not None and _difference(*ends(self.model, alone)) <= self.tolerance.allowed(run.logits)
+        ):
+            return rows
+        # Tokens of this model see others where all is one prompt: only in front of its layers is that as in two calls.
+        return [row for row in rows if row.site == "language.0" and row.output in ("selection", "plan", "memory")]
 
     def _padded(self, sample: samples.Inputs) -> list[Comparison]:
         """Samples of three lengths in one batch, and each of them by itself."""
@@ -128,6 +148,10 @@ class _Comparing:
 
     def _case(self, name: str, inputs: samples.Inputs) -> tuple[list[Comparison], Run]:
         run = generate(self.compiled, self.model, inputs, self.steps)
+        return self._compared(name, inputs, run), run
+
+    def _compared(self, name: str, inputs: samples.Inputs, run: Run, turns: tuple[int, ...] = (0,)) -> list[Comparison]:
+        """What a run gave beside what it has to give; `turns`: the first columns of the calls that prompts came in."""
         case = Case(
             inputs,
             run.tokens[:, :-1],
@@ -137,14 +161,15 @@ class _Comparing:
             functools.partial(run.values, self.compiled, inputs["input_ids"].shape[1] + self.steps - 1),
             run.chosen,
             self.compiled.engine.interface.shape.crossing,
+            turns,
         )
         expected = define(self.model, self.compiled.policy, case, self.tolerance.relative)
         rows = [*self._selections(name, case, expected), *self._choices(name, expected)]
-        rows += self._caches(name, run, expected)
+        rows += [*self._memories(name, run, expected), *self._caches(name, run, expected)]
         for step in range(run.logits.shape[1]):
             rows.append(self._logits(name, step, run.logits[:, step], expected.logits[:, step], expected.doubts[-1]))
         run.doubt, run.unsettled = expected.doubts[-1], expected.unsettled
-        return rows, run
+        return rows
 
     def _logits(self, name: str, step: int, got: torch.Tensor, want: torch.Tensor, doubt: float) -> Comparison:
         site = self._site_before(self._depth())
@@ -182,17 +207,23 @@ class _Comparing:
             site = self.compiled.policy.reselect.at
             yield Comparison(name, site, "reselection", worst.gap, worst.allowed, where)
 
+    def _memories(self, name: str, run: Run, expected: Expected) -> Iterator[Comparison]:
+        """What scores remember behind the last call."""
+        for output, want in expected.memories.items():
+            site, got = output.removeprefix("memory.").rsplit(".", 2)[0], run.cache.marks[output]
+            where = _place(got, want, f"sample{' entry' * (want.dim() - 1)}")
+            yield self._number(name, site, "memory", got, want, 1.0, f"{output.rsplit('.', 1)[1]}, {where}")
+
     def _kept(self, name: str, site: str, kept: torch.Tensor, case: Case, expected: Expected) -> Comparison:
         """Every text token and what the step left, ascending."""
-        samples_after = [o.sample for n, s, outcomes in expected.outcomes if s == site for o in outcomes]
+        left = [o.sample for n, s, outcomes in expected.outcomes if s == site for o in outcomes]
         wrong, where = 0, ""
-        for sample in samples_after[-len(kept) :]:
-            row = kept[sample.row]
-            row = row[row >= 0]
-            want = torch.cat([sample.text, sample.slots]).sort().values
+        for number, row in enumerate(kept):
+            row, own = row[row >= 0], [sample for sample in left if sample.row == number]
+            want = torch.cat([part for sample in own for part in (sample.text, sample.slots)]).sort().values
             if not torch.equal(row, want):
                 different = len(set(row.tolist()) ^ set(want.tolist())) or 1
-                wrong, where = max(wrong, different), f"sample {sample.row}"
+                wrong, where = max(wrong, different), f"sample {number}"
         return Comparison(name, site, "kept", float(wrong), 0.0, where)
 
     def _caches(self, name: str, run: Run, expected: Expected) -> list[Comparison]:
@@ -301,7 +332,7 @@ def generate(compiled: Any, model: Any, inputs: samples.Inputs, steps: int) -> R
             min_new_tokens=steps,
             do_sample=False,
             num_beams=1,
-            suppress_tokens=sorted({*visual_token_ids(model), *_marks(model.config)}),
+            suppress_tokens=_unwanted(model),
         )
     return Run(
         tokens=ids[:, inputs["input_ids"].shape[1] :],
@@ -310,6 +341,39 @@ def generate(compiled: Any, model: Any, inputs: samples.Inputs, steps: int) -> R
         cache=answers[-1].cache,
         chosen=of_run([answer.cache for answer in answers[1:]], compiled.engine.interface.stages - 1, ids.shape[1] - 1),
     )
+
+
+def converse(compiled: Any, model: Any, talk: Talk, steps: int) -> Run:
+    """Greedy search by the compiled model behind two calls on one cache."""
+    places = positions(model, talk.whole, steps) if compiled.engine.interface.shape.axes else None
+    first = _called(compiled, talk.first, None, places)
+    mask = talk.whole["attention_mask"]
+    answer = _called(compiled, {**talk.second, "attention_mask": mask}, first, places)
+    kept = {site: torch.cat([rows, answer.kept[site]], 1) for site, rows in first.kept.items()}
+    logits, tokens = [answer.logits[:, -1]], []
+    while True:
+        said = logits[-1].clone()
+        said[:, _unwanted(model)] = float("-inf")
+        tokens.append(said.argmax(1, keepdim=True))
+        if len(tokens) == steps:
+            break
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        answer = _called(compiled, {"input_ids": tokens[-1], "attention_mask": mask}, answer, places)
+        logits.append(answer.logits[:, -1])
+    return Run(torch.cat(tokens, 1), torch.stack(logits, 1), kept, answer.past_key_values, [])
+
+
+def _called(compiled: Any, inputs: samples.Inputs, before: Any, places: torch.Tensor | None) -> Any:
+    """The answer to what comes behind the answer `before`; `places` [A, B, S] are the positions of all columns."""
+    cache = None if before is None else before.past_key_values
+    start = 0 if cache is None else cache.get_seq_length()
+    given = {} if places is None else {"position_ids": places[..., start : start + inputs["input_ids"].shape[1]]}
+    return compiled(**inputs, **given, past_key_values=cache)
+
+
+def _unwanted(model: Any) -> list[int]:
+    """Tokens that would make another prompt of what is generated: those of images, and around them."""
+    return sorted({*visual_token_ids(model), *_marks(model.config)})
 
 
 def _same_kept(apart: Mapping[str, torch.Tensor], together: Mapping[str, torch.Tensor], number: int, pads: int) -> bool:

@@ -42,8 +42,8 @@ class Options:
             depth: layers.
         """
         self.frame = torch.full(hidden.shape[:2], -1, dtype=torch.int64, device=hidden.device)
-        for sample, (frame, _) in zip(samples, frames, strict=True):
-            self.frame[sample.row, sample.slots] = frame
+        for sample in samples:
+            self.frame[sample.row, sample.slots] = frames[sample.row][0][sample.number]
         if self.chunks is not None:
             self.unseen = out_of_reach(self.frame, self.chunks.frames, self.chunks.previous)
         if self.pool is not None:

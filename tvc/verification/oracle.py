@@ -31,7 +31,8 @@ from tvc.verification.numbering import Rotary, all_in_fractions, at_frequencies
 from tvc.verification.options import Options
 from tvc.verification.pictures import Pictures, token_pixels
 from tvc.verification.reselection import Choice, Reselection
-from tvc.verification.steps import Outcome, Sample, carry_out, frames_in, text_behind, text_that_rates
+from tvc.verification.steps import Outcome, Sample, carry_out, constants, frames_in, text_behind, text_that_rates
+from tvc.verification.turns import before, memories, parted
 
 UNTURNED = "at position 0"  # behind a layer's name: what its probe saw when no position turned it
 
@@ -47,6 +48,7 @@ class Expected:
     unsettled: float = 1.0  # how far rounding may move merged values where it settles choices otherwise
     outcomes: list[tuple[int, str, list[Outcome]]] = dataclasses.field(default_factory=list)  # step, site, per sample
     choices: list[Choice] = dataclasses.field(default_factory=list)  # of decode steps, where they choose
+    memories: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)  # by output, see `turns.memories`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Case:
     cached: Callable[[int], torch.Tensor | None] = lambda _layer: None  # its values [B, H, S, d] of a layer, or NaN
     chosen: Sequence[torch.Tensor] = ()  # [steps - 1] of [B, S] bool: what its decode steps attended to
     crossing: Crossing | None = None  # set where the text reads visual tokens by cross-attention
+    turns: tuple[int, ...] = (0,)  # first columns of the calls that the inputs came in
 
     @property
     def prompt(self) -> int:
@@ -110,7 +113,6 @@ class _Oracle(Observer):
         self.proportional = False  # sizes of tokens are added to the encoder's logits from here on
         self.transitions = asked(taps)
         self.rates = any("raters" in tap.of for tap in taps)
-        self.raters: list[torch.Tensor] = []  # per sample the columns of the text that rates
         self.probing = False
         rule = policy.reselect
         self.reselection = None if rule is None else Reselection(rule, case.prompt, case.chosen, slack)
@@ -196,7 +198,8 @@ class _Oracle(Observer):
             left = self._steps_at("projector", features, block, arguments)
             hidden = hidden if left is features else self.entry.hidden_of(left)
             if self.rates:
-                self.raters = [text_that_rates(sample, hidden[sample.row]) for sample in self.samples]
+                told = [(sample, text_that_rates(sample, hidden[sample.row])) for sample in self.samples]
+                self.samples = [dataclasses.replace(sample, raters=columns) for sample, columns in told]
         hidden = self.bypass.back(index, hidden, self.alive, self.samples)
         if f"language.{index}" in self.tapped:
             self.inputs_of[f"language.{index}"] = hidden
@@ -286,13 +289,9 @@ class _Oracle(Observer):
         if isinstance(self.policy.positions, Stride):
             self.fractions = all_in_fractions(self.mask, owner, self.positions, self.policy.positions.stride)
         for row in range(len(ids)):
-            slots = visual[row].nonzero().flatten()
-            known: dict[int, int] = {}  # numbers in the order in which the sample shows its images
-            numbers = [known.setdefault(image, len(known)) for image in owner[row, slots].tolist()]
-            segment = torch.tensor(numbers, dtype=torch.int64, device=ids.device)
-            self.frames.append(frames_in(owner[row, slots], self.frames_of))
-            self.pictures.shown.append(owner[row, slots])
-            self.samples.append(Sample.fresh(row, (mask[row] & ~visual[row]).nonzero().flatten(), slots, segment))
+            self.samples += parted(row, mask[row], visual[row], owner[row], self.case.turns)
+            self.pictures.shown.append(owner[row, visual[row]])
+            self.frames.append(frames_in(self.pictures.shown[row], self.frames_of))
         self.options.enter(self.samples, self.frames, hidden, self.case.cached, self.depth)
         self._drop_of_encoder()
 
@@ -328,11 +327,9 @@ class _Oracle(Observer):
 
     def _mark_alive(self, samples: list[Sample], alive: torch.Tensor) -> None:
         for sample in samples:
-            stays = torch.zeros_like(alive[sample.row])
-            stays[sample.text] = True
-            stays[sample.slots] = True
-            if samples is self.samples:
-                stays[self.case.prompt :] = True
+            stays = torch.ones_like(alive[sample.row])
+            stays[sample.start : sample.stop] = False
+            stays[sample.text] = stays[sample.slots] = True
             alive[sample.row] &= stays
 
     def _steps_at(
@@ -346,14 +343,16 @@ class _Oracle(Observer):
             if self._asks_own_layer(step, site):
                 self._probe(block, arguments, hidden, inside)
             last = place == len(steps) - 1
-            outcomes = []
-            for index, sample in enumerate(samples):
+            outcomes, entered, came = [], hidden, tuple(samples)
+
+            def tap_value(tap: Tap, primitive: Any, sample: Sample, entered: torch.Tensor = entered) -> Any:
+                return self._tap(tap, primitive, sample, entered, inside)
+
+            self.expected.memories |= memories(step, came, tap_value)
+            for index, sample in enumerate(came):
                 theirs = self._theirs(site, sample) if last else None
-
-                def tap_value(tap: Tap, primitive: Any, sample: Sample, hidden: torch.Tensor = hidden) -> Any:
-                    return self._tap(tap, primitive, sample, hidden, inside)
-
-                outcome = carry_out(step, sample, hidden[sample.row], tap_value, theirs, self.slack, self.doubt)
+                doubts = (self.slack, self.doubt)
+                outcome = carry_out(step, sample, entered[sample.row], tap_value, theirs, *doubts, before(came, sample))
                 outcomes.append(outcome)
                 if outcome.feature is not None:
                     hidden = hidden.clone()
@@ -423,13 +422,13 @@ class _Oracle(Observer):
 
     def _tap(self, tap: Tap, primitive: Any, sample: Sample, hidden: torch.Tensor, inside: bool) -> Any:
         layer = tap.layer or ""
-        if tap.kind == "weights":
-            return {name: tensor.to(hidden.device) for name, tensor in tap.tensors().items()}  # type: ignore[misc]
+        if tap.kind in ("weights", "memory"):
+            return constants(tap, hidden)
         if tap.kind == "ordinal":
             return sample.origin[None]
         if tap.kind == "transition":
             number = int(layer.removeprefix("language."))
-            there = self.expected.held[number][sample.row, : self.case.prompt].nonzero().flatten()
+            there = sample.within(self.expected.held[number][sample.row].nonzero().flatten())
             return changes(self.transitions[number], sample, there)[None]
         if tap.kind == "spent":
             return sample.spent(int(layer.removeprefix("language.")))
@@ -465,18 +464,18 @@ class _Oracle(Observer):
         if of == "cls":
             return torch.zeros(1, dtype=torch.int64, device=sample.slots.device)
         if of == "last":
-            return torch.full((1,), self.case.prompt - 1, device=sample.slots.device)
+            return torch.tensor([sample.stop or self.case.prompt], device=sample.slots.device) - 1
         if of == "text":
             return sample.text
         if of == "raters":
-            return self.raters[sample.row]
+            return sample.raters if sample.raters is not None else sample.text
         if of == "visual":
             return sample.slots
         if mask is None:
             return torch.cat([sample.text, sample.slots]).sort().values
         allowed = mask if mask.dtype == torch.bool else mask >= 0
-        attended = allowed[0, 0].any(0)  # all that the tap's layer held: what any row may attend to
-        return (attended if inside else attended[: self.case.prompt]).nonzero().flatten()
+        # All that the tap's layer held of the call: what any row may attend to.
+        return sample.within(allowed[0, 0].any(0).nonzero().flatten())
 
     def _encoder_tap(self, tap: Tap, primitive: Any, sample: Sample) -> torch.Tensor:
         visual = self._visual_counts()

@@ -140,17 +140,24 @@ def joined(model: Any, samples: Sequence[Inputs], pad: int) -> Inputs | None:
         pad: the token that fills rows up.
     """
     width = max(sample["input_ids"].shape[1] for sample in samples)
+    samples = [widened(sample, width, pad) for sample in samples]
     made: Inputs = {}
     for name in samples[0]:
         parts = [sample[name] for sample in samples]
-        if parts[0].shape[:2] == samples[0]["input_ids"].shape:
-            fill = pad if name == "input_ids" else 0
-            rest = (0, 0) * (parts[0].dim() - 2)
-            parts = [torch.nn.functional.pad(part, (*rest, width - part.shape[1], 0), value=fill) for part in parts]
         axis = sample_axis(model, name, parts[0])
         if len({part.shape[:-1] if axis else part.shape[1:] for part in parts}) > 1:
             return None
         made[name] = torch.cat(parts, axis)
+    return made
+
+
+def widened(sample: Inputs, width: int, pad: int) -> Inputs:
+    """The sample with so much padding in front that it is `width` tokens long."""
+    ids, made = sample["input_ids"], dict(sample)
+    for name, value in sample.items():
+        if value.shape[:2] == ids.shape:
+            room = (*(0, 0) * (value.dim() - 2), width - value.shape[1], 0)
+            made[name] = torch.nn.functional.pad(value, room, value=pad if name == "input_ids" else 0)
     return made
 
 

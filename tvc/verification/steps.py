@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ class Sample:
     origin: torch.Tensor  # [V] int64 number among the tokens that entered the component
     number: torch.Tensor  # [V] int64 number among all visual tokens of the sample
     past: tuple[tuple[int, torch.Tensor], ...] = ()  # (decoder layer, [images] tokens from there on) at entry and cuts
+    start: int = 0  # the first column of the call that brought the tokens
+    stop: int | None = None  # and the one behind its last; None: it brought all there are
+    raters: torch.Tensor | None = None  # columns of the text that rates visual tokens
 
     @classmethod
     def fresh(cls, row: int, text: torch.Tensor, slots: torch.Tensor, segment: torch.Tensor) -> Sample:
@@ -48,6 +51,22 @@ class Sample:
             origin=self.origin[index],
             number=self.number[index],
         )
+
+    def behind(self, earlier: Sequence[Sample]) -> Sample:
+        """The tokens of earlier calls and, behind them, this one's, as one call would have brought them."""
+        parts, images = [*earlier, self], 0
+        segments = []
+        for part in parts:
+            segments.append(part.segment + images)
+            images += part.images
+        names = ("text", "slots", "size", "origin", "number")
+        joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return dataclasses.replace(self, **joined, segment=torch.cat(segments), images=images)
+
+    def within(self, columns: torch.Tensor) -> torch.Tensor:
+        """Those of the columns [N] that came in the sample's own call."""
+        own = columns[columns >= self.start]
+        return own if self.stop is None else own[own < self.stop]
 
     def entering(self) -> Sample:
         """The same tokens, numbered and counted afresh: they enter another component, which takes each for one."""
@@ -99,6 +118,7 @@ def carry_out(
     theirs: torch.Tensor | None,
     slack: float,
     doubt: float = 1.0,
+    earlier: Sequence[Sample] = (),
 ) -> Outcome:
     """The step on one sample.
 
@@ -110,10 +130,11 @@ def carry_out(
         theirs: columns of the visual tokens that the compiled model kept; None where it does not say.
         slack: relative difference of scores that rounding explains. Within it the compiled model's choice is followed.
         doubt: how many times more the hidden states may be off, behind earlier merges.
+        earlier: the same sample in earlier calls on its cache, as it came to the step, where scores remember these.
     """
     if not len(sample.slots):
         return Outcome(sample, None, 0, True)
-    by_hand = _ByHand(step, sample, hidden, tap_value)
+    by_hand = _ByHand(step, sample, hidden, tap_value, earlier)
     outcome = _chosen(by_hand, theirs, slack)
     if outcome.feature is not None:
         stays = torch.isin(sample.slots, outcome.sample.slots)
@@ -203,8 +224,9 @@ def _gap(
 class _ByHand:
     """One step's primitives on one sample."""
 
-    def __init__(self, step: Any, sample: Sample, hidden: torch.Tensor, tap_value: TapValue):
+    def __init__(self, step: Any, sample: Sample, hidden: torch.Tensor, tap_value: TapValue, earlier: Sequence[Sample]):
         self.step, self.sample, self.hidden, self.tap_value = step, sample, hidden, tap_value
+        self.earlier = earlier
         self.feature = hidden[sample.slots][None]
         self.scope = sample.scope(step.scope)
         self.ranked: torch.Tensor | None = None  # what the last decision was made of: the score
@@ -212,7 +234,7 @@ class _ByHand:
         self.again = self.merged_again  # how it is made once more; from scratch where rounding settled it otherwise
 
     def _taps(self, primitive: Any) -> dict[str, Any]:
-        return {name: self.tap_value(tap, primitive, self.sample) for name, tap in primitive.taps().items()}
+        return taps_of(primitive, self.sample, self.tap_value)
 
     def score(self) -> torch.Tensor | None:
         """[1, V] float32."""
@@ -229,12 +251,15 @@ class _ByHand:
         return combine(parts, segment)
 
     def _one(self, primitive: Any) -> torch.Tensor:
-        taps = self._taps(primitive)
+        taps, scope = self._taps(primitive), self.scope
+        if remembers(primitive) and self.earlier:  # what it would say had all come at once, of the last tokens
+            whole = self.sample.behind(self.earlier)
+            taps, scope = taps_of(primitive, whole, self.tap_value), whole.scope(self.step.scope)
         given = taps.get("attention")
         if isinstance(given, torch.Tensor):  # an attention of the vision encoder arrives as the score itself
             return given
-        value: torch.Tensor = primitive.apply(scope=self.scope, **taps) if primitive.scoped else primitive.apply(**taps)
-        return value
+        value: torch.Tensor = primitive.apply(scope=scope, **taps) if primitive.scoped else primitive.apply(**taps)
+        return value[:, -len(self.sample.slots) :]
 
     def shaken(self, score: torch.Tensor | None, slack: float, seed: int = 0) -> tuple[_ByHand, torch.Tensor | None]:
         """The same with features, taps and score moved by as much as rounding may."""
@@ -243,7 +268,7 @@ class _ByHand:
         def tap_value(tap: Tap, primitive: Any, sample: Sample) -> Any:
             return moved(self.tap_value(tap, primitive, sample), slack, generator)
 
-        other = _ByHand(self.step, self.sample, moved(self.hidden, slack, generator), tap_value)
+        other = _ByHand(self.step, self.sample, moved(self.hidden, slack, generator), tap_value, self.earlier)
         if score is not None:
             noise = torch.randn(score.shape, generator=generator).to(score.device)
             score = score + slack * score.abs().max() * noise
@@ -309,6 +334,31 @@ class _ByHand:
         real = made[0][0] >= 0
         index, feature, sizes = made[0][0][real], made[1][0][real], made[2][0][real]
         return index, feature, sizes
+
+
+def taps_of(primitive: Any, sample: Sample, tap_value: TapValue) -> dict[str, Any]:
+    """The taps of a primitive by name."""
+    return {name: tap_value(tap, primitive, sample) for name, tap in primitive.taps().items()}
+
+
+def constants(tap: Tap, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a tap gives whatever the sample: trained weights; of a memory zeros, since all calls are looked at together.
+
+    Args:
+        hidden: [..., D] for the device and the width.
+    """
+    if tap.tensors is not None:
+        return {name: tensor.to(hidden.device) for name, tensor in tap.tensors().items()}
+    sizes = [[hidden.shape[-1] if size == "width" else size for size in state.sizes] for state in tap.states]
+    return {
+        state.name: torch.zeros(1, *size, dtype=state.dtype, device=hidden.device)
+        for state, size in zip(tap.states, sizes, strict=True)
+    }
+
+
+def remembers(primitive: Any) -> bool:
+    """Whether a score goes by what earlier calls on the same cache have shown."""
+    return any(tap.states for tap in primitive.taps().values())
 
 
 def _planned(step: Any, sample: Sample) -> tuple[int, bool]:
