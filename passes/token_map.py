@@ -184,8 +184,8 @@ class TokenMap:
         rows, columns = _window(node)
         width = int(node.meta["val"].shape[1])
         # Numbers that share a place already would have to share it once more.
-        if node.meta["val"].dim() != 4 or not rows or self.blocks[data] != width or rows * columns > width:
-            raise _untraceable(node, "windows that overlap or reach over the edge, or too few channels to tell them")
+        if node.meta["val"].dim() != 4 or not rows or self.blocks[data] != width or width % (rows * columns):
+            raise _untraceable(node, "windows that overlap or reach over the edge, or channels that they do not divide")
         self.shadows[node] = self._call(share_windows, self.shadows[data], rows, columns)
         self.blocks[node] = width // (rows * columns)
 

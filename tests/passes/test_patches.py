@@ -244,7 +244,7 @@ class Averaged(torch.nn.Module):
 )
 @torch.no_grad()
 def test_tokens_of_a_window_are_those_of_their_mean(rows: int, columns: int, kernel: tuple[int, int]) -> None:
-    found = followed(Averaged(rows, columns, kernel), torch.zeros(2, rows * columns, 12))
+    found = followed(Averaged(rows, columns, kernel, width=36), torch.zeros(2, rows * columns, 36))
     high, wide = kernel
     expected = [
         [(top * high + down) * columns + left * wide + across for down in range(high) for across in range(wide)]
@@ -255,6 +255,6 @@ def test_tokens_of_a_window_are_those_of_their_mean(rows: int, columns: int, ker
 
 
 def test_windows_that_share_tokens_are_refused() -> None:
-    for stride, width in ((1, 12), (None, 3)):
+    for stride, width in ((1, 12), (None, 3), (None, 6)):
         with pytest.raises(SiteError, match="cannot be followed"):
             followed(Averaged(4, 4, (2, 2), stride, width), torch.zeros(2, 16, width))
