@@ -123,3 +123,13 @@ class Rotary:
         made = module(*args, **kwargs)
         self._again = False
         return made
+
+    def unturned(self, mask: torch.Tensor, axes: int, given: Any) -> Any:
+        """Position embeddings that turn no token: those of position 0, where every rotation begins.
+
+        Args:
+            mask: [B, S], of which the shape alone is read.
+            axes: rotary axes of the positions, 0 for plain ones.
+        """
+        zeros = torch.zeros_like(mask, dtype=torch.int64)
+        return self.at(zeros.expand(axes, *zeros.shape) if axes else zeros, given)

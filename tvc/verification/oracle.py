@@ -146,9 +146,8 @@ class _Oracle(Observer):
                 if hasattr(owner, name):
                     stack.enter_context(replaced(owner, name, noting(name, getattr(owner, name))))
             stack.enter_context(observed(self.model, self))
-            stack.enter_context(self.entry.watched())
-            stack.enter_context(self.rotary.watched())
-            stack.enter_context(watched(self.model, self.transitions))
+            for watch in (self.entry.watched(), self.rotary.watched(), watched(self.model, self.transitions)):
+                stack.enter_context(watch)
             if isinstance(rule := self.policy.positions, Rescale):
                 stack.enter_context(at_frequencies(self.rotary.modules[0], rule))
             steps = self.case.tokens.shape[1] + 1
@@ -210,6 +209,9 @@ class _Oracle(Observer):
         else:
             self._close_up(name, arguments)
         self._number(index, arguments)
+        if self.options.unrotated is not None and has_attention(block):
+            zeros = self.rotary.unturned(self.mask, self.case.axes, self.turned_by)
+            self.options.unrotated.look(block, arguments, zeros)
         self.seen.pop(f"language.{index}", None)
         self.expected.held.append(self.alive.clone())
         self.expected.doubts.append(self.doubt)
@@ -412,9 +414,8 @@ class _Oracle(Observer):
         if not inside and any(not tap.rotary for p in self.primitives for tap in p.taps().values()):
             name = next(reversed(self.seen))
             turned = self.seen[name].copy()
-            zeros = torch.zeros_like(self.mask, dtype=torch.int64)
-            zeros = zeros.expand(self.case.axes, *zeros.shape) if self.case.axes else zeros
-            block.forward(**{**given, "position_embeddings": self.rotary.at(zeros, self.turned_by)})
+            zeros = self.rotary.unturned(self.mask, self.case.axes, self.turned_by)
+            block.forward(**{**given, "position_embeddings": zeros})
             self.seen[f"{name} {UNTURNED}"] = [self.seen[name].pop()]
             self.seen[name] = turned
         self.probing = False
