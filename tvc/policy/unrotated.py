@@ -1,4 +1,4 @@
-"""Text that reads visual keys unrotated: what it cannot stand beside, and which decoders cannot do it."""
+"""Text that reads visual keys unrotated: which decoders cannot do so, and what it cannot stand beside."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def check_unrotated(policy: Policy, steps: Sequence[Step], layout: Layout) -> No
         raise refusal(
             policy,
             PATH,
-            f"the text of {layout.model_type} reads no visual key that positions turn",
+            f"the text of {layout.model_type} cannot read visual keys unrotated",
             got="it reads visual tokens by cross-attention, and they have no position" if crosses else layout.unturned,
-            want="a decoder that turns queries and keys by their positions (rotary embedding)",
+            want="a decoder whose layers turn queries and keys of their own by positions (rotary embedding)",
             fix="leave attention out",
             slug="nothing-rotated",
         )
