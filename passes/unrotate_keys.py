@@ -53,12 +53,13 @@ class UnrotateKeys(Pass):
         changes: list[Change] = []
         for stage, state in zip(program.stages, self.component.meta["stages"], strict=True):
             known, pairs, visual = self._opened(stage, state, blocks)
+            tables = _of_positions(state.position_ids)
             values[f"visual.{stage.index}"] = visual
             for layer in stage.layers:
                 node = blocks[layer].attention
                 if node is None:
                     continue
-                made = self._rewritten(blocks[layer], node, state, known, pairs)
+                made = self._rewritten(blocks[layer], node, tables, known, (state.visual_index, pairs))
                 if made is not None:
                     values[f"key.{layer}"] = made
                     changes.append(Change("decoder", node.name, "text reads visual keys unrotated", "attention"))
@@ -78,21 +79,30 @@ class UnrotateKeys(Pass):
         return known, pairs, visual
 
     def _rewritten(
-        self, block: Block, node: fx.Node, state: ChunkState, known: dict[fx.Node, fx.Node], pairs: fx.Node
+        self,
+        block: Block,
+        node: fx.Node,
+        tables: set[fx.Node],
+        known: dict[fx.Node, fx.Node],
+        told: tuple[fx.Node, fx.Node],
     ) -> fx.Node | None:
         """The layer's keys [B, G, N, d] as they are cached; None where its queries and keys are not turned.
 
-        `known` gets what is made of positions alone, which layers may share.
+        Args:
+            tables: what is made of positions alone.
+            known: what stands for them at position 0, which layers may share; it gets what is new.
+            told: the slots of visual tokens, and the pairs that are unrotated.
         """
+        visual_index, pairs = told
         query, key, value, mask, scale, softcap = cast("tuple[Any, ...]", node.args)
         past, own = _joined(key, block)
-        turned = _turned([query, own], state.position_ids, block)
+        turned = _turned([query, own], tables, block)
         if query not in turned and own not in turned:
             return None
         with self.graph.inserting_before(node):
             copies = clone(turned, known, NOTE)
             known |= copies
-            keys = self._call(OP.unrotated_keys.default, own, copies.get(own, own), state.visual_index)
+            keys = self._call(OP.unrotated_keys.default, own, copies.get(own, own), visual_index)
             cached = self._call(A.cat.default, [past, keys], *key.args[1:])
             raw_query = copies.get(query, query)
             given = (query, key, value, mask, raw_query, cached, pairs, scale, softcap)
@@ -126,23 +136,27 @@ def _joined(key: Any, block: Block) -> tuple[fx.Node, fx.Node]:
     )
 
 
-def _turned(roots: list[fx.Node], position_ids: fx.Node, block: Block) -> list[fx.Node]:
-    """What `roots` are made of that hangs on positions, in the graph's order: made of these alone, or in the block.
+def _of_positions(position_ids: fx.Node) -> set[fx.Node]:
+    """What is made of `position_ids`, constants and sizes alone: tables of rotations."""
+    constant, made = set[fx.Node](), {position_ids}
+    for node in position_ids.graph.nodes:
+        if node.op in ("placeholder", "output") or node in made:
+            continue
+        values = [one for one in node.all_input_nodes if not isinstance(one.meta.get("val"), torch.SymInt)]
+        if all(one in constant for one in values):
+            constant.add(node)
+        elif all(one in constant or one in made for one in values):
+            made.add(node)
+    return made - {position_ids}
+
+
+def _turned(roots: list[fx.Node], tables: set[fx.Node], block: Block) -> list[fx.Node]:
+    """What `roots` are made of that hangs on positions, in the graph's order: `tables`, and nodes of the block.
 
     What enters a block hangs on positions as well, through the blocks before it, and stays as it is.
     """
-    alone, inside = {position_ids}, set[fx.Node]()
-    sizes = {node for node in position_ids.graph.nodes if isinstance(node.meta.get("val"), torch.SymInt)}
-    for node in backward_closure(roots, stop=[position_ids, *sizes]):
-        values = [one for one in node.all_input_nodes if one not in sizes]
-        known = [one for one in values if one in alone]
-        if known and all(one in alone or _constant(one, sizes) for one in values):
-            alone.add(node)
-        elif block.holds(node) and (known or any(one in inside for one in values)):
-            inside.add(node)
-    return [node for node in position_ids.graph.nodes if node in inside or (node in alone and node is not position_ids)]
-
-
-def _constant(node: fx.Node, sizes: set[fx.Node]) -> bool:
-    """Whether no input of the graph goes into the node, sizes apart."""
-    return all(one.op != "placeholder" for one in backward_closure([node], stop=sizes))
+    found: dict[fx.Node, None] = {}
+    for node in backward_closure(roots):
+        if node in tables or (block.holds(node) and any(one in found for one in node.all_input_nodes)):
+            found[node] = None
+    return list(found)
