@@ -14,7 +14,7 @@ from transformers.models.llama import modeling_llama
 import support
 import tvc
 from tvc.api import Prepared
-from tvc.errors import SiteError
+from tvc.errors import SiteError, TraceError
 from tvc.kernels import OPS
 from tvc.policy import load_policy
 from tvc.report.cost import attention_flops
@@ -178,6 +178,22 @@ def test_decoders_that_do_not_turn_visual_keys_of_their_own_are_refused(family: 
     given = support.inputs(family, 2) if processor is None else None
     with pytest.raises(SiteError, match="nothing-rotated"):
         tvc.compile(model, RULE, processor=processor, inputs=given, verify=False)
+
+
+@pytest.mark.conformance
+def test_keys_that_are_made_in_another_way_are_refused() -> None:
+    model, processor = support.build("mistral4")
+    with pytest.raises(TraceError, match="unknown-keys"):
+        tvc.compile(model, RULE, processor=processor, verify=False)
+
+
+@pytest.mark.conformance
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_agrees_with_the_definition(dtype: torch.dtype) -> None:
+    model, processor = support.build("llava")
+    compiled = tvc.compile(model.to(dtype), {**RULE, "steps": [CUT]}, processor=processor, verify=False)
+    rows = compare(compiled, model, support.inputs("llava", 3), steps=3).comparisons
+    assert not [row for row in rows if not row.passed]
 
 
 @pytest.mark.conformance
