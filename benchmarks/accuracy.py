@@ -43,7 +43,7 @@ FITTED = fitted(
 # What no budget can be set of: it asks by itself how much leaves, cuts nothing, or thins the frames of a video.
 UNBUDGETED = (
     *("dycoke", "evs", "frame-stride", "framefusion", "pool", "pool-3d", "showui", "stc", "todre-exit", "v2pe"),
-    *("video-xl-2", "visual-context-window"),
+    *("video-xl-2", "vista-unrotated", "visual-context-window"),
     *fitted("dyvte-trained", "mustdrop-6"),
 )
 # Name of the results, presets, and how to ask: all budgets in torch; what has none, as it is; and in both runtimes one

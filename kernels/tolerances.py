@@ -29,7 +29,9 @@ EXCEPTIONS: dict[tuple[str, torch.dtype], Tolerance] = {
     ("attention", torch.float16): Tolerance(4e-3, 4e-3, "logits up to 8 are rounded at 4e-3 before exp"),
     ("attention", torch.bfloat16): Tolerance(3.2e-2, 3.2e-2, "logits up to 8 are rounded at 3e-2 before exp"),
 }
-EXCEPTIONS |= {("attend", dtype): bar for (_, dtype), bar in EXCEPTIONS.items()}
+EXCEPTIONS |= {
+    (name, dtype): bar for (_, dtype), bar in EXCEPTIONS.items() for name in ("attend", "unrotated_attention")
+}
 
 
 def tolerance(name: str, dtype: torch.dtype) -> Tolerance:

@@ -17,7 +17,7 @@ from tvc.kernels.segments import mark
 from tvc.passes.base import Pass
 from tvc.passes.cuts import ChunkState
 from tvc.passes.taps import last_rows
-from tvc.program import Change, Program
+from tvc.program import Change, Component, Program
 
 A, OP = torch.ops.aten, torch.ops.tvc
 NOTE = "ReselectKeys"
@@ -45,6 +45,17 @@ def shown(key_positions: torch.Tensor, query_positions: torch.Tensor, chosen: to
     return torch.where(chosen, torch.cat([key_positions, query_positions], 1), -1)
 
 
+def added_input(component: Component, name: str, behind: str, note: str) -> fx.Node:
+    """A new input of the component's draft, behind the one of the name `behind`."""
+    graph: fx.Graph = component.draft.graph  # type: ignore[union-attr]
+    with graph.inserting_after(placeholders(graph)[identifier(behind)]):
+        node = graph.placeholder(identifier(name))
+    index = component.inputs.index(behind) + 1
+    component.inputs = (*component.inputs[:index], name, *component.inputs[index:])
+    annotate(node, note)
+    return node
+
+
 class ReselectKeys(Pass):
     """Gives the layers from a policy's `reselect` on masks of their own."""
 
@@ -59,10 +70,10 @@ class ReselectKeys(Pass):
         self.graph: fx.Graph = self.component.draft.graph  # type: ignore[union-attr]
         blocks = find_blocks(self.graph)
         stage, state = program.stages[-1].index, self.component.meta["stages"][-1]
-        marks = {"visual": self._placeholder(f"{PAST_VISUAL}{stage}", f"{PAST_POSITIONS}{stage}")}
-        marks["seen"] = self._placeholder(f"{PAST_SEEN}{stage}", f"{PAST_VISUAL}{stage}")
+        marks = {"visual": added_input(self.component, f"{PAST_VISUAL}{stage}", f"{PAST_POSITIONS}{stage}", NOTE)}
+        marks["seen"] = added_input(self.component, f"{PAST_SEEN}{stage}", f"{PAST_VISUAL}{stage}", NOTE)
         if self.rule.alike and not self.rule.bug_compatible:
-            marks["chosen"] = self._placeholder(f"{PAST_CHOSEN}{stage}", f"{PAST_SEEN}{stage}")
+            marks["chosen"] = added_input(self.component, f"{PAST_CHOSEN}{stage}", f"{PAST_SEEN}{stage}", NOTE)
         with self.graph.inserting_before(first_node(self.graph, blocks[self.rule.first])):
             results, places = self._choice(blocks[self.rule.observed].attention, state, marks)
             changes = self._masks([block.attention for block in blocks[self.rule.first :]], places)
@@ -100,14 +111,6 @@ class ReselectKeys(Pass):
             Change("decoder", mask.name, f"made of chosen keys from {self.rule.at} on in decode steps", "reselect")
             for mask in made
         ]
-
-    def _placeholder(self, name: str, behind: str) -> fx.Node:
-        with self.graph.inserting_after(placeholders(self.graph)[identifier(behind)]):
-            node = self.graph.placeholder(identifier(name))
-        index = self.component.inputs.index(behind) + 1
-        self.component.inputs = (*self.component.inputs[:index], name, *self.component.inputs[index:])
-        annotate(node, NOTE)
-        return node
 
     def _call(self, function: Any, *arguments: Any) -> fx.Node:
         node = self.graph.call_function(function, arguments)

@@ -14,12 +14,14 @@ import torch.fx as fx
 from tvc.graphs import join_equal
 
 SHORTEN = torch.ops.tvc.shorten.default
-# The argument that each result is where nothing is visual: caches of text and memories stay, no token comes back.
+# The argument that each result is where nothing is visual: caches of text and memories stay, no token comes back, and
+# every new key is turned.
 LEFT: dict[Any, int] = {
     torch.ops.tvc.evict.default: 0,
     torch.ops.tvc.pool_cache.default: 0,
     torch.ops.tvc.restore.default: 2,
     torch.ops.tvc.remember.default: 0,
+    torch.ops.tvc.unrotated_keys.default: 0,
 }
 _SAME = (1, 3, 4, 5, 6, 7, 8, 9)  # the argument of `shorten` that each result but the last is, where nothing goes
 

@@ -19,8 +19,8 @@ past_key_positions.s   [B, P_s] int64 places of the tokens cached by stage s, -1
 past_key.i past_value.i  [B, G, P_s, d] the cache of layer i, as long as its stage's
                        (P_c tokens in layers with cross-attention, which cache visual tokens alone)
 past_state.i           [B, C, L] the cache of a layer without attention: the last L inputs of its convolution
-past_visual.s          [B, P_s] bool which of the tokens cached by stage s are visual; this and the next two only where
-                       decode steps choose among them (see kernels/reselect.py)
+past_visual.s          [B, P_s] bool which of the tokens cached by stage s are visual; only where text reads these
+                       unrotated, or decode steps choose among them, as the next two (see kernels/reselect.py)
 past_seen.s            [B, P_s] float32 the attention that the last decode step paid each of them, zeros behind others
 past_chosen.s          [B, P_s] bool which of them it attended to; an output alone where nothing asks
 past_memory.SITE.i.n   [B, ...] state n that score term i of the step at SITE has kept of earlier calls, see `Memory`

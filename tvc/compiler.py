@@ -25,7 +25,9 @@ from tvc.passes.rebind_cuts import RebindCuts
 from tvc.passes.reselect_keys import ReselectKeys
 from tvc.passes.retrace import Retrace
 from tvc.passes.text_only import without_cuts
+from tvc.passes.unrotate_keys import UnrotateKeys
 from tvc.policy import ResolvedPolicy
+from tvc.policy.options import Chunks, Unrotated
 from tvc.policy.positions import Rescale, stride_of
 from tvc.program import Component, Program
 from tvc.report.plan import Operators
@@ -38,7 +40,7 @@ from tvc.trace.vision import capture_vision
 
 Progress = Callable[[str], None]
 # Whole, so that a chunk without visual tokens can go without them.
-CUTS = frozenset({"shorten", "restore", "evict", "pool_cache", "remember"})
+CUTS = frozenset({"shorten", "restore", "evict", "pool_cache", "remember", "unrotated_keys"})
 
 
 def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, progress: Progress = print) -> Program:
@@ -64,10 +66,12 @@ def trace(model: Any, survey: Survey, policy: ResolvedPolicy | None = None, prog
 
 def reduce(program: Program, policy: ResolvedPolicy, progress: Progress = print) -> Program:
     """The program with the policy's reductions in drafts of its graphs; ops are still whole."""
-    chunks: list[Pass] = [] if policy.attention is None else [ChunkAttention(policy.attention)]
+    rule = policy.attention
+    chunks: list[Pass] = [ChunkAttention(rule)] if isinstance(rule, Chunks) else []
+    turning: list[Pass] = [UnrotateKeys()] if isinstance(rule, Unrotated) else []
     pools: list[Pass] = [] if policy.cache is None else [PoolCaches(policy.cache)]
     decoding: list[Pass] = [] if policy.reselect is None else [ReselectKeys(policy.reselect)]
-    return run(program, [*chunks, InsertReductions(policy), RebindCuts(), *pools, *decoding], progress)
+    return run(program, [*chunks, InsertReductions(policy), RebindCuts(), *pools, *decoding, *turning], progress)
 
 
 def lower(program: Program, target: str, progress: Progress = print) -> Program:

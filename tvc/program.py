@@ -62,6 +62,7 @@ class Layout:
     vision_width: int | None = None  # width of the encoder's hidden states; None: not known
     whole_positions: str = ""  # why the decoder takes no fractions of a position; empty where it does
     kept_positions: str = ""  # why tokens behind a cut of the decoder keep their positions; empty where they need not
+    unturned: str = ""  # why positions do not turn queries and keys of each layer; empty where they do
     spatial: bool = False  # the decoder's positions tell the row and the column of a visual token
     fixed_frequencies: str = ""  # why the decoder's rotary embedding keeps its frequencies; empty where it need not
     in_order: bool = True  # features leave the encoder tile by tile, row by row; False: packed, or stitched together

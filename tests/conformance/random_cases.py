@@ -107,19 +107,19 @@ def _beside_steps(draw: st.DrawFn, blocks: Mapping[str, int]) -> Settings:
     says: dict[str, st.SearchStrategy[Any]] = {
         "positions": _positions(),
         "reselect": _reselections(blocks),
-        **{place: _few(option).map(_keyed(option.key)) for place, option in OPTIONS.items()},
+        **{place: st.one_of(*(_few(one).map(_keyed(one.key)) for one in known)) for place, known in OPTIONS.items()},
     }
     names = draw(st.lists(st.sampled_from(sorted(says)), min_size=1, max_size=2, unique=True))
     return {name: draw(says[name]) for name in names}
 
 
 def _few(option: Any) -> st.SearchStrategy[Settings]:
-    """Small numbers for an option: a prompt holds a few pictures and frames."""
+    """Small numbers for an option: a prompt holds a few pictures and frames; a word where it takes no other."""
     schema = option.model_json_schema()
-    least = {
-        name: one.get("minimum", one.get("exclusiveMinimum", -1) + 1) for name, one in schema["properties"].items()
-    }
-    few = {name: st.integers(number, number + 2) for name, number in least.items()}
+    few: dict[str, st.SearchStrategy[Any]] = {}
+    for name, one in schema["properties"].items():
+        least = one.get("minimum", one.get("exclusiveMinimum", -1) + 1)
+        few[name] = st.just(one["const"]) if "const" in one else st.integers(least, least + 2)
     needed = {name: few.pop(name) for name in schema["required"]}
     return st.fixed_dictionaries(needed, optional=few)
 

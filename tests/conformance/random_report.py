@@ -59,7 +59,7 @@ def coverage(rows: list[Row]) -> dict[str, dict[str, int]]:
     counted: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for kind, known in PRIMITIVES.items():
         counted[kind].update(dict.fromkeys(known, 0))
-    counted["option"].update(dict.fromkeys((option.key for option in OPTIONS.values()), 0))
+    counted["option"].update(dict.fromkeys((one.key for known in OPTIONS.values() for one in known), 0))
     counted["preset"].update(dict.fromkeys(presets(), 0))
     for row in rows:
         if row["outcome"] in COMPARED and "policy" in row:

@@ -63,6 +63,7 @@ from tvc.kernels.when_cross_attention import CrossAttention
 from tvc.kernels.when_threshold import ThresholdGate
 from tvc.passes.chunk_attention import chunk_of_slots
 from tvc.passes.taps import frames_of, grid_by_position, rows_by_position
+from tvc.passes.unrotate_keys import raw_pairs
 
 OP = torch.ops.tvc
 WIDTH, HEADS, GROUPS, HEAD_WIDTH = 12, 4, 2, 8
@@ -171,6 +172,12 @@ class OneGraph(torch.nn.Module):
             out[f"attention_mask.spans.{window}"] = masked
         out["attention"] = OP.attention(at.query, at.key, at.value, mask, HEAD_WIDTH**-0.5, 0.0)
         out["attention.softcap"] = OP.attention(at.query, at.key, at.value, mask, HEAD_WIDTH**-0.5, 5.0)
+        own = at.key[:, :, at.key.shape[2] - at.query.shape[2] :]
+        out["unrotated_keys"] = OP.unrotated_keys(own, -own, at.visual_index)
+        pairs = raw_pairs(at.key_positions % 3 == 1, at.visual_index, at.query_positions)
+        raw = (at.query.flip(3), at.key.flip(3), pairs, HEAD_WIDTH**-0.5)
+        for cap in (0.0, 5.0):
+            out[f"unrotated_attention.{cap}"] = OP.unrotated_attention(at.query, at.key, at.value, mask, *raw, cap)
         runs = out["attention_runs"] = OP.attention_runs(at.key_positions)
         places = (at.query_positions, at.key_positions, runs)
         out["attend"] = OP.attend(at.query, at.key, at.value, *places, HEAD_WIDTH**-0.5)

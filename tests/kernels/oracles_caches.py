@@ -1,11 +1,11 @@
-"""What caches hold of frames, by loops over plain lists."""
+"""What caches hold of frames and of visual keys, and attention to these, by loops over plain lists."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from kernel_oracles import ORACLES, Row
+from kernel_oracles import ORACLES, Row, _softmax
 
 
 def whole_chunks(frame: list[Row], score: list[Row] | None, size: int, first: int, last: int, best: int) -> Any:
@@ -67,4 +67,33 @@ def pool_cache(held: Any, entry: list[Row], kept: list[Row]) -> Any:
     return made
 
 
-ORACLES |= {function.__name__: function for function in (whole_chunks, pool_entries, pool_cache)}
+def unrotated_keys(key: Any, raw_key: Any, visual: list[Row]) -> Any:
+    made = [[list(rows) for rows in heads] for heads in key]
+    for b, slots in enumerate(visual):
+        for group, rows in enumerate(made[b]):
+            for slot in (slot for slot in slots if slot >= 0):
+                rows[slot] = raw_key[b][group][slot]
+    return made
+
+
+def unrotated_attention(
+    query: Any, key: Any, value: Any, mask: Any, raw_query: Any, raw_key: Any, raw: Any, scale: float, softcap: float
+) -> Any:
+    def logit(b: int, h: int, q: int, n: int) -> float:
+        group = h * len(key[b]) // len(query[b])
+        queries, keys = (raw_query, raw_key) if raw[b][0][q][n] else (query, key)
+        found = sum(one * other for one, other in zip(queries[b][h][q], keys[b][group][n], strict=True)) * scale
+        return math.tanh(found / softcap) * softcap if softcap else found
+
+    def row(b: int, h: int, q: int) -> Row:
+        values = value[b][h * len(value[b]) // len(query[b])]
+        weights = _softmax([logit(b, h, q, n) for n in range(len(values))], mask[b][0][q])
+        return [sum(w * v for w, v in zip(weights, column, strict=True)) for column in zip(*values, strict=True)]
+
+    return [[[row(b, h, q) for q in range(len(rows))] for h, rows in enumerate(heads)] for b, heads in enumerate(query)]
+
+
+ORACLES |= {
+    function.__name__: function
+    for function in (whole_chunks, pool_entries, pool_cache, unrotated_keys, unrotated_attention)
+}

@@ -108,8 +108,8 @@ def test_without_triton_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_ops_with_kernels_stay_whole_in_pytorch_on_cuda_alone() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
-    assert kept("torch", cuda) == PROVIDED | {"restore", "evict", "pool_cache", "remember"}
-    assert kept("torch", cpu) == {"shorten", "restore", "evict", "pool_cache", "remember"}
+    assert kept("torch", cuda) == PROVIDED | {"restore", "evict", "pool_cache", "remember", "unrotated_keys"}
+    assert kept("torch", cpu) == {"shorten", "restore", "evict", "pool_cache", "remember", "unrotated_keys"}
     for target in ("pt2", "torchscript", "ort"):
         assert not (kept(target, cpu) | kept(target, cuda)) & PROVIDED
 

@@ -51,6 +51,8 @@ def policy(*steps: str, head: str = "version: 1") -> str:
     return "\n".join([head, "steps:", *(f"  - {step}" for step in steps)])
 
 
+UNROTATED = "version: 1\nattention: {unrotated: visual}"
+NORM = "score: norm\n    select: {top: {keep: 50%}}"
 TOP = "score: {attention: {of: last, layer: previous}}\n    select: {top: {keep: 50%}}"
 
 
@@ -104,6 +106,8 @@ READING: dict[str, tuple[object, object]] = {
     "attention-of-no-name": ("version: 1\nattention: {}", ()),
     "attention-unknown-name": ("version: 1\nattention: {chunk: {frames: 4}}", ()),
     "attention-chunks-of-nothing": ("version: 1\nattention: {chunks: {frames: 0}}", ()),
+    "attention-two-of-them": ("version: 1\nattention: {chunks: {frames: 4}, unrotated: visual}", ()),
+    "attention-unrotated-text": ("version: 1\nattention: {unrotated: text}", ()),
     "cache-pool-of-one": ("version: 1\ncache: {pool: {tokens: 1}}", ()),
     "cache-pool-unknown-key": ("version: 1\ncache: {pool: {tokens: 4, top: 3}}", ()),
     "attention-chunks-without-frames": ("version: 1\nattention: {chunks: {previous: 3}}", ()),
@@ -400,6 +404,15 @@ RESOLVING: dict[str, tuple[str, Layout]] = {
         policy(step("projector", "select: {stride: 3}"), head="version: 1\nattention: {chunks: {frames: 4}}"),
         layout(),
     ),
+    "unrotated-where-nothing-is-turned": (
+        UNROTATED,
+        dataclasses.replace(layout(), unturned="it adds positions to its tokens before its first layer"),
+    ),
+    "unrotated-beside-cross-attention": (UNROTATED, with_layer(3, crosses=True)),
+    "unrotated-beside-evict": (policy(step("language.2", NORM + "\n    evict: earlier"), head=UNROTATED), layout()),
+    "unrotated-beside-pooled-caches": (UNROTATED + "\ncache: {pool: {tokens: 4}}", layout()),
+    "unrotated-beside-reselect": (UNROTATED + "\nreselect: {at: language.3, keep: 30%}", layout()),
+    "unrotated-beside-a-turned-score": (policy(step("language.2"), head=UNROTATED), layout()),
     "frequencies-of-a-decoder-that-keeps-them": (
         "version: 1\npositions: {rescale: {factor: 4}}",
         dataclasses.replace(layout(), fixed_frequencies="its frequencies are rescaled already (yarn)"),

@@ -16,7 +16,7 @@ from tvc.kernels.budget import Budget
 from tvc.kernels.rest_merge import StrideTargets
 from tvc.policy import Policy, json_schema, load_policy, parse_site, presets
 from tvc.policy.document import from_yaml
-from tvc.policy.options import Chunks, Pool
+from tvc.policy.options import Chunks, Pool, Unrotated
 from tvc.policy.positions import Rescale, Stride
 from tvc.policy.schema import dump_yaml, steps_data
 
@@ -74,6 +74,7 @@ KNOWN = (
     "visiondrop",
     "visionzip",
     "vispruner",
+    "vista-unrotated",
     "visual-context-window",
     "vtc-cls",
 )
@@ -289,6 +290,14 @@ def test_chunks_of_frames_need_no_step() -> None:
     assert load_policy(child.to_yaml()) == child
 
 
+def test_text_that_reads_unrotated_keys_needs_no_step() -> None:
+    alone = load_policy("version: 1\nattention: {unrotated: visual}")
+    assert (alone.steps, alone.attention) == ((), Unrotated(keys="visual"))
+    assert load_policy("version: 1\nattention: {unrotated: {keys: visual}}").digest() == alone.digest()
+    child = load_policy("version: 1\nextends: vista-unrotated\npositions: {stride: 64}\n")
+    assert (child.attention, load_policy(child.to_yaml())) == (alone.attention, child)
+
+
 def test_pooled_caches_need_no_step() -> None:
     alone = load_policy("version: 1\ncache: {pool: {tokens: 4, first: 1}}")
     assert (alone.steps, alone.cache) == ((), Pool(tokens=4, chunk=1, first=1, last=0, best=0))
@@ -364,7 +373,8 @@ def documents(draw: st.DrawFn) -> dict[str, Any]:
         document["reselect"] = {"at": "language.-1", "keep": draw(st.sampled_from(["30%", 7])), **more}
     fractions = st.builds(lambda stride: {"stride": stride}, st.integers(1, 256))
     if not returning and draw(st.booleans()):
-        document["attention"] = {"chunks": {"frames": draw(st.integers(1, 9)), "previous": draw(st.integers(0, 9))}}
+        chunks = {"frames": draw(st.integers(1, 9)), "previous": draw(st.integers(0, 9))}
+        document["attention"] = draw(st.sampled_from([{"chunks": chunks}, {"unrotated": "visual"}]))
     if not returning and draw(st.booleans()):
         numbers = {name: draw(st.integers(0, 9)) for name in ("first", "last", "best")}
         document["cache"] = {"pool": {"tokens": draw(st.integers(2, 9)), "chunk": draw(st.integers(1, 9)), **numbers}}

@@ -18,7 +18,7 @@ from tvc.errors import ArgumentError
 from tvc.kernels.budget import Budget
 from tvc.kernels.op import PRIMITIVES, Merging, Rest, Select, When
 from tvc.policy import load_policy
-from tvc.policy.options import Pool
+from tvc.policy.options import Chunks, Pool
 from tvc.policy.reselection import Reselect
 from tvc.program import Layer, Layout, Site
 from tvc.report.cost import attention_flops, one_image, plan_costs
@@ -84,6 +84,7 @@ class Steps:
     steps: tuple[Step, ...]
     name: str = "test"
     reselect: Reselect | None = None
+    attention: Chunks | None = None
     cache: Pool | None = None
 
 

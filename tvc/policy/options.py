@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -33,6 +33,19 @@ class Chunks(Option):
     previous: int = Field(0, ge=0, le=_MANY, description="chunks before its own that a visual token sees as well")
 
 
+class Unrotated(Option):
+    """Text reads visual tokens as if it stood where they stand: its logits are those of query and key before positions
+    turn them, and caches hold visual keys like this. Visual tokens read each other, and all read text, as ever.
+
+    A visual token of a later turn reads those of earlier ones as text does. Source: Vista-LLaMA, arXiv:2312.08870.
+    """
+
+    place: ClassVar[str] = "attention"
+    key: ClassVar[str] = "unrotated"
+    shorthand: ClassVar[str | None] = "keys"
+    keys: Literal["visual"] = Field(description="whose keys text reads without the turn of positions")
+
+
 class Pool(Option):
     """Once a prompt has been read, caches hold the mean key and value of several neighbours in a frame, at the place of
     the first of them; chunks of frames that are named stay as they are.
@@ -59,7 +72,7 @@ class Pool(Option):
         return sum(whole for whole, _ in sizes) - sum(saved[further:] if fires else saved[: len(saved) - further])
 
 
-OPTIONS: dict[str, type[Option]] = {option.place: option for option in (Chunks, Pool)}
+OPTIONS: dict[str, tuple[type[Option], ...]] = {"attention": (Chunks, Unrotated), "cache": (Pool,)}
 
 
 def read_options(document: Document) -> dict[str, Any]:
@@ -68,11 +81,11 @@ def read_options(document: Document) -> dict[str, Any]:
     Raises:
         PolicyError: another name than the option's, or a setting that it can't have.
     """
-    return {place: _read(document, option) for place, option in OPTIONS.items()}
+    return {place: _read(document, place, OPTIONS[place]) for place in OPTIONS}
 
 
-def _read(document: Document, option: type[Option]) -> Primitive | None:
-    place, written = option.place, document.data.get(option.place)
+def _read(document: Document, place: str, known: Sequence[type[Option]]) -> Primitive | None:
+    written, named = document.data.get(place), {option.key: option for option in known}
     if written is None:
         return None
     if not isinstance(written, dict) or not written:
@@ -80,14 +93,24 @@ def _read(document: Document, option: type[Option]) -> Primitive | None:
             (place,),
             f"`{place}` does not say what it asks for",
             got=written,
-            want=f"{option.key}, and its settings",
-            fix=f"write {place}: {{{option.key}: {{{next(iter(option.model_fields))}: 4}}}}",
+            want=f"{' or '.join(named)}, and its settings",
+            fix=f"write {place}: {{{known[0].key}: {{{next(iter(known[0].model_fields))}: 4}}}}",
             slug="wrong-type",
         )
     for key in written:
-        if key != option.key:
-            raise document.unknown((place, key), key, (option.key,), f"`{place}`")
-    return build(option, document, (place, option.key), written[option.key])
+        if key not in named:
+            raise document.unknown((place, key), key, tuple(named), f"`{place}`")
+    if len(written) > 1:
+        raise document.error(
+            (place,),
+            f"`{place}` asks for two things, of which no more than one can be had",
+            got=" and ".join(written),
+            want=" or ".join(named),
+            fix="remove one of them",
+            slug="two-rules",
+        )
+    ((key, settings),) = written.items()
+    return build(named[key], document, (place, key), settings)
 
 
 def options_data(options: Mapping[str, Option | None]) -> dict[str, Any]:
@@ -98,14 +121,19 @@ def options_data(options: Mapping[str, Option | None]) -> dict[str, Any]:
 def options_schema(template: Mapping[str, Any]) -> dict[str, Any]:
     """JSON Schemas of what stands under each of the keys; any setting may be a `template` as well."""
     found = {}
-    for place, option in OPTIONS.items():
-        settings = option.model_json_schema()
-        for name, field in settings["properties"].items():
-            said = {key: field.pop(key) for key in ("description", "default", "title") if key in field}
-            settings["properties"][name] = {"anyOf": [field, template]} | said
-        one = {"type": "object", "additionalProperties": False, "required": [option.key]}
-        found[place] = {**one, "properties": {option.key: settings}}
+    for place, known in OPTIONS.items():
+        one = {"type": "object", "additionalProperties": False, "minProperties": 1, "maxProperties": 1}
+        found[place] = {**one, "properties": {option.key: _schema(option, template) for option in known}}
     return found
+
+
+def _schema(option: type[Option], template: Mapping[str, Any]) -> dict[str, Any]:
+    settings = option.model_json_schema()
+    short = [] if option.shorthand is None else [dict(settings["properties"][option.shorthand]), template]
+    for name, field in settings["properties"].items():
+        said = {key: field.pop(key) for key in ("description", "default", "title") if key in field}
+        settings["properties"][name] = {"anyOf": [field, template]} | said
+    return {"anyOf": [settings, *short]} if short else settings
 
 
 def check_options(
@@ -120,7 +148,7 @@ def check_options(
         SiteError: with the reason.
     """
     for place, option in options.items():
-        if option is None:
+        if option is None or isinstance(option, Unrotated):
             continue
         before = [site for site in sites if not site.startswith("language.")]
         crossing = any(layer.crosses for layer in layout.language)

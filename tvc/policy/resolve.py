@@ -17,7 +17,7 @@ from tvc.policy.document import Path, from_data
 from tvc.policy.evictions import check_evictions, start
 from tvc.policy.evictions import settled as evicted
 from tvc.policy.memory import check_memories
-from tvc.policy.options import Chunks, Pool, check_options, options_data
+from tvc.policy.options import Chunks, Pool, Unrotated, check_options, options_data
 from tvc.policy.order import check_behind_cuts, check_order, closest, ranges, rank
 from tvc.policy.positions import Positions, check_positions, positions_data
 from tvc.policy.reselection import Reselect
@@ -34,6 +34,7 @@ from tvc.policy.schema import (
     reselect_data,
     steps_data,
 )
+from tvc.policy.unrotated import check_unrotated
 from tvc.policy.weights import settled
 from tvc.policy.whole import check_frames, check_pixels, refusal, with_columns, with_depth
 from tvc.program import Layout
@@ -64,7 +65,7 @@ class ResolvedPolicy:
         return self.policy.reselect
 
     @property
-    def attention(self) -> Chunks | None:
+    def attention(self) -> Chunks | Unrotated | None:
         return self.policy.attention
 
     @property
@@ -98,6 +99,7 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
     check_behind_cuts(policy, steps)
     check_evictions(policy, steps)
     check_memories(policy, steps)
+    check_unrotated(policy, steps, layout)
     steps = with_averages(policy, with_spreads(steps, layout), layout)
     check_nothing_emptied(policy, steps, layout)
     rule = reselected(policy, layout, steps, lambda path, name: _concrete(policy, layout, path, name))

@@ -14,7 +14,7 @@ import yaml
 from tvc.kernels.op import Merging, Primitive, Rest, Score, Select, When
 from tvc.kernels.weights import Trained
 from tvc.policy.document import Document
-from tvc.policy.options import Chunks, Option, Pool, options_data
+from tvc.policy.options import Chunks, Option, Pool, Unrotated, options_data
 from tvc.policy.positions import Positions, positions_data
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class Policy:
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     budgets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)  # by share
     reselect: Reselect | None = None  # what decode steps attend to; None: everything
-    attention: Chunks | None = None
+    attention: Chunks | Unrotated | None = None
     cache: Pool | None = None
 
     @property

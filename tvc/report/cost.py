@@ -1,8 +1,9 @@
 """Prices token counts: FLOPs of vision, prefill and decode, and bytes of KV cache.
 
 A matrix product of [m, k] and [k, n] is 2*m*k*n FLOPs, the count of `torch.utils.flop_counter`. Attention of q queries
-over k keys is 4*H*d*q*k: q·k and weights·v, all pairs, because a kernel under a boolean mask computes them all. Windows
-count in vision encoders, which split their tokens into windows; a decoder's window is only a mask.
+over k keys is 4*H*d*q*k: q·k and weights·v, all pairs, because a kernel under a boolean mask computes them all. It is
+6*H*d*q*k where q·k is had twice, as positions turn it and without (`attention: {unrotated: visual}`). Windows count in
+vision encoders, which split their tokens into windows; a decoder's window is only a mask.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from tvc.program import Layer, Layout
 from tvc.report.plan import Cost, Plan, PlanLayer
 
 
-def attention_flops(layer: Layer, queries: int, keys: int) -> int:
-    return 4 * layer.heads * layer.head_dim * queries * keys
+def attention_flops(layer: Layer, queries: int, keys: int, products: int = 2) -> int:
+    """FLOPs of an attention of so many matrix products over all pairs."""
+    return 2 * products * layer.heads * layer.head_dim * queries * keys
 
 
 def kv_bytes(layer: Layer, tokens: int, element_size: int) -> int:
@@ -60,22 +62,27 @@ def vision_flops(layout: Layout, lengths: Sequence[Sequence[int]], projected: in
     return total
 
 
-def block_flops(layout: Layout, layer: Layer, queries: int, keys: int, read: int) -> int:
+def block_flops(layout: Layout, layer: Layer, queries: int, keys: int, read: int, products: int = 2) -> int:
     """FLOPs of a decoder block in which `queries` tokens attend to `keys`; where it reads visual tokens by
     cross-attention, it makes keys and values of `read` of them and of nothing else.
     """
     made = 2 * layout.hidden_size * layer.kv_heads * layer.head_dim if layer.crosses else 0
-    return 2 * (layer.linear - made) * queries + 2 * made * read + attention_flops(layer, queries, keys)
+    paid = attention_flops(layer, queries, keys, products)
+    return 2 * (layer.linear - made) * queries + 2 * made * read + paid
 
 
-def decoder_flops(layout: Layout, queries: Sequence[int], keys: Sequence[int], prefill: bool = True) -> int:
+def decoder_flops(
+    layout: Layout, queries: Sequence[int], keys: Sequence[int], prefill: bool = True, products: int = 2
+) -> int:
     """FLOPs of a decoder call, one row of logits included: in layer i, `queries[i]` tokens attend to `keys[i]`.
 
     Args:
         prefill: the call brings the image, so that layers with cross-attention make keys and values.
+        products: matrix products of an attention over all pairs.
     """
     triples = zip(layout.language, queries, keys, strict=True)
-    return sum(block_flops(layout, layer, q, k, k * prefill) for layer, q, k in triples) + 2 * layout.head_linear
+    blocks = sum(block_flops(layout, layer, q, k, k * prefill, products) for layer, q, k in triples)
+    return blocks + 2 * layout.head_linear
 
 
 def held(layout: Layout, visual: Sequence[int], text: int) -> list[tuple[int, int]]:
@@ -90,18 +97,25 @@ def held(layout: Layout, visual: Sequence[int], text: int) -> list[tuple[int, in
 
 
 def price(
-    layout: Layout, tokens: Sequence[int], kept: Sequence[int], vision: int, new_tokens: int, text_tokens: int
+    layout: Layout,
+    tokens: Sequence[int],
+    kept: Sequence[int],
+    vision: int,
+    new_tokens: int,
+    text_tokens: int,
+    products: int = 2,
 ) -> Cost:
     """The cost of a prompt of which decoder layer i attends to `tokens[i]` tokens and holds `kept[i]` of them
-    afterwards, and of `new_tokens` more.
+    afterwards, and of `new_tokens` more; an attention has so many matrix `products` over all pairs.
     """
     layers = list(zip(layout.language, kept, strict=True))
     queries = [text_tokens if layer.crosses else count for layer, count in zip(layout.language, tokens, strict=True)]
     one = [1] * len(layers)
     keys = ([count if layer.crosses else count + step for layer, count in layers] for step in range(1, new_tokens + 1))
-    steps = [decoder_flops(layout, one, each, prefill=False) for each in keys]
+    steps = [decoder_flops(layout, one, each, False, products) for each in keys]
     cached = sum(kv_bytes(layer, count, layout.element_size) for layer, count in layers)
-    return Cost(vision, decoder_flops(layout, queries, tokens), sum(steps) / len(steps), cached)
+    prefill = decoder_flops(layout, queries, tokens, products=products)
+    return Cost(vision, prefill, sum(steps) / len(steps), cached)
 
 
 def plan_costs(
@@ -117,6 +131,7 @@ def plan_costs(
     exact: bool = True,
     evicted: Sequence[int] | None = None,
     unread: Sequence[int] | None = None,
+    products: int = 2,
 ) -> Plan:
     """The plan of given token counts.
 
@@ -133,6 +148,7 @@ def plan_costs(
         evicted: visual tokens that leave the cache of each decoder layer when the prompt has been read; default: none.
         unread: visual tokens that a decode step does not attend to in each decoder layer, for the reader alone: masks
             hide them from a kernel that computes all pairs; default: none.
+        products: matrix products of an attention of the compiled decoder over all pairs.
     """
     dense_tiles = tile_lengths(layout)
     depth = len(layout.vision)
@@ -147,7 +163,7 @@ def plan_costs(
     gone, hidden = none if evicted is None else evicted, none if unread is None else unread
     for index, (layer, (visual, text), left) in enumerate(zip(layout.language, parts, gone, strict=True)):
         count = visual + text
-        flops = block_flops(layout, layer, text_tokens if layer.crosses else count, count, count)
+        flops = block_flops(layout, layer, text_tokens if layer.crosses else count, count, count, products)
         cached = kv_bytes(layer, count - left, layout.element_size)
         there = (sites or {}).get(index, ())
         plan_layers.append(PlanLayer(index, there, visual, text, flops, cached, left, hidden[index]))
@@ -173,6 +189,7 @@ def plan_costs(
             vision,
             new_tokens,
             text_tokens,
+            products,
         ),
         exact=exact,
     )

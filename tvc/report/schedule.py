@@ -10,6 +10,7 @@ from typing import Any
 from tvc.errors import ArgumentError
 from tvc.kernels.budget import Budget
 from tvc.policy import Policy, resolve
+from tvc.policy.options import Unrotated
 from tvc.program import Layout
 from tvc.report.cost import held, plan_costs, tile_lengths
 from tvc.report.plan import Plan
@@ -40,8 +41,8 @@ def make_plan(
     """The plan of a resolved policy for one model and its sample images.
 
     Args:
-        policy: a resolved policy: `name`, `cache`, `reselect` and `steps`, each with `site`, `scope`, `select`, `rest`,
-            `merge`, `exit`, `evict` and `until`.
+        policy: a resolved policy: `name`, `attention`, `cache`, `reselect` and `steps`, each with `site`, `scope`,
+            `select`, `rest`, `merge`, `exit`, `evict` and `until`.
         layout: the model.
         text_tokens: text tokens of the prompt.
         new_tokens: how many new tokens the decode cost is averaged over.
@@ -108,6 +109,7 @@ def _priced(
             count - rule.keep.kept(count) if rule is not None and index >= rule.first else 0
             for index, count in enumerate(counts)
         ],
+        products=3 if isinstance(policy.attention, Unrotated) else 2,
     )
 
 
@@ -227,6 +229,7 @@ class _Scaled:
     name: str
     steps: tuple[Any, ...]
     reselect: Any
+    attention: Any
     cache: Any
 
 
@@ -310,7 +313,7 @@ def _solve(policy: Any, layout: Layout, goal: _Goal, text_tokens: int, vision_bl
 
     def scaled(factor: int) -> _Scaled:
         steps = tuple(_scaled_step(step, factor) for step in policy.steps)
-        return _Scaled(policy.name, steps, policy.reselect, policy.cache)
+        return _Scaled(policy.name, steps, policy.reselect, policy.attention, policy.cache)
 
     def measure(factor: int) -> float:
         return goal.measure(scaled(factor).steps)

@@ -50,7 +50,7 @@ class Observer:
         return None
 
     def attention(self, component: str, index: int, seen: Seen) -> torch.Tensor | None:
-        """The mask to attend with; keys and values are those of `seen`, which may be changed."""
+        """The mask to attend with; queries, keys and values are those of `seen`, which may be changed."""
         return seen.mask
 
 
@@ -78,7 +78,7 @@ def _attention(
         window = int(kwargs.get("sliding_window") or 0)
         seen = Seen(query, key, value, attention_mask, scale, window)
         attention_mask = observer.attention(*place, seen)
-        key, value = seen.key, seen.value
+        query, key, value, kwargs = seen.query, seen.key, seen.value, {**kwargs, "scaling": scale}
         if observer.silent:
             batch, heads, length, _ = query.shape
             return query.new_zeros(batch, length, heads, value.shape[-1]), None

@@ -167,6 +167,7 @@ def _survey(
         resampled=resampled,
         whole_positions=use.whole(axes),
         kept_positions=use.kept(axes),
+        unturned=use.kept(0) or ("" if all(caches) else "some of its layers read the keys of others"),
         spatial=tells_grid(call.position_ids, visual),
         fixed_frequencies=fixed(meta.get_decoder()),
     )

@@ -125,6 +125,11 @@ class Rotary:
         return made
 
     def unturned(self, mask: torch.Tensor, axes: int, given: Any) -> Any:
-        """As `at`, for the place 0, where nothing is turned; `mask` [B, S] tells how many there are."""
+        """Position embeddings that turn no token: those of position 0, where every rotation begins.
+
+        Args:
+            mask: [B, S], of which the shape alone is read.
+            axes: rotary axes of the positions, 0 for plain ones.
+        """
         zeros = torch.zeros_like(mask, dtype=torch.int64)
         return self.at(zeros.expand(axes, *zeros.shape) if axes else zeros, given)

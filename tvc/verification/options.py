@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from tvc.policy.options import Chunks, Unrotated
 from tvc.trace.observe import Seen
 from tvc.verification.masks import out_of_reach
 from tvc.verification.steps import Sample, text_behind
+from tvc.verification.unrotated import UnrotatedKeys
 
 Frames = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
@@ -21,7 +23,9 @@ class Options:
     """The options of one policy on one batch; without any, everything stays as it is."""
 
     def __init__(self, policy: Any, prompt: int, slack: float):
-        self.chunks, self.pool, self.steps = policy.attention, policy.cache, policy.steps
+        self.pool, self.steps = policy.cache, policy.steps
+        self.chunks = policy.attention if isinstance(policy.attention, Chunks) else None
+        self.unrotated = UnrotatedKeys() if isinstance(policy.attention, Unrotated) else None
         self.prompt, self.slack = prompt, slack
         self.leader: dict[int, torch.Tensor] = {}  # per layer [B, S]: the column that stands for each one
 
@@ -44,6 +48,8 @@ class Options:
         self.frame = torch.full(hidden.shape[:2], -1, dtype=torch.int64, device=hidden.device)
         for sample in samples:
             self.frame[sample.row, sample.slots] = frames[sample.row][0][sample.number]
+        if self.unrotated is not None:
+            self.unrotated.enter(samples, hidden)
         if self.chunks is not None:
             self.unseen = out_of_reach(self.frame, self.chunks.frames, self.chunks.previous)
         if self.pool is not None:
@@ -101,6 +107,8 @@ class Options:
 
     def attend(self, layer: int, seen: Seen) -> torch.Tensor | None:
         """The mask to attend with; generated tokens see means in the place of runs, which stand behind all columns."""
+        if self.unrotated is not None:
+            return self.unrotated.attend(layer, seen)
         if self.pool is None or seen.mask is None:
             return seen.mask
         leader, mask = self.leader[layer], seen.mask if seen.mask.dtype == torch.bool else seen.mask >= 0
@@ -129,8 +137,10 @@ class Options:
         Args:
             held: per layer the columns that ran through it.
             lost: those of them that were evicted.
-            cache: the untouched model's, which gets the means.
+            cache: the untouched model's, which gets the means, or raw keys.
         """
+        if self.unrotated is not None:
+            self.unrotated.put(cache)
         made = []
         for layer, (columns, gone) in enumerate(zip(held, lost, strict=True)):
             made.append(columns & ~gone & ~self.away(layer, columns & ~gone))

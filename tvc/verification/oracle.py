@@ -148,9 +148,8 @@ class _Oracle(Observer):
                 if hasattr(owner, name):
                     stack.enter_context(replaced(owner, name, noting(name, getattr(owner, name))))
             stack.enter_context(observed(self.model, self))
-            stack.enter_context(self.entry.watched())
-            stack.enter_context(self.rotary.watched())
-            stack.enter_context(watched(self.model, self.transitions))
+            for watch in (self.entry.watched(), self.rotary.watched(), watched(self.model, self.transitions)):
+                stack.enter_context(watch)
             if isinstance(rule := self.policy.positions, Rescale):
                 stack.enter_context(at_frequencies(self.rotary.modules[0], rule))
             steps = self.case.tokens.shape[1] + 1
@@ -213,6 +212,9 @@ class _Oracle(Observer):
         else:
             self._close_up(name, arguments)
         self._number(index, arguments)
+        if self.options.unrotated is not None and has_attention(block):
+            zeros = self.rotary.unturned(self.mask, self.case.axes, self.turned_by)
+            self.options.unrotated.look(block, arguments, zeros)
         self.seen.pop(f"language.{index}", None)
         self.expected.held.append(self.alive.clone())
         self.expected.doubts.append(self.doubt)
