@@ -352,6 +352,10 @@ class MoreGraph(OneGraph):
             out[f"select.frames.{label}"] = FrameSelect.model_validate(rule).apply(score, scope, frames)
         out["select.density"] = Density(keep=Budget(permille=600), cutoff=0.5).apply(score, scope, at.metric)
         out["select.medoids"] = Medoids(keep=Budget(count=3)).apply(None, scope, at.feature)
+        for label, budget in (("count", 3), ("share", "40%")):
+            spectral = Medoids.model_validate({"keep": budget, "sigma": 0.5, "relative": True})
+            out[f"select.medoids.spectral.{label}"] = spectral.apply(None, scope, at.feature)
+        out["spectral_rows"] = OP.spectral_rows(at.feature, at.segment, at.counts, 400, 0, 2.0, False)
         out["score.peak"] = PeakScore().apply(bundle._replace(rows=at.rows))
         out["score.peak.max"] = PeakScore(heads="max").apply(bundle._replace(rows=at.rows))
         either = Either(keep=Budget(count=1), share=0.2, least=0.3)

@@ -26,6 +26,7 @@ KNOWN = (
     "b-vllm-sampler",
     "cdpruner",
     "centerclip",
+    "centerclip-spectral",
     "covipal",
     "dart",
     "divprune",
