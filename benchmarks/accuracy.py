@@ -38,7 +38,7 @@ def fitted(*names: str) -> tuple[str, ...]:
 FITTED = fitted(
     *("fastv-4", "aim-6", "sparsevlm-6", "transprune-6"),
     *("b-vllm-sampler-trained", "covipal-trained", "flash-latents-trained"),
-    *("mqt-trained", "qtsplus-trained", "tokenflex-trained"),
+    *("mqt-trained", "pixel-shuffle-trained", "qtsplus-trained", "tokenflex-trained"),
 )
 # What no budget can be set of: it asks by itself how much leaves, cuts nothing, or thins the frames of a video.
 UNBUDGETED = (

@@ -11,12 +11,8 @@ Ties:    the lower index, among tokens as among medoids; numbers within a millio
 NaN:     a token that is not finite is taken as zeros.
 Memory:  O(B V^2): the distances of any two tokens of a segment are the method.
 
-With a `sigma` tokens are grouped by their rows in the space of the slowest changes, see spectral_rows.py. These are all
-1 long, so that the first token of a segment is the first taken.
-
-Reference: CenterCLIP, arXiv 2205.00823 (k-medoids++ with KKZ start, alone and behind a spectral embedding). Deviation:
-the published distances are Minkowski distances in the precision of `cdist`, whose rounding decides ties; the published
-stop is a small total move.
+Reference: CenterCLIP, arXiv 2205.00823 (k-medoids++ with KKZ start). Deviation: the published distances are Minkowski
+distances in the precision of `cdist`, whose rounding decides ties; the published stop is a small total move.
 """
 
 from __future__ import annotations
@@ -25,13 +21,12 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from tvc.kernels.greedy import EQUAL, Greedy, best, of_slots
 from tvc.kernels.loop import State, repeat
 from tvc.kernels.op import Scope, op, primitive
 from tvc.kernels.segments import budgets, pack, per_token
-from tvc.kernels.spectral_rows import spectral_rows
 
 SAME = 1e-6  # squared distances below this share of the squared lengths are those of copies
 
@@ -152,22 +147,6 @@ class Medoids(Greedy):
     key: ClassVar[str] = "medoids"
     needs_score: ClassVar[bool] = False
     rounds: int = Field(100, ge=0, description="how often medoids may move; 0: they stay where they start")
-    sigma: float | None = Field(
-        None,
-        gt=0,
-        allow_inf_nan=False,
-        description="how far neighbourhoods reach, along which tokens are grouped; default: by their distances alone",
-    )
-    relative: bool = Field(False, description="whether sigma counts in mean distances between the tokens of a scope")
-
-    @model_validator(mode="after")
-    def _width(self) -> Medoids:
-        if self.relative and self.sigma is None:
-            raise ValueError("relative is about the reach of neighbourhoods: give a sigma")
-        return self
 
     def apply(self, score: torch.Tensor | None, scope: Scope, feature: torch.Tensor) -> torch.Tensor:
-        room = self.room(scope)
-        if self.sigma is not None:
-            feature = spectral_rows.overload(feature, *room[:4], self.sigma, self.relative)
-        return medoids_keep.overload(feature, *room, self.rounds)
+        return medoids_keep.overload(feature, *self.room(scope), self.rounds)

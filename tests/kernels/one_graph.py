@@ -55,6 +55,7 @@ from tvc.kernels.select_pivots import Pivots
 from tvc.kernels.select_recover import Recover
 from tvc.kernels.select_regions import Regions
 from tvc.kernels.select_rows import Rows
+from tvc.kernels.select_spectral import Spectral
 from tvc.kernels.select_stride import Stride
 from tvc.kernels.select_threshold import Threshold
 from tvc.kernels.select_top import Top
@@ -353,8 +354,8 @@ class MoreGraph(OneGraph):
         out["select.density"] = Density(keep=Budget(permille=600), cutoff=0.5).apply(score, scope, at.metric)
         out["select.medoids"] = Medoids(keep=Budget(count=3)).apply(None, scope, at.feature)
         for label, budget in (("count", 3), ("share", "40%")):
-            spectral = Medoids.model_validate({"keep": budget, "sigma": 0.5, "relative": True})
-            out[f"select.medoids.spectral.{label}"] = spectral.apply(None, scope, at.feature)
+            spectral = Spectral.model_validate({"keep": budget, "sigma": 0.5, "relative": True})
+            out[f"select.spectral.{label}"] = spectral.apply(None, scope, at.feature)
         out["spectral_rows"] = OP.spectral_rows(at.feature, at.segment, at.counts, 400, 0, 2.0, False)
         out["score.peak"] = PeakScore().apply(bundle._replace(rows=at.rows))
         out["score.peak.max"] = PeakScore(heads="max").apply(bundle._replace(rows=at.rows))
@@ -417,6 +418,9 @@ class MoreGraph(OneGraph):
         kept = place.gather(1, (chosen + 1)[:, :, None].expand(-1, -1, WIDTH)).unflatten(2, (2, half)).transpose(1, 2)
         own = torch.nn.functional.pad(at.segment, (1, 0), value=-1).gather(1, chosen + 1)
         out["segment_attention"] = OP.segment_attention(kept, kept, kept, own)
+        folded = OP.pixel_blocks(at.feature, at.size, at.segment, at.counts, torch.full_like(at.segment, 3), 2)
+        for name, part in zip(("index", "rows", "size"), folded, strict=True):
+            out[f"pixel_blocks.{name}"] = part
         out["segment_pool"] = OP.segment_pool(at.feature[:, None, :, :4], at.feature, at.segment, at.counts, chosen)
 
     def scenes(self, at: Inputs, scope: Scope, frames: Any, out: dict[str, torch.Tensor]) -> None:

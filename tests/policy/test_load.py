@@ -49,6 +49,7 @@ KNOWN = (
     "mqt",
     "mustdrop",
     "pact",
+    "pixel-shuffle",
     "pool",
     "pool-3d",
     "prumerge",

@@ -13,6 +13,9 @@ Ties:    eigenvalues within a millionth of the largest row of L count as equal. 
 NaN:     a token that is not finite is taken as zeros.   Pads: rows of zeros.
 Memory:  O(B V^2), in float64; time O(B V^3).
 
+`spectral` makes k-medoids of these rows, as select_medoids.py does of features. All are 1 long, so that the first token
+of a segment is the first taken.
+
 Reference: CenterCLIP, arXiv 2205.00823 (spectral clustering, sigma 2). Deviation: published, eigenvectors of equal
 eigenvalues are taken in the order in which a singular value decomposition happens to give them.
 """
@@ -20,14 +23,15 @@ eigenvalues are taken in the order in which a singular value decomposition happe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
+from pydantic import Field
 
 from tvc.kernels.eigenspace import smallest
-from tvc.kernels.op import op
+from tvc.kernels.op import Scope, op, primitive
 from tvc.kernels.segments import budgets
-
-SAME = 1e-6  # squared distances below this share of the squared lengths are those of copies
+from tvc.kernels.select_medoids import SAME, Medoids
 
 
 def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -126,3 +130,16 @@ def spectral_rows(
     rows = smallest(matrix, segment, counts, budgets(counts, permille, count))
     length = ((rows * rows) @ ones).sqrt()
     return torch.where(valid, rows / length.clamp(min=1e-12), 0.0).float()
+
+
+@primitive
+class Spectral(Medoids):
+    """Tokens are grouped along their neighbourhoods, by spectral clustering, and the medoid of each group stays."""
+
+    key: ClassVar[str] = "spectral"
+    sigma: float = Field(2.0, gt=0, allow_inf_nan=False, description="how far neighbourhoods reach")
+    relative: bool = Field(False, description="whether sigma counts in mean distances between the tokens of a scope")
+
+    def apply(self, score: torch.Tensor | None, scope: Scope, feature: torch.Tensor) -> torch.Tensor:
+        rows = spectral_rows.overload(feature, *self.room(scope)[:4], self.sigma, self.relative)
+        return super().apply(score, scope, rows)
