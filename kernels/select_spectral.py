@@ -84,11 +84,17 @@ def _fake(
     return feature.new_empty(*segment.shape, segment.shape[1], dtype=torch.float32)
 
 
-def _apart(feature: torch.Tensor) -> torch.Tensor:
-    """[B, V, V] float64: squared distances, symmetric to the last bit, 0 of a token with itself and with copies."""
+def _apart(feature: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """[B, V, V] float64: squared distances, symmetric to the last bit, 0 of a token with itself and with copies.
+
+    Args:
+        feature: [B, V, D] float64.
+        valid: [B, V, 1] bool, no pads.
+    """
     # Distances stay as they are when everything is moved; near zero their rounding is smallest.
-    share = torch.ones(1, feature.shape[1], dtype=torch.float64, device=feature.device) / max(feature.shape[1], 1)
-    feature = feature - share @ feature
+    real = valid.double()
+    mean = real.transpose(1, 2) @ feature / (real.transpose(1, 2) @ real).clamp(min=1)
+    feature = torch.where(valid, feature - mean, 0.0)
     square = (feature * feature) @ torch.ones(feature.shape[2], 1, dtype=torch.float64, device=feature.device)
     both = square + square.transpose(1, 2)
     apart = both - 2.0 * feature @ feature.transpose(1, 2)
@@ -111,7 +117,7 @@ def spectral_rows(
     valid = (segment >= 0)[:, :, None]
     feature = torch.nan_to_num(torch.where(valid, feature.double(), 0.0), 0.0, 0.0, 0.0)
     together = (segment[:, :, None] == segment[:, None, :]) & valid
-    apart = _apart(feature)
+    apart = _apart(feature, valid)
     ones = torch.ones(segment.shape[1], 1, dtype=torch.float64, device=segment.device)
     width = torch.full_like(ones, sigma)
     if relative:

@@ -48,7 +48,8 @@ def spectral_rows(
             [0.0 if math.isnan(value) or scope < 0 else value for value in row]
             for row, scope in zip(feature[b], scopes, strict=True)
         ]
-        origin = [sum(column) / len(tokens) for column in zip(*tokens, strict=True)]
+        real = [row for row, scope in zip(tokens, scopes, strict=True) if scope >= 0]
+        origin = [sum(column) / len(real) for column in zip(*real, strict=True)]
         made = np.zeros((len(scopes), len(scopes)))
         for scope in range(len(counts[b])):
             members = _members(scopes, scope)
