@@ -30,15 +30,15 @@ MARKS = ("<!-- accuracy -->", "<!-- /accuracy -->")
 
 
 def fitted(*names: str) -> tuple[str, ...]:
-    """Presets as the bundled model can take them: cuts at layers that it has, weights that are trained for it."""
+    """Presets as the bundled model can take them: cuts at layers that it has, weights and reaches that suit it."""
     return tuple(str(HERE / "policies" / f"{name}.yaml") for name in names)
 
 
 # FastV by the fourth layer: the bundled model's six layers find later than the preset cuts what a question asks about.
 FITTED = fitted(
-    *("fastv-4", "aim-6", "sparsevlm-6", "transprune-6"),
+    *("fastv-4", "aim-6", "sparsevlm-6", "transprune-6", "centerclip-spectral-relative"),
     *("b-vllm-sampler-trained", "covipal-trained", "flash-latents-trained"),
-    *("mqt-trained", "qtsplus-trained", "reread-trained", "tokenflex-trained"),
+    *("mqt-trained", "pixel-shuffle-trained", "qtsplus-trained", "reread-trained", "tokenflex-trained"),
 )
 # What no budget can be set of: it asks by itself how much leaves, cuts nothing, or thins the frames of a video.
 UNBUDGETED = (

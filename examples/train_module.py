@@ -13,7 +13,7 @@ Questions are those of the `train` split, which no evaluation asks. All follows 
 run that was killed goes on from its last checkpoint (`--state`). A minute or two on one core for each policy whose
 tokens do not depend on the question. Those in `examples/policies` were made by
 
-    python examples/train_module.py benchmarks/policies/tokenflex-trained.yaml --steps 200
+    python examples/train_module.py benchmarks/policies/{tokenflex,pixel-shuffle}-trained.yaml --steps 200
     python examples/train_module.py benchmarks/policies/{flash-latents,b-vllm-sampler,mqt}-trained.yaml
     python examples/train_module.py benchmarks/policies/reread-trained.yaml --steps 1600 --lessons 300
 
@@ -45,6 +45,7 @@ from tvc import api
 from tvc.errors import ArgumentError
 from tvc.evaluation import scenes
 from tvc.kernels.merge_grid_mlp import GridMlp
+from tvc.kernels.merge_pixel_shuffle import PixelShuffle
 from tvc.kernels.merge_queries import Queries, enlarged, sines
 from tvc.kernels.op import OPS, Scope
 from tvc.kernels.score_query_attention import Grouped, QueryAttention
@@ -65,7 +66,7 @@ TEACHER = 3  # the decoder layer whose attention a score learns
 SHARPER = math.sqrt(3)  # makes a query that looks at a place see little beyond its neighbours
 EVENLY = (0.7548776662466927, 0.5698402909980532)  # powers of the plastic number: multiples fill a square evenly
 CAUTION = 4.0  # how many times more a wrong answer moves a head than a right one
-SIZES = {"queries": 81, "latents": 72}  # that a file decides; any other is the width of the tokens
+SIZES = {"queries": 81, "latents": 72, "channels": 256}  # that a file decides; any other is the width of the tokens
 
 Tensors = dict[str, torch.Tensor]
 
@@ -249,6 +250,11 @@ def known(model: Any, primitive: Trained, feature: torch.Tensor, own: Tensors) -
         }
     if isinstance(primitive, GridMlp):  # silu(1.278) is 1
         return {"gate.weight": 1.278 * (mean / mean.square().sum()).repeat(len(own["gate.weight"]), 1)}
+    if isinstance(primitive, PixelShuffle):  # gelu(x) - gelu(-x) is x: the mean of a block, as long as its tokens
+        part = torch.eye(len(mean)).repeat(1, primitive.side**2) / primitive.side**2
+        both = torch.cat([part, -part])
+        length = feature.square().mean().sqrt()
+        return {"first.weight": both, "second.weight": both[:, : len(mean)].T * primitive.side**2 * length}
     if isinstance(primitive, Grouped):
         attention = model.get_decoder().layers[0].self_attn
         names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj"}

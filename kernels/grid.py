@@ -6,11 +6,13 @@ pads. Where every token is still there, tokens follow each other row by row.
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 from pydantic import Field
 
-from tvc.errors import PolicyError
-from tvc.kernels.op import Primitive, Scope, Tap
+from tvc.errors import PolicyError, SiteError
+from tvc.kernels.op import Merging, Primitive, Scope, Tap
 from tvc.kernels.segments import per_token, ranks
 
 Neighbours = tuple[torch.Tensor, torch.Tensor]
@@ -91,3 +93,20 @@ class Gridded(Primitive):
                 slug="unresolved-grid",
             )
         return torch.full_like(scope.segment, self.columns)
+
+
+class WholeGrids(Gridded, Merging):
+    """A merge of images that are one grid each, a square one unless the decoder's positions tell its rows."""
+
+    def for_model(self, tokens: int, steps: int, blocks: int) -> Self:
+        """The same, if every image is one whole grid."""
+        if self.columns is not None and tokens != self.columns**2:
+            raise SiteError(
+                f"`{self.key}` works on images of one square grid each",
+                where=f"merge.{self.key}",
+                got=f"{tokens} visual tokens in a scope, and {self.columns} in a row",
+                want=f"{self.columns**2} visual tokens, the first reduction of the policy, scope: image",
+                fix="act where an image is one grid, or merge by something else",
+                slug="no-grid",
+            )
+        return self

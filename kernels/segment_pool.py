@@ -10,14 +10,12 @@ Memory:  O(B H V (M + K)).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Self
 
 import torch
 from pydantic import Field
 
-from tvc.errors import SiteError
 from tvc.kernels.budget import Budget
-from tvc.kernels.grid import Gridded
+from tvc.kernels.grid import WholeGrids
 from tvc.kernels.op import Merging, Scope, op
 from tvc.kernels.segments import budgets, per_token, ranks
 from tvc.kernels.select_stride import stride_keep
@@ -101,21 +99,8 @@ class CountedPooling(Trained, Pooling):
         return self.keep
 
 
-class GridPooling(Gridded, Pooling):
+class GridPooling(WholeGrids, Pooling):
     """A pooling that knows an image as a grid, a square one unless the decoder's positions tell its rows."""
-
-    def for_model(self, tokens: int, steps: int, blocks: int) -> Self:
-        """The same, if every image is one whole grid."""
-        if self.columns is not None and tokens != self.columns**2:
-            raise SiteError(
-                f"`{self.key}` works on images of one square grid each",
-                where=f"merge.{self.key}",
-                got=f"{tokens} visual tokens in a scope, and {self.columns} in a row",
-                want=f"{self.columns**2} visual tokens, the first reduction of the policy, scope: image",
-                fix="act where an image is one grid, or merge by something else",
-                slug="no-grid",
-            )
-        return self
 
 
 def by_place(table: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

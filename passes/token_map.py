@@ -174,8 +174,10 @@ class TokenMap:
             count = self._count(data, before)
             if after < count:  # a statistic over channels: never the carrier of the features
                 return
-            self.shadows[node] = self._call(mix_channels, self.shadows[data], count, after)
             self.blocks[node] = max(1, after // count)
+            if self._count(node, after) != count:
+                raise _untraceable(node, f"{after} channels for {count} encoder tokens")
+            self.shadows[node] = self._call(mix_channels, self.shadows[data], count, after)
         else:
             raise _untraceable(node, f"{tuple(data.meta['val'].shape)} -> {tuple(value.shape)}")
 

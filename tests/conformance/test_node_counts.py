@@ -27,6 +27,7 @@ PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "evs": ({"keep": "60%"}, {"keep": "30%"}),
     "frame-stride": ({"every": 2}, {"every": 4}),
     "framefusion": ({"cost": "60%"}, {"cost": "30%"}),
+    "pixel-shuffle": ({"side": 2}, {"side": 4}),
     "pool": ({"side": 2}, {"side": 4}),
     "pool-3d": ({"side": 2}, {"side": 4}),
     "prumerge": ({"keep": "25%"}, {"keep": "12.5%"}),

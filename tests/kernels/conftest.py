@@ -25,6 +25,7 @@ ORACLES = (
             "scenes",
             "regions",
             "caches",
+            "spectral",
         )
     ),
 )

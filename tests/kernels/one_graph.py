@@ -55,6 +55,7 @@ from tvc.kernels.select_pivots import Pivots
 from tvc.kernels.select_recover import Recover
 from tvc.kernels.select_regions import Regions
 from tvc.kernels.select_rows import Rows
+from tvc.kernels.select_spectral import Spectral
 from tvc.kernels.select_stride import Stride
 from tvc.kernels.select_threshold import Threshold
 from tvc.kernels.select_top import Top
@@ -364,6 +365,10 @@ class MoreGraph(OneGraph):
             out[f"select.frames.{label}"] = FrameSelect.model_validate(rule).apply(score, scope, frames)
         out["select.density"] = Density(keep=Budget(permille=600), cutoff=0.5).apply(score, scope, at.metric)
         out["select.medoids"] = Medoids(keep=Budget(count=3)).apply(None, scope, at.feature)
+        for label, budget in (("count", 3), ("share", "40%")):
+            spectral = Spectral.model_validate({"keep": budget, "sigma": 0.5, "relative": True})
+            out[f"select.spectral.{label}"] = spectral.apply(None, scope, at.feature)
+        out["spectral_rows"] = OP.spectral_rows(at.feature, at.segment, at.counts, 400, 0, 2.0, False)
         out["score.peak"] = PeakScore().apply(bundle._replace(rows=at.rows))
         out["score.peak.max"] = PeakScore(heads="max").apply(bundle._replace(rows=at.rows))
         either = Either(keep=Budget(count=1), share=0.2, least=0.3)
@@ -427,6 +432,9 @@ class MoreGraph(OneGraph):
         out["segment_attention"] = OP.segment_attention(kept, kept, kept, own, own)
         tokens = at.feature.unflatten(2, (2, half)).transpose(1, 2)
         out["segment_attention.all"] = OP.segment_attention(kept, tokens, tokens, own, at.segment)
+        folded = OP.pixel_blocks(at.feature, at.size, at.segment, at.counts, torch.full_like(at.segment, 3), 2)
+        for name, part in zip(("index", "rows", "size"), folded, strict=True):
+            out[f"pixel_blocks.{name}"] = part
         out["segment_pool"] = OP.segment_pool(at.feature[:, None, :, :4], at.feature, at.segment, at.counts, chosen)
 
     def scenes(self, at: Inputs, scope: Scope, frames: Any, out: dict[str, torch.Tensor]) -> None:

@@ -38,6 +38,30 @@ def window_merge(
     return index, rows, [[0.0] * (width - len(left)) + [weight for _, weight in left.values()] for left in made]
 
 
+def pixel_blocks(feature: Any, size: Any, segment: Any, counts: Any, columns: Any, side: int) -> tuple[Any, Any, Any]:
+    made = []
+    for b, scopes in enumerate(segment):
+        left: dict[int, tuple[Row, float]] = {}
+        for scope in range(len(counts[b])):
+            members = _members(scopes, scope)
+            across = columns[b][members[0]] if members else 1
+            grid = [members[start : start + across] for start in range(0, len(members), across)]
+            nothing = [0.0] * len(feature[b][0]) if members else []
+            for top in range(0, len(grid), side):
+                for start in range(0, len(grid[top]), side):
+                    cells = [line[start : start + side] for line in grid[top : top + side]]
+                    cells = [[*line, *[-1] * (side - len(line))] for line in (*cells, *[[]] * (side - len(cells)))]
+                    tokens = [token for line in cells for token in line]
+                    row = [x for token in tokens for x in (nothing if token < 0 else feature[b][token])]
+                    left[grid[top][start]] = (row, sum(size[b][token] for token in tokens if token >= 0))
+        made.append(dict(sorted(left.items())))
+    width = max(map(len, made))
+    depth = side * side * (len(feature[0][0]) if feature[0] else 5)
+    index = [[-1] * (width - len(left)) + list(left) for left in made]
+    rows = [[[0.0] * depth] * (width - len(left)) + [row for row, _ in left.values()] for left in made]
+    return index, rows, [[0.0] * (width - len(left)) + [weight for _, weight in left.values()] for left in made]
+
+
 def peak_score(query: Any, key: Any, mask: Any, rows: Any, columns: Any, scale: float, over: str = "mean") -> list[Row]:
     result = []
     for b, sample in enumerate(query):
@@ -79,4 +103,9 @@ def either_score(
     return result
 
 
-ORACLES |= {"window_merge": window_merge, "peak_score": peak_score, "either_score": either_score}
+ORACLES |= {
+    "window_merge": window_merge,
+    "pixel_blocks": pixel_blocks,
+    "peak_score": peak_score,
+    "either_score": either_score,
+}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from transformers.models.internvl import modeling_internvl as internvl
 
 from tvc.errors import WeightsError
 from tvc.kernels import PRIMITIVES
@@ -136,6 +137,53 @@ def test_a_grid_is_resized_as_pytorch_does(how: str, side: int, number: int) -> 
     else:
         wanted = torch.nn.functional.interpolate(maps, (side, side), mode="bilinear", align_corners=False)
     torch.testing.assert_close(feature, wanted.flatten(2).transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def shuffling(inner: int, side: int, folder: pathlib.Path) -> tuple[str, Any]:
+    """A file of weights, and what it means in layers of PyTorch."""
+    parts = (
+        torch.nn.LayerNorm(side**2 * WIDTH),
+        torch.nn.Linear(side**2 * WIDTH, inner),
+        torch.nn.Linear(inner, WIDTH),
+    )
+    for part in parts:
+        for value in part.parameters():
+            torch.nn.init.normal_(value, std=0.4)
+    named = zip(("norm", "first", "second"), parts, strict=True)
+    state = {f"{name}.{kind}": value for name, part in named for kind, value in part.state_dict().items()}
+    safetensors.torch.save_file(state, folder / "w.safetensors")
+    return str(folder / "w.safetensors"), torch.nn.Sequential(parts[0], parts[1], torch.nn.GELU(), parts[2])
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("side", [2, 3, 4, 5, 6, 7])
+def test_blocks_are_unshuffled_pixels_and_a_network(tmp_path: pathlib.Path, side: int, number: int) -> None:
+    """PyTorch's own puts the numbers of one channel side by side, and pictures are padded for it with zeros."""
+    file, network = shuffling(10, side, tmp_path)
+    _, feature, _ = pooled("pixel_shuffle", {"weights": file, "side": side, "columns": SIDE}, number)
+    missing = -SIDE % side
+    maps = torch.nn.functional.pad(each(number).transpose(1, 2).unflatten(2, (SIDE, SIDE)), (0, missing, 0, missing))
+    blocks = torch.nn.functional.pixel_unshuffle(maps, side).unflatten(1, (WIDTH, side**2))
+    rows = blocks.flatten(3).permute(0, 3, 2, 1).flatten(2)  # [N, K, side^2 D], token after token
+    with torch.no_grad():
+        torch.testing.assert_close(feature, network(rows), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_blocks_are_those_of_internvl(tmp_path: pathlib.Path, number: int) -> None:
+    side = 2
+    file, network = shuffling(WIDTH, side, tmp_path)
+    _, feature, _ = pooled("pixel_shuffle", {"weights": file, "side": side, "columns": SIDE}, number)
+    vision = {"hidden_size": WIDTH, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+    text = {"model_type": "qwen2", **vision, "num_key_value_heads": 2}
+    config = internvl.InternVLConfig(vision_config=vision, text_config=text, downsample_ratio=1 / side)
+    projector = internvl.InternVLMultiModalProjector(config)
+    theirs = {"layer_norm": network[0], "linear_1": network[1], "linear_2": network[3]}
+    projector.load_state_dict({f"{n}.{k}": v for n, part in theirs.items() for k, v in part.state_dict().items()})
+    grid = each(number).unflatten(1, (SIDE, SIDE))
+    with torch.no_grad():
+        rows = internvl.InternVLModel.pixel_shuffle(None, grid, 1 / side)  # type: ignore[arg-type]
+        torch.testing.assert_close(feature, projector(rows.flatten(1, 2)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("rows", "columns", "side"), [(3, 7, 2), (5, 4, 3), (2, 9, 2), (1, 5, 2), (1, 3, 2)])

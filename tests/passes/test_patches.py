@@ -230,7 +230,7 @@ class Averaged(torch.nn.Module):
     def __init__(self, rows: int, columns: int, kernel: tuple[int, int], stride: int | None = None, width: int = 12):
         super().__init__()
         self.grid, self.kernel, self.stride = (rows, columns), kernel, stride
-        self.linear = torch.nn.Linear(width, 20)
+        self.linear = torch.nn.Linear(width, 2 * width)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         laid = hidden.transpose(1, 2).unflatten(2, self.grid)

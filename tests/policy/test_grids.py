@@ -225,6 +225,45 @@ def test_pictures_of_any_shape_are_pooled_to_one_grid(side: int) -> None:
     torch.testing.assert_close(sizes.sum(), counts.sum().float())
 
 
+@pytest.mark.parametrize("side", [2, 3])
+def test_pictures_of_any_shape_fall_into_blocks(side: int) -> None:
+    """With weights that hand on the first numbers of a block, normed, and then those of its last token."""
+    merge = PRIMITIVES["merge"]["pixel_shuffle"].model_validate({"weights": "w.safetensors", "side": side})
+    segment, counts, lengths = told(SHAPES)
+    feature, maps = drawn(side, 4)
+    size = (segment >= 0).float()
+    norm = torch.nn.LayerNorm(4 * side**2)
+    for name, first in (("first", 0), ("last", 4 * side**2 - 4)):
+        taken = torch.zeros(4, 4 * side**2)
+        taken[:, first : first + 4] = torch.eye(4)
+        network = {"norm.weight": norm.weight, "norm.bias": norm.bias, "first.bias": torch.full((4,), 50.0)}
+        network |= {"first.weight": taken, "second.weight": torch.eye(4), "second.bias": torch.full((4,), -50.0)}
+        chosen, values, sizes = merge.apply(feature, size, Scope(segment, counts, len(SHAPES)), network, lengths)
+        want, numbers = [], []
+        for picture in maps:
+            for row in range(0, picture.shape[0], side):
+                for column in range(0, picture.shape[1], side):
+                    block = torch.zeros(side, side, 4)
+                    part = picture[row : row + side, column : column + side]
+                    block[: part.shape[0], : part.shape[1]] = part
+                    want.append(norm(block.flatten())[first : first + 4])
+                    numbers.append(float(part.shape[0] * part.shape[1]))
+        real = chosen[0] >= 0
+        torch.testing.assert_close(values[0][real], torch.stack(want), rtol=1e-5, atol=1e-4, msg=name)
+        assert sizes[0][real].tolist() == numbers
+    most, least = sum(merge.kept(counts[0].tolist())), sum(merge.fewest(counts[0].tolist()))
+    assert least <= len(want) <= most
+    assert not merge.sure
+
+
+def test_a_square_grid_tells_how_many_blocks_there_are() -> None:
+    (one,) = resolve(load_policy("pixel-shuffle", set=["side=3"]), layout()).steps
+    assert one.merge is not None
+    assert (one.merge.sure, one.merge.kept([64]), one.merge.fewest([64])) == (True, [9], [9])
+    sequence = policy(step("language.0", "scope: sequence\n    merge: {pixel_shuffle: {weights: w.safetensors}}"))
+    assert refused(sequence, layout(visual=(64, 64))).slug == "no-grid"
+
+
 # What a policy may ask ------------------------------------------------------------------------------------------------
 
 
@@ -234,7 +273,9 @@ def refused(text: Any, model: Any = TOLD, settings: tuple[str, ...] = ()) -> Sit
     return caught.value
 
 
-@pytest.mark.parametrize("name", ["fopru-row", "hiprune", "tokenflex", "vflowopt", "mustdrop", "visual-context-window"])
+@pytest.mark.parametrize(
+    "name", ["fopru-row", "hiprune", "tokenflex", "vflowopt", "mustdrop", "visual-context-window", "pixel-shuffle"]
+)
 def test_a_grid_that_positions_tell_is_left_open(name: str) -> None:
     first = resolve(load_policy(name), TOLD).steps[0]
     (primitive,) = (p for p in first.primitives() if "columns" in type(p).model_fields)

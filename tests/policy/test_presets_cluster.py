@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from policy_cases import layout
@@ -46,7 +47,7 @@ def medoids(x: list[Row], number: int) -> list[int]:
     far = [[math.dist(a, b) for b in x] for a in x]
     shift = max(map(max, far)) + 1
     moved = [[value - shift - (i == j) for j, value in enumerate(row)] for i, row in enumerate(far)]
-    norms = [math.sqrt(dot(row, row)) for row in x]
+    norms = [round(math.sqrt(dot(row, row)), 9) for row in x]  # embedded tokens are all of one length
     centres = [norms.index(max(norms))]
     while len(centres) < number:
         nearest = [min(moved[i][c] for c in centres) for i in range(len(x))]
@@ -73,10 +74,26 @@ def test_centerclip(tokens: int, number: int) -> None:
     assert step.select.apply(None, scope, feature=x)[0].tolist() == medoids(x[0].tolist(), number)
 
 
-def test_centerclip_cuts_the_encoder_half_way() -> None:
-    assert step_of("centerclip").at == "vision.3"
+@pytest.mark.parametrize(("tokens", "number", "sigma"), [(98, 12, 2), (49, 24, 1.5), (31, 5, 1), (7, 1, 2), (5, 5, 2)])
+def test_centerclip_spectral(tokens: int, number: int, sigma: float) -> None:
+    x = torch.randn(1, tokens, 6, generator=torch.Generator().manual_seed(tokens))
+    step = step_of("centerclip-spectral", f"keep={number}", f"sigma={sigma}")
+    assert step.select is not None
+    scope = Scope(torch.zeros(1, tokens, dtype=torch.int64), torch.tensor([[tokens]]), 1)
+    rows = x[0].tolist()
+    near = np.array([[math.exp(-(math.dist(a, b) ** 2) / (2 * sigma**2)) for b in rows] for a in rows])
+    degree = near.sum(1)
+    laplacian = np.diag(degree**-0.5) @ (np.diag(degree) - near) @ np.diag(degree**-0.5)
+    columns = np.linalg.eigh(laplacian)[1][:, :number]
+    columns /= np.linalg.norm(columns, axis=1, keepdims=True)
+    assert step.select.apply(None, scope, feature=x)[0].tolist() == medoids(columns.tolist(), number)
+
+
+@pytest.mark.parametrize("name", ["centerclip", "centerclip-spectral"])
+def test_centerclip_cuts_the_encoder_half_way(name: str) -> None:
+    assert step_of(name).at == "vision.3"
     model = layout(vision=12, visual=(196,))
-    steps = resolve(load_policy("centerclip", set=["keep=81.7%"]), model).steps
+    steps = resolve(load_policy(name, set=["keep=81.7%"]), model).steps
     assert [(step.at, left) for step, _, left in leaving(steps, model)] == [("vision.6", [160])]
 
 
