@@ -68,6 +68,7 @@ class Untouched:
     name: str = DENSE
     steps: tuple[Any, ...] = ()
     reselect: Any = None
+    attention: None = None
     cache: None = None
 
 
