@@ -202,10 +202,11 @@ class TokenMap:
 
 def _window(node: fx.Node) -> tuple[int, int]:
     """(rows, columns) of what a pooling takes the mean of; (0, 0) unless every place is in one window at most."""
-    _, kernel, stride, padding, ceil, *_ = (*node.args, *([], 0, False)[len(node.args) - 2 :])
-    rows, columns = _pair(kernel)
-    apart = not stride or _pair(stride) == (rows, columns)
-    return (rows, columns) if apart and _pair(padding) == (0, 0) and not ceil else (0, 0)
+    given: dict[int, Any] = dict(enumerate(node.args))
+    rows, columns = _pair(given[1])
+    apart = not (stride := given.get(2)) or _pair(stride) == (rows, columns)
+    whole = _pair(given.get(3, 0)) == (0, 0) and not given.get(4, False)
+    return (rows, columns) if apart and whole else (0, 0)
 
 
 def _pair(value: Any) -> tuple[int, int]:
