@@ -139,7 +139,8 @@ def main() -> int:
     torch.set_num_threads(1)
     known = options.output.is_file() and not options.fresh
     cells = [Cell(**one) for one in json.loads(options.output.read_text())["cells"]] if known else []
-    done = {(cell.family, cell.preset) for cell in cells if cell.outcome not in ("failed", "crashed")}
+    bad = {(cell.family, cell.preset) for cell in cells if cell.outcome in ("failed", "crashed")}
+    done = {(cell.family, cell.preset) for cell in cells} - bad
     for family in options.families.split(","):
         for preset in options.presets.split(","):
             if (family, preset) in done:
