@@ -91,7 +91,8 @@ def _moved(medoid: torch.Tensor, distance: torch.Tensor, together: torch.Tensor)
     same = together & (group[:, :, None] == group[:, None, :]) & (to_medoid.float() @ ones > 0)
     apart = torch.where(same, distance, 0.0) @ ones  # [B, V, 1]
     lowest = _first_lowest(torch.where(same, apart.transpose(1, 2), far))
-    return same.diagonal(dim1=1, dim2=2) & (lowest == place)
+    # Of a diagonal's length a tracer does not know that it is V where only the run tells V.
+    return (same.diagonal(dim1=1, dim2=2) & (lowest == place)).index_select(1, place)
 
 
 def _first_lowest(values: torch.Tensor) -> torch.Tensor:
@@ -127,16 +128,16 @@ def medoids_keep(
         taken = (place == picked) & (number < per_token(budget, segment))
         return medoid | taken, torch.minimum(apart, distance.gather(2, picked[:, :, None]).squeeze(2))
 
-    def move(number: torch.Tensor, medoid: torch.Tensor, moves: torch.Tensor) -> State:
+    def move(number: torch.Tensor, medoid: torch.Tensor, moving: torch.Tensor) -> State:
         moved = _moved(medoid, distance, together)
-        return moved, moved ^ medoid
+        return moved, (moved ^ medoid).any()
 
     # One column of zeros keeps the largest budget defined for N = 0.
     most = torch.nn.functional.pad(budget, (0, 1)).amax((0, 1))
     start = (torch.zeros_like(valid), torch.full_like(long, torch.finfo(torch.float32).max))
     medoid = repeat(take, start, most)[0]
     last = torch.full((), 1, dtype=torch.int64, device=segment.device) * rounds
-    medoid = repeat(move, (medoid, valid.clone()), last, lambda medoid, moves: moves.any())[0]
+    medoid = repeat(move, (medoid, valid.any()), last, lambda medoid, moving: moving)[0]
     return pack(medoid, slots)
 
 
