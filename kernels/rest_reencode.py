@@ -13,25 +13,17 @@ from typing import ClassVar
 
 import torch
 
-from tvc.kernels.op import Rest, Scope, Tap, primitive
-from tvc.kernels.score_query_attention import Grouped, heads_of, rms_normed
-from tvc.kernels.segment_attention import segment_attention
+from tvc.kernels.op import Scope, primitive
+from tvc.kernels.score_query_attention import rms_normed
+from tvc.kernels.segment_attention import Attending
 from tvc.kernels.segments import or_pad, per_token, rows_at
-from tvc.kernels.weights import Shape
 
 
 @primitive
-class Reencode(Grouped, Rest):
+class Reencode(Attending):
     """The others are dropped, and a trained block of attention runs over the tokens that stay, image by image."""
 
     key: ClassVar[str] = "reencode"
-
-    def taps(self) -> dict[str, Tap]:
-        return self.module()
-
-    def shapes(self, width: int | str) -> dict[str, Shape]:
-        found = self.sizes(width, "query", "key", "value")
-        return {"norm.weight": (width,), **found, "output.weight": (width, found["query.weight"][0])}
 
     def apply(
         self,
@@ -45,8 +37,5 @@ class Reencode(Grouped, Rest):
         own = torch.where(chosen < 0, -1, per_token(scope.segment, chosen))
         kept = rows_at(feature, chosen)
         normed = rms_normed(kept, weights["norm.weight"])
-        query = heads_of(normed, weights, "query", self.heads)
-        key, value = (heads_of(normed, weights, name, self.groups) for name in ("key", "value"))
-        mixed = segment_attention.overload(query, key, value, own, own)
-        made = kept.float() + mixed @ weights["output.weight"].float().T
+        made = kept.float() + self.read(normed, normed, own, own, weights)
         return chosen.clone(), made.to(feature.dtype), or_pad(size, chosen, 0.0)

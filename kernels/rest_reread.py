@@ -17,26 +17,21 @@ from typing import ClassVar
 
 import torch
 
-from tvc.kernels.op import Rest, Scope, Tap, primitive
-from tvc.kernels.score_query_attention import Grouped, heads_of, rms_normed
-from tvc.kernels.segment_attention import segment_attention
+from tvc.kernels.op import Scope, primitive
+from tvc.kernels.score_query_attention import rms_normed
+from tvc.kernels.segment_attention import Attending
 from tvc.kernels.segments import or_pad, per_token, rows_at
 from tvc.kernels.weights import Shape
 
 
 @primitive
-class Reread(Grouped, Rest):
+class Reread(Attending):
     """The tokens that stay take from all of their image what a trained attention reads, before the others leave."""
 
     key: ClassVar[str] = "reread"
 
-    def taps(self) -> dict[str, Tap]:
-        return self.module()
-
     def shapes(self, width: int | str) -> dict[str, Shape]:
-        found = self.sizes(width, "query", "key", "value")
-        norms: dict[str, Shape] = {"norm.weight": (width,), "norm_read.weight": (width,)}
-        return {**norms, **found, "output.weight": (width, found["query.weight"][0]), "gate": (1,)}
+        return {**super().shapes(width), "norm_read.weight": (width,), "gate": (1,)}
 
     def apply(
         self,
@@ -49,9 +44,7 @@ class Reread(Grouped, Rest):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         own = torch.where(chosen < 0, -1, per_token(scope.segment, chosen))
         kept = rows_at(feature, chosen)
-        query = heads_of(rms_normed(kept, weights["norm.weight"]), weights, "query", self.heads)
-        read = rms_normed(feature, weights["norm_read.weight"])
-        key, value = (heads_of(read, weights, name, self.groups) for name in ("key", "value"))
-        mixed = segment_attention.overload(query, key, value, own, scope.segment)
-        made = kept.float() + weights["gate"].float().tanh() * (mixed @ weights["output.weight"].float().T)
+        asking, seen = rms_normed(kept, weights["norm.weight"]), rms_normed(feature, weights["norm_read.weight"])
+        read = self.read(asking, seen, own, scope.segment, weights)
+        made = kept.float() + weights["gate"].float().tanh() * read
         return chosen.clone(), made.to(feature.dtype), or_pad(size, chosen, 0.0)

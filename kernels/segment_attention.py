@@ -1,5 +1,7 @@
 """segment_attention: attention of rows to the visual tokens of their own segment, and to no others.
 
+`Attending` is the base of the rules for the rest by which the tokens that stay read others.
+
 Shapes:  query [B, H, K, d] float, key and value [B, G, V, d] float (G divides H), own [B, K] int64 (-1 pads): the
          segment of each row; segment [B, V] int64 (-1 pads): that of each token -> [B, K, H d] float32, pads 0
 Rule:    softmax of query . key / sqrt(d) over the tokens whose number in `segment` is that of the row; no positions. A
@@ -17,7 +19,9 @@ from collections.abc import Iterator
 
 import torch
 
-from tvc.kernels.op import op
+from tvc.kernels.op import Rest, Tap, op
+from tvc.kernels.score_query_attention import Grouped, heads_of
+from tvc.kernels.weights import Shape
 
 
 def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -49,3 +53,28 @@ def segment_attention(
     seen = torch.cat([same.float() @ ones == 0, same], dim=2)[:, None, None]
     shares = logits.masked_fill(~seen, float("-inf")).softmax(4)
     return (shares @ value[:, :, None]).flatten(1, 2).transpose(1, 2).flatten(2)
+
+
+class Attending(Grouped, Rest):
+    """A rule with a trained attention: what stays reads tokens of its scope, and keeps its place and its size."""
+
+    def taps(self) -> dict[str, Tap]:
+        return self.module()
+
+    def shapes(self, width: int | str) -> dict[str, Shape]:
+        found = self.sizes(width, "query", "key", "value")
+        return {"norm.weight": (width,), **found, "output.weight": (width, found["query.weight"][0])}
+
+    def read(
+        self,
+        kept: torch.Tensor,
+        seen: torch.Tensor,
+        own: torch.Tensor,
+        segment: torch.Tensor,
+        weights: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """[B, K, D] float32: what the rows `kept` [B, K, D] of segments `own` [B, K] take of `seen` [B, V, D]."""
+        query = heads_of(kept, weights, "query", self.heads)
+        key, value = (heads_of(seen, weights, name, self.groups) for name in ("key", "value"))
+        mixed: torch.Tensor = segment_attention.overload(query, key, value, own, segment)
+        return mixed @ weights["output.weight"].float().T
