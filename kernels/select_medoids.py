@@ -91,8 +91,7 @@ def _moved(medoid: torch.Tensor, distance: torch.Tensor, together: torch.Tensor)
     same = together & (group[:, :, None] == group[:, None, :]) & (to_medoid.float() @ ones > 0)
     apart = torch.where(same, distance, 0.0) @ ones  # [B, V, 1]
     lowest = _first_lowest(torch.where(same, apart.transpose(1, 2), far))
-    # Of a diagonal's length a tracer does not know that it is V where only the run tells V.
-    return (same.diagonal(dim1=1, dim2=2) & (lowest == place)).index_select(1, place)
+    return same.diagonal(dim1=1, dim2=2) & (lowest == place)
 
 
 def _first_lowest(values: torch.Tensor) -> torch.Tensor:
@@ -128,6 +127,7 @@ def medoids_keep(
         taken = (place == picked) & (number < per_token(budget, segment))
         return medoid | taken, torch.minimum(apart, distance.gather(2, picked[:, :, None]).squeeze(2))
 
+    # Whether, not which: two states of V would be of two sizes to a tracer where only the run tells V.
     def move(number: torch.Tensor, medoid: torch.Tensor, moving: torch.Tensor) -> State:
         moved = _moved(medoid, distance, together)
         return moved, (moved ^ medoid).any()
