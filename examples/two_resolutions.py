@@ -138,7 +138,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--image", type=pathlib.Path, help="one picture in the place of the benchmark")
     parser.add_argument("--prompt", default="what is in the picture?")
     parser.add_argument("--bound", type=float, default=0.9, help="with --image: ask again below it")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.image is not None and not options.image.is_file():
+        parser.error(f"--image: there is no file {options.image}")
+    return options
 
 
 if __name__ == "__main__":
