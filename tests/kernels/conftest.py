@@ -30,7 +30,7 @@ ORACLES = (
     ),
 )
 
-for name in (*ORACLES, "one_graph", "provider_cases"):
+for name in (*ORACLES, "one_graph", "one_graph_settings", "provider_cases"):
     spec = importlib.util.spec_from_file_location(f"kernel_{name}", HERE / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None

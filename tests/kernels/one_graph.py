@@ -22,7 +22,6 @@ from tvc.kernels.op import Attention, Scope
 from tvc.kernels.rest_absorb import Absorb
 from tvc.kernels.rest_anchor_frames import AnchorFrames
 from tvc.kernels.rest_cells import Cells
-from tvc.kernels.rest_cluster import Cluster
 from tvc.kernels.rest_fold import Fold
 from tvc.kernels.rest_merge import Merge
 from tvc.kernels.rest_recycle import Recycle
@@ -39,7 +38,6 @@ from tvc.kernels.score_random import RandomScore
 from tvc.kernels.score_uniform import UniformScore
 from tvc.kernels.select_afford import Afford
 from tvc.kernels.select_anchors import Anchors
-from tvc.kernels.select_chunks import Chunks
 from tvc.kernels.select_coverage import Coverage
 from tvc.kernels.select_density import Density
 from tvc.kernels.select_either import Either
@@ -51,7 +49,6 @@ from tvc.kernels.select_max_sum import MaxSum
 from tvc.kernels.select_medoids import Medoids
 from tvc.kernels.select_outliers import Outliers
 from tvc.kernels.select_pairs import Pairs
-from tvc.kernels.select_pivots import Pivots
 from tvc.kernels.select_recover import Recover
 from tvc.kernels.select_regions import Regions
 from tvc.kernels.select_rows import Rows
@@ -196,21 +193,14 @@ class OneGraph(torch.nn.Module):
     def scores(self, at: Inputs, mask: torch.Tensor, out: dict[str, torch.Tensor]) -> torch.Tensor:
         bundle = Attention(at.query, at.key, mask, at.rows, at.columns, HEAD_WIDTH**-0.5)
         out["score.attention"] = AttentionScore(of="text").apply(bundle)
-        out["score.attention.sum"] = AttentionScore(heads="sum").apply(bundle._replace(columns=at.pairs, mask=None))
-        out["score.attention.max"] = AttentionScore(heads="max").apply(bundle)
         out["score.attention.joined"] = AttentionScore(heads="joined").apply(bundle)
-        visual = bundle._replace(rows=at.visual_index)
-        out["score.attention.joined.visual"] = AttentionScore(of="visual", heads="joined").apply(visual)
         every = torch.arange(at.query.shape[2], device=at.query.device).expand(at.query.shape[0], -1)
         out["score.global"] = GlobalScore(above=1.0).apply(bundle._replace(rows=every))
-        out["score.global.visual"] = GlobalScore(above=1.0).apply(visual)
-        out["score.attention.all"] = AttentionScore(of="all").apply(bundle._replace(rows=every))
         text = (at.text, at.text_index >= 0)
         out["score.cosine.mean"] = CosineScore().apply(feature=at.feature, ordinal=at.ordinal)
         out["score.cosine.text"] = CosineScore(to="text").apply(feature=at.feature, text=text)
         out["score.cosine.last"] = CosineScore(to="last").apply(feature=at.feature, text=text)
-        for order in (1.0, 2.0, 3.0):
-            out[f"score.norm.{order:g}"] = NormScore(order=order).apply(at.metric)
+        out["score.norm.2"] = NormScore().apply(at.metric)
         out["score.random"] = RandomScore(seed=2**40).apply(at.ordinal)
         out["score.uniform"] = UniformScore().apply(at.ordinal)
         modes = ("none", "minmax", "softmax", "sum")
@@ -221,28 +211,23 @@ class OneGraph(torch.nn.Module):
 
     def selections(self, at: Inputs, score: torch.Tensor, scope: Scope, out: dict[str, torch.Tensor]) -> None:
         for label, budget in (("count", 3), ("share", "40%")):
-            keep = Budget.model_validate(budget)
-            out[f"select.top.{label}"] = Top(keep=keep).apply(score, scope)
-            out[f"select.stride.{label}"] = Stride(keep=keep).apply(None, scope)
+            out[f"select.top.{label}"] = Top(keep=Budget.model_validate(budget)).apply(score, scope)
+        out["select.stride"] = Stride(keep=Budget(permille=400)).apply(None, scope)
         out["select.threshold"] = Threshold(above=0.3).apply(score, scope)
         out["select.threshold.relative"] = Threshold(relative=0.8).apply(score, scope)
-        out["select.outliers"] = Outliers(keep=Budget(count=2), fence=0.0).apply(score, scope)
-        out["select.outliers.spread"] = Outliers(keep=Budget(permille=600), fence=0.5, spread=3).apply(score, scope)
+        out["select.outliers"] = Outliers(keep=Budget(permille=600), fence=0.5, spread=3).apply(score, scope)
         anchors = Anchors(keep=Budget(permille=600), share=1000, columns=2)
         anchored = anchors.joined([out["score.random"], out["score.cosine.text"]], scope)
         out["score.anchored"], out["select.anchors"] = anchored, anchors.apply(anchored, scope)
         out["select.rows"] = Rows(keep=Budget(permille=600), columns=2).apply(score, scope)
-        out["select.chunks"] = Chunks(keep=Budget(count=3), number=3).apply(score, scope, at.feature)
         out["select.pairs"] = Pairs(keep=Budget(count=2), drop=1).apply(score, scope, at.feature)
         count, share, words = Budget(count=3), Budget(permille=400), (at.text, at.text_index >= 0)
         out["select.max_min"] = MaxMin(keep=share).apply(None, scope, at.feature)
         out["select.max_sum"] = MaxSum(keep=count).apply(score, scope, at.feature)
         out["select.log_det"] = LogDet(keep=share).apply(score.sigmoid(), scope, at.feature)
         out["select.coverage"] = Coverage(keep=count).apply(None, scope, at.feature, words)
-        for reduce in ("max", "mean", "sum"):
-            gate = ThresholdGate(reduce=reduce, above=0.45)
-            out[f"when.{reduce}"] = gate.apply(score, scope)
-            out[f"exit.{reduce}"] = exit_chosen(gate, score, scope)
+        gate = ThresholdGate(reduce="max", above=0.45)
+        out["when.max"], out["exit.max"] = gate.apply(score, scope), exit_chosen(gate, score, scope)
         out["exit.below"] = exit_chosen(ThresholdGate(below=1e6), score, scope)
         out["exit.always"] = exit_chosen(Always(), None, scope)
         for label in ("select.top.share", "exit.max"):
@@ -267,33 +252,20 @@ class OneGraph(torch.nn.Module):
     def merges(self, at: Inputs, score: torch.Tensor, scope: Scope, out: dict[str, torch.Tensor]) -> None:
         rules: dict[str, Any] = {
             "kept": {"targets": "kept", "reduce": "size_weighted"},
-            "stride": {"targets": {"stride": 2}, "by": "key_cosine", "reduce": "target_mean"},
             "top": {"targets": {"top": 2}, "reduce": "mean"},
-            "share": {"targets": {"stride": "30%"}, "reduce": "mean"},
         }
         for label, rule in rules.items():
-            merge = Merge.model_validate(rule)
-            metric = {"metric": at.metric} if merge.taps() else {}
             # `top` starts from a selection whose size is known at run time alone.
             chosen = out["select.threshold" if label == "top" else "select.top.count"]
-            parts = merge.apply(at.feature, at.size, chosen, score, scope, **metric)
+            parts = Merge.model_validate(rule).apply(at.feature, at.size, chosen, score, scope)
             for name, part in zip(("index", "feature", "size"), parts, strict=True):
                 out[f"merge.{label}.{name}"] = part
-        pairs: dict[str, Any] = {
-            "half": {"keep": "50%", "reduce": "mean"},
-            "rounds": {"keep": "30%", "by": "key_cosine"},
-            "most": {"keep": "80%"},
-            "remove": {"remove": 2},
-        }
-        for label, rule in pairs.items():
-            joining = Bipartite.model_validate(rule)
-            metric = {"metric": at.metric} if joining.taps() else {}
-            parts = joining.apply(at.feature, at.size, scope, **metric)
-            for name, part in zip(("index", "feature", "size"), parts, strict=True):
-                out[f"bipartite.{label}.{name}"] = part
+        joining = Bipartite.model_validate({"keep": "30%", "by": "key_cosine"})
+        parts = joining.apply(at.feature, at.size, scope, metric=at.metric)
+        for name, part in zip(("index", "feature", "size"), parts, strict=True):
+            out[f"bipartite.{name}"] = part
         rests: dict[str, Any] = {
-            "absorb": (Absorb(neighbours=2), "select.outliers"),
-            "absorb.extra": (Absorb(neighbours=2, extra=True), "select.top.count"),
+            "absorb": (Absorb(neighbours=2, extra=True), "select.top.count"),
             "cells": (Cells(cells=2, columns=3), "select.top.share"),
             "fold": (Fold(), "select.top.count"),
         }
@@ -310,17 +282,10 @@ class OneGraph(torch.nn.Module):
         every = torch.where(at.query_positions < 0, -1, torch.arange(at.query.shape[2], device=at.query.device))
         out["score.pagerank"] = PageRankScore(temperature=0.5).apply(bundle._replace(rows=every))
         words = (at.text, at.text_index >= 0)
-        for label, budget in (("count", 3), ("share", "40%")):
-            pivots = Pivots(keep=Budget.model_validate(budget), visual=2, text=2)
-            out[f"select.pivots.{label}"] = pivots.apply(None, scope, at.feature, words, bundle)
         out["transition"] = OP.transition_score(at.text, at.text.flip(1), at.text_index >= 0)
         out["raters"] = OP.text_raters(at.feature, at.segment >= 0, *words)
         gate = CrossAttention(below=0.7)
         out["when.cross_attention"] = gate.apply(None, scope, bundle, bundle._replace(rows=at.visual_index))
-        cluster = Cluster(pool=Budget(permille=600), per=3)
-        parts = cluster.apply(at.feature, at.size, out["select.top.count"], score, scope)
-        for name, part in zip(("index", "feature", "size"), parts, strict=True):
-            out[f"cluster.{name}"] = part
 
     def videos(self, at: Inputs, score: torch.Tensor, scope: Scope, out: dict[str, torch.Tensor]) -> None:
         frames = frames_of(torch.stack([at.query_positions // 4, at.query_positions % 2]), *at.chunk())

@@ -25,6 +25,8 @@ SLOW = frozenset(
         "merge_nearest",
         "novelty_score",
         "pagerank_score",
+        "segment_pool",
+        "window_merge",
     }
 )
 HALVES = [dtype for dtype in TOLERANCES if dtype != torch.float32]
@@ -121,7 +123,8 @@ def test_provider_equals_reference_at_small_sizes(name: str, arguments: tuple[An
     _compare(name, arguments)
 
 
-@pytest.mark.parametrize(("name", "arguments"), _cases(PROVIDED, SMALL))  # kernels treat both halves alike
+# Kernels treat both halves alike.
+@pytest.mark.parametrize(("name", "arguments"), _cases(PROVIDED - SLOW, SMALL))
 def test_provider_equals_reference_in_bfloat16(name: str, arguments: tuple[Any, ...]) -> None:
     _compare(name, _converted(arguments, torch.bfloat16))
 

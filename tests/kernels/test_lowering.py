@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 import torch
 from kernel_one_graph import Inputs, MoreGraph, OneGraph, make, names
+from kernel_one_graph_settings import SettingsGraph
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tvc.export.ort_operators import translations
@@ -48,7 +49,10 @@ def trace(module: torch.nn.Module, nested: bool) -> torch.export.ExportedProgram
     )
 
 
-@pytest.fixture(scope="module", params=[OneGraph, pytest.param(MoreGraph, marks=pytest.mark.conformance)])
+@pytest.fixture(
+    scope="module",
+    params=[OneGraph, *(pytest.param(graph, marks=pytest.mark.conformance) for graph in (MoreGraph, SettingsGraph))],
+)
 def graph(request: Any) -> type[OneGraph]:
     made: type[OneGraph] = request.param
     return made
@@ -134,7 +138,7 @@ def called(graph: type[OneGraph]) -> set[Any]:
 
 
 def test_every_op_is_in_one_of_the_graphs() -> None:
-    assert called(OneGraph) | called(MoreGraph) == {entry.overload for entry in OPS.values()}
+    assert called(OneGraph) | called(MoreGraph) | called(SettingsGraph) == {entry.overload for entry in OPS.values()}
 
 
 def test_every_op_is_one_node_of_the_traced_graph(
