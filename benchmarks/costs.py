@@ -93,6 +93,7 @@ MODELS: dict[str, Callable[[], Layout]] = {
     "llava-1.5-13b": lambda: llava(CLIP_L, LLAMA_13B),
     "clip-bigg-378": lambda: llava(CLIP_BIGG, LLAMA_7B),
     "siglip-768-decoder": lambda: llava(SIGLIP_768, LLAMA_7B),
+    "siglip-384-decoder": lambda: llava(SIGLIP_384, QWEN2_7B),
     "llava-next-7b": lambda: llava(CLIP_L, LLAMA_7B, (2880,), 5),
     "llava-ov-7b, 32 frames": lambda: llava(SIGLIP_384, QWEN2_7B, (196,) * 32, 32),
     "llava-ov-7b, a video": lambda: llava(SIGLIP_384, QWEN2_7B, (6272,), 32),  # of 32 frames
