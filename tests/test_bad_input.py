@@ -23,7 +23,7 @@ import tvc
 from tvc.cli import build_app
 from tvc.errors import ArgumentError, ArtifactError, InputError, ModelError, PolicyError, SiteError, TvcError
 
-SLOW = (pytest.param(name, marks=pytest.mark.conformance) for name in ("smolvlm", "llava_onevision"))
+SLOW = (pytest.param(name, marks=pytest.mark.conformance) for name in ("qwen2_5_vl", "smolvlm", "llava_onevision"))
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "errors"
 LINES = re.compile(r"error\[TVC\d{3}] [a-z0-9-]+: \S.*\n  where: \S.*\n  got:   \S.*\n  want:  \S.*\n  fix:   \S.*\n")
 
@@ -331,7 +331,7 @@ def test_inputs_that_contradict_each_other(fastv, slug, way):
         raised(InputError, slug, fastv.compiled.generate, **wrong, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", *SLOW])
+@pytest.mark.parametrize("family", SLOW)
 def test_placeholders_are_counted_in_every_family(artifacts, family):
     compiled = artifacts(family, "random", settings=("at=language.2", "keep=50%")).compiled
     given = support.inputs(family)

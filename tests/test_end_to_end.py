@@ -10,6 +10,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import support
 import tvc
+from tvc.errors import ArgumentError
 from tvc.runtime.cache import StagedCache
 
 # A policy that cuts, compacts and keeps everything: what remains is the untouched model.
@@ -374,7 +375,12 @@ def test_a_saved_artifact_answers_as_it_did_in_memory(artifacts, target):
     torch.testing.assert_close(there.logits, reference.logits, rtol=1e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_graphs_of_another_runtime_are_not_compiled_again(artifacts):
+    with pytest.raises(ArgumentError, match="not-in-torch"):
+        artifacts("llava", "fastv", "pt2").compiled.torch_compile()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.conformance)])
 def test_half_precision_compiles_and_generates(artifacts, dtype):
     made, inputs = artifacts("llava", RANDOM[0], dtype=dtype, settings=RANDOM[1]), support.inputs("llava", batch=3)
     compiled = made.compiled

@@ -73,6 +73,7 @@ def test_steps_that_choose_their_keys_attend_by_positions(fused: list[Any]) -> N
     _check_runs(compiled)
 
 
+@pytest.mark.conformance
 def test_what_does_not_fit_stays_and_says_why(fused: list[Any]) -> None:
     model, _ = build("gemma3")
     tvc.compile(model, load_policy("fastv"), inputs=inputs("gemma3", 2), verify=False)

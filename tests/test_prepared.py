@@ -36,7 +36,7 @@ def test_the_first_model_is_not_changed_by_the_second() -> None:
     }
 
 
-@pytest.mark.parametrize("site", ("language.0", "language.2"))
+@pytest.mark.parametrize("site", (pytest.param("language.0", marks=pytest.mark.conformance), "language.2"))
 def test_a_window_that_only_the_attention_tells(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mistral's layers all have the window of the configuration, which lists no kinds of layers."""
     record = support.family_record("llava")

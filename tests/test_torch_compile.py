@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 import tvc
 from support import build, inputs
-from tvc.errors import ArgumentError
-
-
-def test_graphs_of_another_runtime_are_refused(artifacts: Any) -> None:
-    with pytest.raises(ArgumentError, match="not-in-torch"):
-        artifacts("llava", "fastv", "pt2").compiled.torch_compile()
 
 
 @pytest.mark.conformance

@@ -142,6 +142,7 @@ def test_inspect_lists_components_and_sites(family, tmp_path, monkeypatch):
         assert facts["visual_tokens"] == int(visual.sum())
 
 
+@pytest.mark.conformance
 def test_half_precision_is_asked_for_by_name(model, tmp_path):
     run("compile", model, "-p", "random", "-o", tmp_path / "out", "--no-verify", "--dtype", "bfloat16")
     loaded = tvc.load(tmp_path / "out")

@@ -9,7 +9,7 @@ import support
 from tvc.policy import presets
 
 CROSS_SECTION = (
-    ("llava", "visionzip", ("ort",)),
+    ("llava", "visionzip", ("torch",)),
     pytest.param("smolvlm", "pyramiddrop", ("torchscript",), marks=pytest.mark.conformance),
 )
 

@@ -64,6 +64,7 @@ def test_random_policies_equal_their_definition(bench: Any, data: Any, calls: li
     _check(bench.run(policy, calls, "draft"))
 
 
+@pytest.mark.conformance
 @settings(max_examples=2, phases=[Phase.generate], **DRAWN)
 @given(data=st.data(), calls=st.lists(random_inputs.inputs(), min_size=2, max_size=2))
 def test_random_policies_equal_their_definition_once_exported(bench: Any, data: Any, calls: list[Any]) -> None:
