@@ -9,7 +9,7 @@ import pytest
 from policy_cases import KEEP, layout
 
 import tvc
-from tvc.errors import ArgumentError
+from tvc.errors import ArgumentError, PolicyError
 from tvc.policy import load_policy, presets, resolve
 from tvc.report.budget import settings_at, share_of
 from tvc.report.schedule import make_plan
@@ -85,6 +85,58 @@ def tvc_plan(policy, share, language):
     return make_plan(resolve(policy.with_settings(settings_at(policy, model, share)), model), model)
 
 
+@pytest.mark.parametrize("name", presets())
+def test_a_smaller_budget_never_leaves_more(name: str) -> None:
+    """By the policy's own measure: budgets that its numbers are scaled to, and those that its paper has settings for.
+
+    Papers name budgets by what they aim at, so that settings for 33% may leave 36%: they are no steps of one ladder.
+    """
+    policy = load_policy(name)
+    scaled: list[float] = []
+    published: list[float] = []
+    for share in ("75%", "50%", "40%", "33%", "25%", "22%", "20%", "17%", "15%", "11%", "10%", "5%"):
+        try:
+            plan = tvc_plan(policy, share, 32)
+        except ArgumentError:
+            continue
+        counted = plan.average_visual_tokens if policy.measure == "average" else plan.layers[-1].visual
+        (published if share in policy.budgets else scaled).append(counted)
+        if share not in policy.budgets:
+            assert counted <= 5.76 * float(share[:-1])
+    assert scaled == sorted(scaled, reverse=True)
+    assert published == sorted(published, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "select", ["{top: 25%}", "{top: {keep: 25%}}", '{top: "{keep}"}', "{stride: 25%}", "{max_min: 25%}"]
+)
+def test_budgets_are_scaled_however_they_are_written(select: str) -> None:
+    parameters = "parameters: {keep: 25%}\n" if "{keep}" in select else ""
+    text = f"version: 1\n{parameters}steps:\n  - at: language.2\n    score: norm\n    select: {select}\n"
+    text = text if "top" in select else text.replace("    score: norm\n", "")
+    assert tvc_plan(load_policy(text), "50%", 32).layers[-1].visual == 288
+
+
+def test_a_setting_goes_into_what_is_written_as_a_name_or_a_bare_value() -> None:
+    text = "version: 1\nsteps:\n  - at: language.2\n    score: norm\n    select: {top: 25%}\n    rest: fold\n"
+    policy = load_policy(text, set=["steps.0.score.norm.order=1", "steps.0.select.top.keep=7"])
+    assert policy.steps[0].score[0].primitive.order == 1
+    assert policy.steps[0].select.keep.count == 7
+    with pytest.raises(PolicyError, match="top.kept"):
+        load_policy(text, set=["steps.0.select.top.kept=7"])
+
+
+def test_a_mean_is_scaled_to_where_means_are_published() -> None:
+    text = KEEP.replace("language.0", "language.2") + "measure: average\n"
+    policy, model = load_policy(text), image(4)
+    plan = make_plan(resolve(policy.with_settings(settings_at(policy, model, "75%")), model), model)
+    assert plan.average_visual_tokens == 432
+    assert policy.digest() == load_policy(text.replace("average", "last")).digest()
+    assert load_policy(policy.to_yaml()).measure == "average"
+    with pytest.raises(PolicyError, match='write "average"'):
+        load_policy(text.replace("average", "avarage"))
+
+
 def test_a_budget_without_settings_is_scaled_to() -> None:
     policy = load_policy("visionzip")
     settings = settings_at(policy, image(), "40%")
@@ -127,6 +179,7 @@ def test_policies_are_shown_with_their_budgets() -> None:
     from tvc.policy.words import in_words
 
     assert "Published for budgets of 33%, 22%, 11%, 5.6%." in in_words(load_policy("visionzip"))
+    assert "Published for budgets of 50%, 25%, 10%, means over the layers." in in_words(load_policy("vflowopt"))
 
 
 @pytest.mark.parametrize("text", ["0.5", "64", "120%", "half", "", "{average: 3}"])

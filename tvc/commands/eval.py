@@ -27,7 +27,7 @@ def eval_command(
         "50%,25%,11%,5%", "--budgets", help="Shares of the visual tokens, or as-written for policies as they are."
     ),
     average: bool = typer.Option(
-        False, "--average", help="A budget is the mean over the decoder's layers, not what is left behind the last cut."
+        False, "--average", help="A budget is the mean over the decoder's layers, whatever a policy measures."
     ),
     targets: list[str] = _TARGET,
     questions: pathlib.Path | None = _QUESTIONS,

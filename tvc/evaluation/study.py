@@ -45,7 +45,7 @@ class Options:
     """How to ask.
 
     seeds: models of a policy that draws at random. average: budgets are means over the decoder's layers instead of what
-    is left behind the last cut. verify: each compiled model is compared with the untouched one first. match: whether a
+    each policy measures. verify: each compiled model is compared with the untouched one first. match: whether a
     reply must be the answer or hold it.
     """
 
@@ -245,7 +245,9 @@ def _digest(model: torch.nn.Module) -> str:
 def _unit(options: Options) -> str:
     if options.average:
         return "visual tokens in a decoder layer, mean over the layers"
-    return "visual tokens that are left behind the last cut"
+    return (
+        "visual tokens that are left behind the last cut, or in a decoder layer on average where a policy measures so"
+    )
 
 
 def check(options: Options) -> Options:

@@ -87,7 +87,7 @@ def variants(
         layout: the model.
         budgets: shares or AS_WRITTEN.
         seeds: how many of a policy that draws at random.
-        average: a share is of the mean over the decoder's layers, not of what is left behind the last cut.
+        average: a share is of the mean over the decoder's layers, whatever a policy measures.
         text_tokens: of a prompt, for the costs.
     """
     for label, policy in policies.items():
@@ -100,7 +100,8 @@ def variants(
             except (SiteError, ArgumentError, WeightsError) as problem:
                 yield Refused(label, budget, f"{problem.summary}: {problem.got}; possible: {problem.want}")
                 continue
-            reached = plan.average_visual_tokens if average else float(plan.layers[-1].visual)
+            mean = average or policy.measure == "average"
+            reached = plan.average_visual_tokens if mean else float(plan.layers[-1].visual)
             for seed in _seeds(chosen, seeds):
                 seeded = chosen if seed is None else chosen.with_settings(_seed_settings(chosen, seed))
                 yield Variant(label, budget, seed, seeded, plan, settings, reached)

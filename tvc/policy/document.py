@@ -60,15 +60,15 @@ class Document:
 
     def where(self, path: Path) -> str:
         """`file:line, dotted.path`, the line of the closest ancestor where the value itself has none."""
-        mark = self._mark(path)
+        mark = self.mark(path)
         return f"{mark}, {dotted(path)}" if path else mark
 
-    def _mark(self, path: Path) -> str:
+    def mark(self, path: Path) -> str:
         return next((self.marks[path[:n]] for n in range(len(path), -1, -1) if path[:n] in self.marks), self.source)
 
     def folder(self, path: Path) -> pathlib.Path:
         """Where relative paths in the value at `path` start: beside its file, or in the working directory."""
-        source = self._mark(path).rpartition(":")[0]
+        source = self.mark(path).rpartition(":")[0]
         return pathlib.Path(source).parent if source in self.files else pathlib.Path()
 
     def error(self, path: Path, summary: str, *, got: object, want: object, fix: str, slug: str) -> PolicyError:

@@ -10,7 +10,7 @@ from tvc.policy.evictions import EARLIER
 from tvc.policy.options import OPTIONS, options_schema
 from tvc.policy.positions import positions_schema
 from tvc.policy.reselection import Reselect
-from tvc.policy.schema import NORMALIZE, SCOPES, SITE_PATTERN, SPAN_PATTERN, VERSION
+from tvc.policy.schema import MEASURES, NORMALIZE, SCOPES, SITE_PATTERN, SPAN_PATTERN, VERSION
 
 _TEMPLATE = {"type": "string", "pattern": r"^\{[A-Za-z_][A-Za-z0-9_]*\}$", "description": "a parameter's value"}
 
@@ -51,6 +51,11 @@ def json_schema() -> dict[str, Any]:
                 "propertyNames": {"pattern": r"^\d+(\.\d)?%$"},
                 "additionalProperties": {"type": "object"},
                 "description": "parameters by the share of the visual tokens that they are published for",
+            },
+            "measure": {
+                "enum": list(MEASURES),
+                "default": "last",
+                "description": "a budget is what the last cut leaves, or the mean over the decoder's layers",
             },
             "steps": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/step"}},
             "positions": {"anyOf": [*positions_schema(), {"$ref": "#/$defs/template"}], "default": "keep"},

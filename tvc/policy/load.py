@@ -14,6 +14,7 @@ from typing import Any
 # `tvc.policy.presets`.
 import tvc.policy.presets as preset_files
 from tvc.errors import PolicyError
+from tvc.kernels.op import PRIMITIVES
 from tvc.policy.document import Document, Path, dotted, from_data, from_yaml, nearest
 from tvc.policy.parameters import used_parameters
 from tvc.policy.parse import TEMPLATED, TOP_KEYS, parse
@@ -193,15 +194,49 @@ def _settings(given: Iterable[str] | Mapping[str, Any]) -> list[tuple[str, Any, 
 def _apply(document: Document, settings: list[tuple[str, Any, str]]) -> Document:
     touched = []
     for key, value, mark in settings:
+        document = _spelled_out(document, _parts(key))
         path = _target(document, key, mark)
         touched += [path[1]] if path[0] == "parameters" else []
         document = document.replaced(path, value, mark)
     return _without_unused(document, spare=dict.fromkeys(touched))
 
 
+def _parts(key: str) -> Path:
+    return tuple(int(p) if p.isdigit() else p for p in key.replace("[", ".").replace("]", "").split("."))
+
+
+def _spelled_out(document: Document, path: Path) -> Document:
+    """The document in which the primitive that a path goes into has its settings as a mapping: `{top: 25%}` and a name
+    alone have no place for `steps.0.select.top.keep`.
+    """
+    for depth in range(3, min(5, len(path))):
+        kind = next((part for part in reversed(path[:depth]) if part in PRIMITIVES), None)
+        known = PRIMITIVES.get(kind, {})  # type: ignore[arg-type]
+        here = _found(document.data, path[:depth])
+        if here == path[depth] and here in known:
+            document = document.replaced(path[:depth], {here: {}}, document.mark(path[:depth]))
+        elif path[depth - 1] in known and not isinstance(here, (dict, list)) and here is not None:
+            shorthand = known[str(path[depth - 1])].shorthand
+            if shorthand:
+                document = document.replaced(path[:depth], {shorthand: here}, document.mark(path[:depth]))
+    return document
+
+
+def _found(data: Any, path: Path) -> Any:
+    """What lies at a path, or None."""
+    for part in path:
+        if isinstance(data, list) and isinstance(part, int) and part < len(data):
+            data = data[part]
+        elif isinstance(data, dict):
+            data = data.get(part)
+        else:
+            return None
+    return data
+
+
 def _target(document: Document, key: str, mark: str) -> Path:
     """The path that the key of a setting means; all of it but its last key must be there already."""
-    parts = tuple(int(p) if p.isdigit() else p for p in key.replace("[", ".").replace("]", "").split("."))
+    parts = _parts(key)
     parameters = document.data.get("parameters", {})
     if len(parts) == 1 and parts[0] in parameters:
         return ("parameters", parts[0])

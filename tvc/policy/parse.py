@@ -22,6 +22,7 @@ from tvc.policy.published import published
 from tvc.policy.reselection import read_reselect
 from tvc.policy.schema import (
     COMPONENTS,
+    MEASURES,
     NORMALIZE,
     SCOPES,
     VERSION,
@@ -44,6 +45,7 @@ TOP_KEYS = (
     "extends",
     "parameters",
     "budgets",
+    "measure",
     "steps",
     "positions",
     "reselect",
@@ -110,6 +112,7 @@ def parse(document: Document) -> Policy:
         unverified=_texts(document, top, "unverified"),
         parameters=top.get("parameters", {}),
         budgets=published(document, parse) if "budgets" in top else {},
+        measure=_choice(document, ("measure",), top.get("measure", "last"), MEASURES),
     )
 
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 VERSION = 1
 Normalize = Literal["none", "minmax", "softmax", "sum"]
 ScopeName = Literal["image", "sequence"]
-NORMALIZE, SCOPES = get_args(Normalize), get_args(ScopeName)
+Measure = Literal["last", "average"]  # tokens behind the last cut, or their mean over the decoder's layers
+NORMALIZE, SCOPES, MEASURES = get_args(Normalize), get_args(ScopeName), get_args(Measure)
 COMPONENTS = ("vision", "projector", "language")  # in the order in which a visual token passes them
 _BLOCK = r"(?:-?\d{1,4}|\d{1,2}%)"
 SITE_PATTERN = rf"projector|(vision|language)\.{_BLOCK}"
@@ -172,6 +173,7 @@ class Policy:
     unverified: tuple[str, ...] = ()
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     budgets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict, hash=False)  # by share
+    measure: Measure = "last"  # what a budget is a share of
     reselect: Reselect | None = None  # what decode steps attend to; None: everything
     attention: Chunks | Unrotated | None = None
     cache: Pool | None = None

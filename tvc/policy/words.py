@@ -21,7 +21,8 @@ def in_words(policy: Policy) -> list[str]:
     paper = policy.reference.get("paper")
     lines += [f"Paper: {paper}."] if paper and paper != "none" else []
     lines += [f"Covers {policy.covers}"] if policy.covers else []
-    lines += [f"Published for budgets of {', '.join(policy.budgets)}."] if policy.budgets else []
+    means = ", means over the layers" if policy.measure == "average" else ""
+    lines += [f"Published for budgets of {', '.join(policy.budgets)}{means}."] if policy.budgets else []
     if isinstance(policy.positions, Stride):
         meaning = (inspect.getdoc(Stride) or "").split("\n\n")[0].replace("\n", " ")
         lines.append(f"Positions (stride: {policy.positions.stride}): {meaning}")

@@ -41,11 +41,12 @@ def settings_at(policy: Policy, layout: Layout, share: str, *, average: bool = F
     """What to set in a policy so that it works at a budget, for `Policy.with_settings`.
 
     A budget that the policy names gives the settings written there, whatever they leave in this model. For any other
-    all numbers of tokens are scaled by one factor, so that the last cut leaves the share.
+    all numbers of tokens are scaled by one factor, so that the policy's measure is the share: what the last cut leaves,
+    or the mean over the decoder's layers.
 
     Args:
         share: of the visual tokens, as `share_of` spells it.
-        average: the mean over the decoder's layers shall be the share, a number to be met: always by scaling.
+        average: the mean shall be the share whatever the policy measures, a number to be met: always by scaling.
 
     Raises:
         SiteError: the model cannot do what the policy says. ArgumentError: no factor meets the budget.
@@ -53,5 +54,7 @@ def settings_at(policy: Policy, layout: Layout, share: str, *, average: bool = F
     if share in policy.budgets and not average:
         return dict(policy.budgets[share])
     target = sum(layout.visual_tokens) * (Budget.model_validate(share).permille or 0) / 1000
-    solve = solve_average if average else solve_kept
-    return dict(solve(resolve(policy, layout), layout, target).settings)
+    resolved = resolve(policy, layout)
+    if average or policy.measure == "average":
+        return dict(solve_average(resolved, layout, target, where="--budgets").settings)
+    return dict(solve_kept(resolved, layout, target).settings)

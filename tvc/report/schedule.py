@@ -246,9 +246,18 @@ class Schedule:
 
 
 def solve_average(
-    policy: Any, layout: Layout, target: float, text_tokens: int = 64, *, vision_blocks: int | None = None
+    policy: Any,
+    layout: Layout,
+    target: float,
+    text_tokens: int = 64,
+    *,
+    vision_blocks: int | None = None,
+    where: str = "--average-tokens",
 ) -> Schedule:
     """Scales all budgets of a resolved policy by one factor, so that the decoder's layers hold `target` visual tokens.
+
+    Args:
+        where: what the target was given as, for refusals.
 
     Returns:
         A setting for each budget (`steps.0.select.top.keep=12.5%`) and the plan they give: the largest mean over the
@@ -261,9 +270,7 @@ def solve_average(
     def average(steps: Sequence[Any]) -> float:
         return sum(_per_layer(_follow(steps, layout, fires=False), layout)) / len(layout.language)
 
-    goal = _Goal(
-        average, target, f"an average of {target:g} visual tokens", "visual tokens a layer", "--average-tokens"
-    )
+    goal = _Goal(average, target, f"an average of {target:g} visual tokens", "visual tokens a layer", where)
     return _solve(policy, layout, goal, text_tokens, vision_blocks)
 
 
