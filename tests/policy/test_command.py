@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -70,6 +71,24 @@ def test_show_adds_the_plan_on_a_model() -> None:
     facts = json.loads(run("policies", "show", "fastv", "--model", str(model), "--json")[1])
     assert facts["policy"] == load_policy("fastv").document.data
     assert facts["plan"]
+    budgets = facts["budgets"]
+    assert {share: rung["visual_tokens"] for share, rung in budgets.items()} == {
+        "50%": 72, "33%": 47, "22%": 31, "11%": 15, "5%": 7,
+    }  # fmt: skip
+    assert [share for share, rung in budgets.items() if rung["published"]] == ["50%"]
+    assert budgets["33%"]["settings"] == {"steps.0.select.top.keep": "32.7%"}
+    for share, rung in budgets.items():
+        assert re.search(rf"# +{share} +{rung['visual_tokens']:.1f} +{rung['kv_ratio']:.1%} ", out)
+
+
+def test_show_says_what_a_policy_does_before_it_says_that_a_model_cannot() -> None:
+    model = pathlib.Path(__file__).parents[2] / "examples" / "models" / "tiny-llava"
+    code, out, err = run("policies", "show", "sparsevlm", "--model", str(model))
+    assert code == 2
+    assert "# 1. Before language." in out
+    assert "  fix:   act at a later site: at: language.1\n" in err  # no encoder has text whose attention could count
+    out = run("policies", "show", "dycoke", "--model", str(model))[1]
+    assert re.search(r"# +5%  no budgets of policy dycoke give 7.2 visual tokens", out)
 
 
 def test_check_says_ok_with_the_parameters(tmp_path: pathlib.Path) -> None:

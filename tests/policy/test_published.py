@@ -122,7 +122,7 @@ def test_a_setting_goes_into_what_is_written_as_a_name_or_a_bare_value() -> None
     policy = load_policy(text, set=["steps.0.score.norm.order=1", "steps.0.select.top.keep=7"])
     assert policy.steps[0].score[0].primitive.order == 1
     assert policy.steps[0].select.keep.count == 7
-    with pytest.raises(PolicyError, match="top.kept"):
+    with pytest.raises(PolicyError, match=r"top\.kept"):
         load_policy(text, set=["steps.0.select.top.kept=7"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
@@ -58,18 +59,32 @@ def show(
     from tvc.policy.words import in_words
 
     loaded = load_policy(policy, set=settings)
-    plan = None
-    if model is not None:
-        from tvc import api
-
-        plan = api.plan(model, loaded)
-    if as_json:
-        _dump(loaded.document.data if plan is None else {"policy": loaded.document.data, "plan": plan.to_json()})
+    if model is None:
+        if as_json:
+            _dump(loaded.document.data)
+        else:
+            typer.echo(_commented(in_words(loaded)) + loaded.to_yaml(), nl=False)
         return
-    lines = in_words(loaded)
-    if plan is not None:
-        lines += ["", f"On {model}:", *plan.text().splitlines()]
-    typer.echo("".join(f"# {line}".rstrip() + "\n" for line in lines) + loaded.to_yaml(), nl=False)
+    from tvc import api
+    from tvc.report.budget import ladder
+    from tvc.report.schedule import plan_policy
+
+    if not as_json:
+        typer.echo(_commented(in_words(loaded)), nl=False)  # also where the model cannot do what they say
+    layout = api.one_image(api.layout_of(model))
+    plan, rungs = plan_policy(loaded, layout, new_tokens=64), list(ladder(loaded, layout))
+    if as_json:
+        budgets = {rung.share: dataclasses.asdict(rung) for rung in rungs}
+        _dump({"policy": loaded.document.data, "plan": plan.to_json(), "budgets": budgets})
+        return
+    left = "visual tokens in a layer on average" if loaded.measure == "average" else "visual tokens behind the last cut"
+    head = f"budget, {left}, KV cache against dense, settings:"
+    lines = ["", f"On {model}:", *plan.text().splitlines(), "", head, *(rung.text() for rung in rungs)]
+    typer.echo(_commented(lines) + loaded.to_yaml(), nl=False)
+
+
+def _commented(lines: list[str]) -> str:
+    return "".join(f"# {line}".rstrip() + "\n" for line in lines)
 
 
 def check(

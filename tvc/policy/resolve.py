@@ -106,6 +106,7 @@ def resolve(policy: Policy, layout: Layout) -> ResolvedPolicy:
     data: dict[str, Any] = {"version": policy.version, "name": policy.name}
     data |= {key: value for key in ("about", "reference", "covers") if (value := getattr(policy, key))}
     data |= {key: list(value) for key in ("deviations", "unverified") if (value := getattr(policy, key))}
+    data |= {"measure": policy.measure} if policy.measure != "last" else {}
     data |= {"steps": steps_data(steps)} if steps else {}
     data |= {"positions": positions_data(policy.positions), **options_data(policy.options)}
     data |= {"reselect": reselect_data(rule)} if rule is not None else {}
@@ -410,13 +411,15 @@ def _layer(
     if written in ("self", "previous"):
         back = written == "previous"
         if site.index is None or site.index < back:
+            # A depth such as 12% is the first layer of a shallow model; no encoder has text that could rate instead.
+            rated = back and site.component == "language" and not {"all", "cls", "visual"} & set(tap.of)
             raise refusal(
                 policy,
                 path,
                 f"no layer runs before {site}" if back else f"{site} has no layer of its own",
                 got=f"layer: {written} at {site}",
                 want="a vision layer" + (", or a later site" if back else ""),
-                fix="name one: layer: vision.-2",
+                fix="act at a later site: at: language.1" if rated else "name one: layer: vision.-2",
                 slug="no-layer",
             )
         if tap.kind == "transition" and not back:
