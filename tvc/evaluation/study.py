@@ -45,14 +45,15 @@ class Options:
     """How to ask.
 
     seeds: models of a policy that draws at random. average: budgets are means over the decoder's layers instead of what
-    each policy measures. verify: each compiled model is compared with the untouched one first. match: whether a
-    reply must be the answer or hold it.
+    each policy measures. baselines: random and uniform choices are asked too. verify: each compiled model is compared
+    with the untouched one first. match: whether a reply must be the answer or hold it.
     """
 
     budgets: tuple[str, ...] = BUDGETS
     targets: tuple[str, ...] = ("torch",)
     seeds: int = 3
     average: bool = False
+    baselines: bool = True
     batch_size: int = 25
     new_tokens: int = 8
     match: Match = "exact"
@@ -102,7 +103,7 @@ def evaluate(
         PolicyError: a policy is wrong. ModelError: the model or its processor cannot be loaded.
     """
     options = check(options or Options())
-    named, budgets = labelled(policies), shares(options.budgets)
+    named, budgets = labelled(policies, options.baselines), shares(options.budgets)
     for target in options.targets:
         find_target(target)
     device = placement.device_of(options.device) or torch.device("cpu")

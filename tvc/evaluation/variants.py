@@ -60,11 +60,11 @@ def shares(budgets: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(written))
 
 
-def labelled(policies: Sequence[Any]) -> dict[str, Policy]:
+def labelled(policies: Sequence[Any], baselines: bool = True) -> dict[str, Policy]:
     """The policies and the baselines under names that differ; two policies of one meaning are one."""
     named: dict[str, Policy] = {}
     meanings: set[str] = set()
-    for given in (*policies, *BASELINES):
+    for given in (*policies, *(BASELINES if baselines else ())):
         policy = load_policy(given)
         if policy.digest() in meanings:
             continue
