@@ -81,6 +81,13 @@ def test_show_adds_the_plan_on_a_model() -> None:
         assert re.search(rf"# +{share} +{rung['visual_tokens']:.1f} +{rung['kv_ratio']:.1%} ", out)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"), [("flash", "flash-latents"), ("b-vllm", "b-vllm-sampler"), ("FastVV", "fastv")]
+)
+def test_a_name_that_is_none_is_told_the_nearest(name: str, meant: str) -> None:
+    assert f'fix:   write "{meant}"' in run("policies", "show", name)[2]
+
+
 def test_show_says_what_a_policy_does_before_it_says_that_a_model_cannot() -> None:
     model = pathlib.Path(__file__).parents[2] / "examples" / "models" / "tiny-llava"
     code, out, err = run("policies", "show", "sparsevlm", "--model", str(model))

@@ -32,8 +32,10 @@ def dotted(path: Path) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known word that looks most like `word`, or None where nothing comes close."""
-    found = difflib.get_close_matches(word.lower(), {k.lower(): k for k in known}, n=1, cutoff=0.5)
-    return next((k for k in known if found and k.lower() == found[0]), None)
+    words = {k.lower(): k for k in known}
+    longer = [k for k in words if k.startswith(f"{word.lower()}-")]  # of flash, flash-latents rather than fastv
+    found = difflib.get_close_matches(word.lower(), longer or words, n=1, cutoff=0.0 if longer else 0.5)
+    return words[found[0]] if found else None
 
 
 @dataclasses.dataclass(frozen=True)
