@@ -17,7 +17,7 @@ from tvc.kernels.segments import follow, take_rows
 from tvc.passes.patches import pixels_of
 from tvc.passes.reduction import decide
 from tvc.passes.taps import all_rows, constants
-from tvc.passes.token_map import TokenMap
+from tvc.passes.token_map import TokenMap, in_shape_of
 from tvc.program import Change, Component, Layout
 
 PLACE = "visual_place"
@@ -102,23 +102,21 @@ def column_rows(columns: torch.Tensor) -> torch.Tensor:
     return columns.flatten(1)
 
 
-def score_tap(apply: Callable[..., torch.Tensor], flat: bool) -> Callable[..., torch.Tensor]:
-    """A score primitive as a function of the parts of its attention bundle; [F] where the encoder packs its images."""
+def score_tap(apply: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A score primitive as a function of the parts of its attention bundle: [n, F]."""
 
     def score(*parts: Any) -> torch.Tensor:
-        value = apply(attention=Attention(*parts))
-        return value[0].clone() if flat else value
+        return apply(attention=Attention(*parts))
 
     return score
 
 
-def key_tap(key: torch.Tensor, columns: torch.Tensor, flat: bool) -> torch.Tensor:
-    """[n, F, d] (or [F, d]) keys of each visual token, averaged over heads and its encoder tokens; 0 without any."""
+def key_tap(key: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """[n, F, d] keys of each visual token, averaged over heads and its encoder tokens; 0 without any."""
     batch, features, group = columns.shape
     rows = take_rows(key.float().mean(1), columns.reshape(batch, features * group))
     real = (columns >= 0).unsqueeze(3)
-    value = (rows.unflatten(1, (features, group)) * real).sum(2) / real.sum(2).clamp(min=1)
-    return value[0].clone() if flat else value
+    return (rows.unflatten(1, (features, group)) * real).sum(2) / real.sum(2).clamp(min=1)
 
 
 class VisionInsertion:
@@ -132,6 +130,7 @@ class VisionInsertion:
         self.changes: list[Change] = []
         self.chosen: list[tuple[int, fx.Node]] = []  # (block, chosen) of each cut
         self._columns: fx.Node | None = None
+        self._packed = False  # all encoder tokens are in one row
         self._masks: dict[int, Any] = {}  # a block's mask before sizes were added to it
         component.meta = {**component.meta, "tap_widths": {}}  # of each output for another component; 0: one number
 
@@ -238,7 +237,7 @@ class VisionInsertion:
             index = self._call(follow, note, index, chosen)
         columns = self._call(patch_columns, note, index, prefix)
         if tap.kind == "key":
-            return self._call(key_tap, note, key, columns, False)
+            return self._call(key_tap, note, key, columns)
         self._weighed(layer, note)
         return (query, key, mask, self._rows(tap.of[0], query, columns, note), columns, scale)
 
@@ -258,15 +257,15 @@ class VisionInsertion:
         with self.graph.inserting_before(output):
             query, key, mask, scale = self._attention(int(tap.layer.removeprefix("vision.")), note)
             parts = (query, key, mask, self._rows(tap.of[0], query, columns, note), columns, scale)
-            node = self._call(score_tap(primitive.apply, self._flat), note, *parts, self._images(query, note))
-        self._add_tap(name, node, 0)
+            node = self._call(score_tap(primitive.apply), note, *parts, self._images(query, note))
+            self._add_tap(name, self._laid(node, note), 0)
 
     def add_keys(self, name: str, layer: str, note: str) -> None:
         """The mean keys of every visual token in one block, as an output."""
         columns = self.columns(note)
         with self.graph.inserting_before(self._output()):
             key: Any = self._block(int(layer.removeprefix("vision."))).attention.args[1]  # type: ignore[union-attr]
-            node = self._call(key_tap, note, key, columns, self._flat)
+            node = self._laid(self._call(key_tap, note, key, columns), note)
         self._add_tap(name, node, int(key.meta["val"].shape[-1]))
 
     def add_pixels(self, name: str, note: str) -> None:
@@ -276,13 +275,14 @@ class VisionInsertion:
     def columns(self, note: str) -> fx.Node:
         """[n, F, g] the encoder tokens behind each visual token."""
         if self._columns is None:
-            source = last_node(self.graph, self.blocks[-1])
-            self._columns = TokenMap(self.graph, source, self._features(), note).columns()
+            source = last_node(self.graph, self._seen(note)[-1])
+            followed = TokenMap(self.graph, source, self._features(), note)
+            self._columns, self._packed = followed.columns(), followed.packed
         return self._columns
 
-    @property
-    def _flat(self) -> bool:
-        return self._features().meta["val"].dim() == 2
+    def _laid(self, node: fx.Node, note: str) -> fx.Node:
+        """A value [n, F, ...] of each visual token as the family's own code takes the features."""
+        return self._call(in_shape_of, note, self._features(), node, self._packed)
 
     def _features(self) -> fx.Node:
         return self._output().args[0][0]  # type: ignore[index, return-value]
@@ -302,15 +302,29 @@ class VisionInsertion:
 
     # Shared -------------------------------------------------------------------------------------------------------
 
+    def _seen(self, note: str) -> list[Block]:
+        """The blocks, if there are any whose attention is a call that a graph shows."""
+        if not self.blocks:
+            raise SiteError(
+                "the attention of this vision encoder cannot be seen",
+                where=note,
+                got="attention computed by code of the model's own (with relative positions, say)",
+                want="calls of the attention function that transformers' models share",
+                fix="take the score from a decoder layer: layer: previous at language.2",
+                slug="unseen-attention",
+            )
+        return self.blocks
+
     def _block(self, index: int) -> Block:
         block = self.by_index.get(index)
         if block is None:
+            blocks = self._seen("score, layer")
             raise SiteError(
                 f"vision.{index} is not part of the way to the visual features",
                 where="score, layer",
                 got=f"vision.{index}",
-                want=f"vision.{self.blocks[0].index}..vision.{self.blocks[-1].index}",
-                fix=f"write layer: vision.{self.blocks[-1].index}",
+                want=f"vision.{blocks[0].index}..vision.{blocks[-1].index}",
+                fix=f"write layer: vision.{blocks[-1].index}",
                 slug="unused-block",
             )
         return block

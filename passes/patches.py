@@ -15,16 +15,10 @@ import torch.fx as fx
 
 from tvc.errors import SiteError
 from tvc.graphs import Block, annotate, backward_closure, first_node, last_node
-from tvc.passes.token_map import CASTS, TokenMap
+from tvc.passes.token_map import CASTS, TokenMap, in_shape_of
+from tvc.passes.windows import CONVOLUTIONS, side_by_side
 
 A = torch.ops.aten
-_CONVOLUTIONS = (
-    A.conv2d.default,
-    A.conv2d.padding,
-    A.conv3d.default,
-    A.conv3d.padding,
-    A.convolution.default,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +32,7 @@ class Patches:
 
 
 def pixels_of(graph: fx.Graph, blocks: list[Block], features: fx.Node, note: str) -> tuple[fx.Node, int]:
-    """([n, F, P] float32 the pixels of each visual token, P); [F, P] where the features are a row, too.
+    """([*places, P] float32 the pixels of each visual token, P), its places those of the features.
 
     Args:
         graph: of the vision component.
@@ -77,7 +71,7 @@ def pixels_of(graph: fx.Graph, blocks: list[Block], features: fx.Node, note: str
         raise _unseen(lost.where, lost.got, lost.want) from lost
     with graph.inserting_before(output):
         rows = call(patch_rows, found.pixels, found.embedding, found.kernel)
-        node = call(cell_pixels, rows, cells, features.meta["val"].dim() == 2)
+        node = call(in_shape_of, features, call(cell_pixels, rows, cells), columns.packed)
     return node, found.width * columns.group
 
 
@@ -105,11 +99,10 @@ def on_all_channels(numbers: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor
     return numbers[..., :1].expand(hidden.shape).contiguous()
 
 
-def cell_pixels(rows: torch.Tensor, cells: torch.Tensor, flat: bool) -> torch.Tensor:
-    """[n, F, g P] the pixels of the patches `cells [n, F, g]`, zeros for -1; [F, g P] where `flat`."""
+def cell_pixels(rows: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """[n, F, g P] the pixels of the patches `cells [n, F, g]`, zeros for -1."""
     padded = torch.nn.functional.pad(rows, (0, 0, 1, 0))
-    taken = padded.index_select(0, cells.flatten() + 1).unflatten(0, cells.shape).flatten(2)
-    return taken[0].clone() if flat else taken
+    return padded.index_select(0, cells.flatten() + 1).unflatten(0, cells.shape).flatten(2)
 
 
 def _entering(graph: fx.Graph, blocks: list[Block], note: str) -> tuple[fx.Node, Patches]:
@@ -133,7 +126,7 @@ def _entering(graph: fx.Graph, blocks: list[Block], note: str) -> tuple[fx.Node,
 
 def find_patches(node: fx.Node, note: str) -> Patches | None:
     """The patches that a node embeds; None where it embeds none."""
-    if node.target is not A.linear.default and node.target not in _CONVOLUTIONS:
+    if node.target is not A.linear.default and node.target not in CONVOLUTIONS:
         return None
     pixels: Any = node.args[0]
     while pixels.target in CASTS:
@@ -144,26 +137,10 @@ def find_patches(node: fx.Node, note: str) -> Patches | None:
     weight: Any = node.args[1]
     sizes = weight.meta["val"].shape
     kernel = () if node.target is A.linear.default else tuple(int(size) for size in sizes[2:])
-    if kernel and not _side_by_side(node, kernel):
+    if kernel and not side_by_side(node, kernel):
         got = f"a convolution {tuple(sizes)} with {node.args[3:]}"
         raise _unseen(_at(node, note), got, "kernels that lie side by side")
     return Patches(pixels, node, kernel, int(sizes[1:].numel()))
-
-
-def _side_by_side(node: fx.Node, kernel: tuple[int, ...]) -> bool:
-    """Whether each pixel is in one patch at most, and each patch is a box of pixels."""
-    general = node.target is A.convolution.default
-    names = ("stride", "padding", "dilation", *(("transposed", "output_padding") if general else ()), "groups")
-    given = {**dict(zip(names, node.args[3:], strict=False)), **node.kwargs}
-
-    def each(name: str, default: int) -> tuple[int, ...]:
-        value: Any = given.get(name, default)
-        return (value,) * len(kernel) if isinstance(value, int) else tuple(value) * (len(kernel) // len(value))
-
-    padded = given.get("padding", 0)
-    bare = padded == "valid" if isinstance(padded, str) else not any(each("padding", 0))
-    plain = not given.get("transposed", False) and given.get("groups", 1) == 1 and set(each("dilation", 1)) == {1}
-    return bare and plain and each("stride", 1) == kernel
 
 
 def _at(node: fx.Node, note: str) -> str:

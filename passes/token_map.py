@@ -4,19 +4,30 @@ A tensor that holds its own token numbers is sent along the path from the last b
 only move data (views, permutations, slices, indexing) move the numbers the same way, and tokens that are put beside
 them (a class token) have the number -1. Where channels are mixed (a linear layer, a norm) every output channel depends
 on all channels of its row: the numbers found there are spread over the new channels in blocks, and so are those of a
-window where a pooling makes one place of it. At the end, one number per block names the encoder tokens of each visual
-token.
+window where a pooling or a convolution makes one place of it, or of an axis that a mean goes over. At the end, one
+number per block names the encoder tokens of each visual token.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from tvc.errors import SiteError
 from tvc.graphs import annotate
+from tvc.passes.windows import (
+    UNFOLDING,
+    WINDOWED,
+    block_of_channel,
+    share_axis,
+    share_windows,
+    unfold_windows,
+    window,
+)
 
 A = torch.ops.aten
 _MOVES = {
@@ -25,6 +36,7 @@ _MOVES = {
     A.reshape.default,
     A.permute.default,
     A.transpose.int,
+    A.t.default,
     A.slice.Tensor,
     A.select.int,
     A.unsqueeze.default,
@@ -38,6 +50,12 @@ _MOVES = {
     A.contiguous.default,
     A.clone.default,
     A.expand.default,
+    # Several tensors made of one, and one of these.
+    A.split.Tensor,
+    A.split_with_sizes.default,
+    A.chunk.default,
+    A.unbind.int,
+    operator.getitem,
 }
 CASTS = {A.to.dtype, A.to.device, A._to_copy.default, A.alias.default, A.detach.default}
 
@@ -54,35 +72,43 @@ def unnumbered(hidden: torch.Tensor) -> torch.Tensor:
     return torch.full_like(hidden, -1, dtype=torch.int64)
 
 
-def mix_channels(numbers: torch.Tensor, count: int, width: int) -> torch.Tensor:
-    """[..., C] holding `count` numbers in equal blocks -> [..., width] holding them in equal blocks."""
-    return first_of_blocks(numbers, count)[..., block_of_channel(count, width, numbers.device)]
+class Spread(NamedTuple):
+    """How numbers lie on an axis of channels: each on `run` next to each other, and all of them `rounds` times.
+
+    Where channels were mixed, every one depends on all numbers, whichever it holds.
+    """
+
+    run: int
+    rounds: int = 1
+    mixed: bool = False
+
+    def count(self, width: int) -> int:
+        """How many numbers `width` channels hold."""
+        return max(1, width // (self.run * self.rounds))
 
 
-def sample_groups(numbers: torch.Tensor, count: int) -> torch.Tensor:
-    """[n, F, count]: the encoder tokens of each visual token."""
-    groups = first_of_blocks(numbers, count)
-    return groups if groups.dim() == 3 else groups.unsqueeze(0)
+def mix_channels(numbers: torch.Tensor, count: int, width: int, rounds: int = 1) -> torch.Tensor:
+    """[..., C] holding `count` numbers in equal blocks, `rounds` times -> [..., width] holding them in equal blocks."""
+    return first_of_blocks(numbers, count, rounds)[..., block_of_channel(count, width, numbers.device)]
 
 
-def block_of_channel(count: int, width: int, device: torch.device) -> torch.Tensor:
-    """[width] int64: which of `count` blocks each channel is in, as equal in length as they can be."""
-    return (torch.arange(width, device=device) * count) // width
+def sample_groups(numbers: torch.Tensor, count: int, rounds: int = 1, packed: bool = False) -> torch.Tensor:
+    """[n, F, count]: the encoder tokens of each visual token; n is 1 where all are in one row (`packed`)."""
+    groups = first_of_blocks(numbers, count, rounds)
+    return groups.flatten(0, -2).unsqueeze(0) if packed else groups.flatten(1, -2)
 
 
-def first_of_blocks(numbers: torch.Tensor, count: int) -> torch.Tensor:
-    """[..., count]: what the first channel of each block holds."""
-    width = numbers.shape[-1]
+def in_shape_of(features: torch.Tensor, value: torch.Tensor, packed: bool) -> torch.Tensor:
+    """`value` [n, F, ...] of each visual token, its places laid out as those of the features [*places, D]."""
+    value, first = (value[0].clone(), 0) if packed else (value, 1)
+    grid = features.shape[first + 1 : -1]
+    return value.unflatten(first, (-1, *grid)) if grid else value
+
+
+def first_of_blocks(numbers: torch.Tensor, count: int, rounds: int = 1) -> torch.Tensor:
+    """[..., count]: what the first channel of each block of a round holds."""
+    width = numbers.shape[-1] // rounds
     return numbers[..., (torch.arange(count, device=numbers.device) * width + count - 1) // count]
-
-
-def share_windows(numbers: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """[n, C, H, W], one number a place -> [n, C, H // rows, W // columns]: those of each window, in blocks of C."""
-    _, width, high, wide = numbers.shape
-    whole = numbers[:, :, : high // rows * rows, : wide // columns * columns]
-    members = whole.unflatten(3, (-1, columns)).unflatten(2, (-1, rows)).transpose(3, 4).flatten(4)
-    place = block_of_channel(rows * columns, width, numbers.device)[:, None, None, None]
-    return members.gather(4, place.expand(*members.shape[:4], 1)).squeeze(4)
 
 
 class TokenMap:
@@ -104,22 +130,30 @@ class TokenMap:
         self.graph, self.source, self.features, self.note = graph, source, features, note
         self.numbers, self.channels = numbers, channels
         self.shadows: dict[fx.Node, fx.Node] = {}
-        self.blocks: dict[fx.Node, int] = {}  # channels per number in the shadow of a node
+        self.spread: dict[fx.Node, Spread] = {}  # of the numbers in the shadow of a node
         self.downstream = {source}  # what is computed from the source
         self.group = 0  # numbers of each feature
 
     def columns(self) -> fx.Node:
         followed = self.followed()
-        self.group = self._count(self.features, int(self.features.meta["val"].shape[-1]))
+        spread = self.spread[self.features]
+        self.group = spread.count(int(self.features.meta["val"].shape[-1]))
         with self.graph.inserting_before(self._output()):
-            return self._call(sample_groups, followed, self.group)
+            return self._call(sample_groups, followed, self.group, spread.rounds, self.packed)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the encoder has all its tokens in one row, and the features' first axis is another."""
+        given, made = self.source.meta["val"], self.features.meta["val"]
+        apart = given.dim() == 3 and not statically_known_true(given.shape[0] == 1)
+        return made.dim() == 2 or not (apart or statically_known_true(made.shape[0] == 1))
 
     def followed(self) -> fx.Node:
         """The numbers in the shape of `features`."""
         path = self._path()
         with self.graph.inserting_before(self._output()):
             self.shadows[self.source] = self.numbers or self._call(number_tokens, self.source)
-            self.blocks[self.source] = self.channels or int(self.source.meta["val"].shape[-1])
+            self.spread[self.source] = Spread(self.channels or int(self.source.meta["val"].shape[-1]))
             for node in path:
                 self._follow(node)
         if self.features not in self.shadows:
@@ -148,48 +182,84 @@ class TokenMap:
         annotate(node, self.note)
         return node
 
-    def _count(self, node: fx.Node, width: int) -> int:
-        """How many numbers the last axis of the node's shadow holds."""
-        return max(1, width // self.blocks[node])
-
     def _follow(self, node: fx.Node) -> None:
         inputs = [n for n in node.all_input_nodes if n in self.shadows]
-        value = node.meta.get("val")
-        if not inputs or not isinstance(value, torch.Tensor):
+        if not inputs:
             return
         data = next((n for n in inputs if _same_shape(n, node)), inputs[0])
-        if node.target in _MOVES and data is node.args[0]:
-            copy = self.graph.node_copy(node, lambda n: self.shadows[n] if n is data else n)
-            annotate(copy, self.note)
-            copy.meta.pop("val", None)
-            self.shadows[node], self.blocks[node] = copy, self.blocks[data]
-        elif node.target is A.avg_pool2d.default:
-            self._pooled(node, data)
+        if (whole := self._narrowed(node)) is not None:
+            self._mixed(node, whole)
+        elif node.target in _MOVES and data is node.args[0]:
+            self._moved(node, data)
+        elif not isinstance(node.meta.get("val"), torch.Tensor):
+            return
+        elif node.target in WINDOWED and data is node.args[0]:
+            self._windowed(node, data)
+        elif node.target is A.mean.dim and (axis := _averaged(node, data)) is not None:
+            self._shared(node, data, axis)
         elif node.target is A.cat.default and not _same_rows(data, node):
-            self.shadows[node], self.blocks[node] = self._joined(node), self.blocks[data]
+            self.shadows[node], self.spread[node] = self._joined(node), self.spread[data]
         elif _same_shape(data, node) or node.target in CASTS:
-            self.shadows[node], self.blocks[node] = self.shadows[data], self.blocks[data]
+            self.shadows[node], self.spread[node] = self.shadows[data], self.spread[data]
         elif _same_rows(data, node):
-            before, after = int(data.meta["val"].shape[-1]), int(value.shape[-1])
-            count = self._count(data, before)
-            if after < count:  # a statistic over channels: never the carrier of the features
-                return
-            self.blocks[node] = max(1, after // count)
-            if self._count(node, after) != count:
-                raise _untraceable(node, f"{after} channels for {count} encoder tokens")
-            self.shadows[node] = self._call(mix_channels, self.shadows[data], count, after)
+            self._mixed(node, data)
         else:
-            raise _untraceable(node, f"{tuple(data.meta['val'].shape)} -> {tuple(value.shape)}")
+            raise _untraceable(node, f"{tuple(data.meta['val'].shape)} -> {tuple(node.meta['val'].shape)}")
 
-    def _pooled(self, node: fx.Node, data: fx.Node) -> None:
+    def _moved(self, node: fx.Node, data: fx.Node) -> None:
+        """The numbers moved the same way; where rows were joined, the channels of each depend on its own alone."""
+        copy = self.graph.node_copy(node, lambda n: self.shadows[n] if n is data else n)
+        annotate(copy, self.note)
+        copy.meta.pop("val", None)
+        spread, before, after = self.spread[data], _sizes(data)[-1:], _sizes(node)[-1:]
+        joined = bool(before and after) and not _same_sizes(before, after)
+        self.shadows[node], self.spread[node] = copy, spread._replace(mixed=spread.mixed and not joined)
+
+    def _narrowed(self, node: fx.Node) -> fx.Node | None:
+        """Of whose mixed channels a node takes some: they were made of all numbers of their row (a gate's half)."""
+        if node.target not in (operator.getitem, A.slice.Tensor):
+            return None
+        whole: Any = node.args[0]
+        whole = whole.args[0] if node.target is operator.getitem else whole
+        mixed = whole in self.shadows and self.spread[whole].mixed
+        return whole if mixed and _same_rows(whole, node) and not _same_shape(whole, node) else None
+
+    def _mixed(self, node: fx.Node, data: fx.Node) -> None:
+        """Numbers in blocks of the new channels."""
+        before, after = (int(one.meta["val"].shape[-1]) for one in (data, node))
+        count = self.spread[data].count(before)
+        if after < count:  # a statistic over channels: never the carrier of the features
+            return
+        self.spread[node] = _in_blocks(node, count, after)
+        self.shadows[node] = self._call(mix_channels, self.shadows[data], count, after, self.spread[data].rounds)
+
+    def _windowed(self, node: fx.Node, data: fx.Node) -> None:
         """The numbers of windows that lie side by side; channels are on the second axis."""
-        rows, columns = _window(node)
-        width = int(node.meta["val"].shape[1])
-        # Numbers that share a place already would have to share it once more.
-        if node.meta["val"].dim() != 4 or not rows or self.blocks[data] != width or width % (rows * columns):
-            raise _untraceable(node, "windows that overlap or reach over the edge, or channels that they do not divide")
-        self.shadows[node] = self._call(share_windows, self.shadows[data], rows, columns)
-        self.blocks[node] = width // (rows * columns)
+        laid, (rows, columns) = data.meta["val"], window(node)
+        if laid.dim() != 4 or not rows:
+            raise _untraceable(node, "windows that overlap or reach over the edge")
+        width = self._alone(node, data, 1)
+        if node.target is UNFOLDING:
+            self.shadows[node] = self._call(unfold_windows, self.shadows[data], rows, columns)
+            self.spread[node] = Spread(1, width)
+        else:
+            after = int(node.meta["val"].shape[1])
+            self.spread[node] = _in_blocks(node, rows * columns, after)
+            self.shadows[node] = self._call(share_windows, self.shadows[data], rows, columns, after)
+
+    def _shared(self, node: fx.Node, data: fx.Node, axis: int) -> None:
+        """The numbers of all that lie along an axis of which a mean was taken."""
+        width, count = self._alone(node, data, -1), int(data.meta["val"].shape[axis])
+        keep = node.meta["val"].dim() == data.meta["val"].dim()
+        self.spread[node] = _in_blocks(node, count, width)
+        self.shadows[node] = self._call(share_axis, self.shadows[data], axis, width, keep)
+
+    def _alone(self, node: fx.Node, data: fx.Node, axis: int) -> int:
+        """The channels of one place, where all of them hold one number: several would have to share it once more."""
+        width = int(data.meta["val"].shape[axis])
+        if self.spread[data].count(width) > 1:
+            raise _untraceable(node, "places that were made of several encoder tokens already")
+        return width
 
     def _joined(self, node: fx.Node) -> fx.Node:
         """The numbers of tokens that are put beside others, which have none."""
@@ -200,20 +270,21 @@ class TokenMap:
         return self._call(torch.cat, parts, *node.args[1:])
 
 
-def _window(node: fx.Node) -> tuple[int, int]:
-    """(rows, columns) of what a pooling takes the mean of; (0, 0) unless every place is in one window at most."""
-    given: dict[int, Any] = dict(enumerate(node.args))
-    rows, columns = _pair(given[1])
-    apart = not (stride := given.get(2)) or _pair(stride) == (rows, columns)
-    whole = _pair(given.get(3, 0)) == (0, 0) and not given.get(4, False)
-    return (rows, columns) if apart and whole else (0, 0)
+def _in_blocks(node: fx.Node, count: int, width: int) -> Spread:
+    """How `count` numbers lie on the channels of a node that mixes what holds them."""
+    spread = Spread(max(1, width // count), mixed=True)
+    if spread.count(width) != count:
+        raise _untraceable(node, f"{width} channels for {count} encoder tokens")
+    return spread
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    first, *others = value
-    return int(first), int(others[0] if others else first)
+def _averaged(node: fx.Node, data: fx.Node) -> int | None:
+    """The one axis of rows, of a length known beforehand, that a mean goes over."""
+    given: Any = node.args[1]
+    value = data.meta["val"]
+    axes = [axis % value.dim() for axis in given or range(value.dim())]
+    one = len(axes) == 1 and axes[0] != value.dim() - 1 and isinstance(value.shape[axes[0]], int)
+    return axes[0] if one else None
 
 
 def _untraceable(node: fx.Node, got: str) -> SiteError:
@@ -221,20 +292,25 @@ def _untraceable(node: fx.Node, got: str) -> SiteError:
         "the way from encoder tokens to visual tokens cannot be followed",
         where=f'vision, node "{node.name}" ({node.target})',
         got=got,
-        want="operators that move tokens or mix channels",
+        want="operators that move tokens, mix channels, or make one of windows that lie side by side",
         fix="take the score from a decoder layer: layer: previous at language.2",
         slug="tokens-not-traceable",
     )
 
 
 def _same_shape(one: fx.Node, other: fx.Node) -> bool:
-    return _sizes(one) == _sizes(other)
+    return _same_sizes(_sizes(one), _sizes(other))
 
 
 def _same_rows(one: fx.Node, other: fx.Node) -> bool:
-    return _sizes(one)[:-1] == _sizes(other)[:-1]
+    return _same_sizes(_sizes(one)[:-1], _sizes(other)[:-1])
 
 
-def _sizes(node: fx.Node) -> list[str]:
+def _same_sizes(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Whether it is known beforehand, however the sizes are written: `s // 4` may be known to be 1."""
+    return len(one) == len(other) and all(statically_known_true(a == b) for a, b in zip(one, other, strict=True))
+
+
+def _sizes(node: fx.Node) -> tuple[Any, ...]:
     value = node.meta.get("val")
-    return [str(size) for size in value.shape] if isinstance(value, torch.Tensor) else []
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()

@@ -117,6 +117,19 @@ def test_onnx_runtime_equals_the_untouched_model_under_masks(family: str, steps:
     assert tvc.verify(reduced, model(family), support.inputs(family, 3)).passed
 
 
+# What lies between the encoder's blocks and the features: windows laid out as rows, image by image; gates, and features
+# in a grid; means over frames of packed images; convolutions.
+BEHIND = [pytest.param(family, marks=SLOW) for family in ("mistral3", "aya_vision", "kimi_k25", "glm4v")]
+
+
+@pytest.mark.parametrize("family", BEHIND)
+def test_scores_of_the_encoder_are_those_of_the_tokens_that_features_are_made_from(family: str) -> None:
+    steps = policy(step("language.1", {"attention": {"of": "all", "layer": "vision.-2"}}))
+    reduced = prepared(family).compile(steps, verify=False)
+    for inputs in (support.inputs(family, 1), support.inputs(family, 2, images=2)):
+        assert tvc.verify(reduced, model(family), inputs).passed
+
+
 # Other inputs than those of the trace ---------------------------------------------------------------------------------
 
 TRACED = [("qwen3_vl", TWO), ("gemma3", BLOCKS), ("lfm2_vl", CONVOLUTIONS), pytest.param("mistral3", TWO, marks=SLOW)]

@@ -301,7 +301,9 @@ def _taps(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive:
             raise refusal(
                 policy,
                 (*here, "layer"),
-                f"the vision encoder of {layout.model_type} has no value that could be taken for a visual token",
+                f"the vision encoder of {layout.model_type} stays the model's own code, which no score sees into"
+                if layout.untraced
+                else f"the vision encoder of {layout.model_type} has no value that could be taken for a visual token",
                 got=f"{layer}: {layout.apart}",
                 want="features alone" if crossed else "a layer of the decoder",
                 fix="score features (norm, random) or choose among them (greedy)"

@@ -43,7 +43,9 @@ def check_pixels(policy: Policy, layout: Layout, site: SiteName, path: Path, pri
         raise refusal(
             policy,
             path,
-            f"`{primitive.key}` looks at pixels, and no visual token of {layout.model_type} has any of its own",
+            f"`{primitive.key}` looks at pixels, and which are a visual token's is not known of {layout.model_type}"
+            if layout.untraced
+            else f"`{primitive.key}` looks at pixels, and no visual token of {layout.model_type} has any of its own",
             got=layout.apart,
             want="an encoder whose tokens each stand for a part of the picture",
             fix="choose among features instead: select: {max_min: 25%}",

@@ -51,7 +51,7 @@ from tvc.trace.host import DecoderCall, Host
 from tvc.trace.parts import PIXEL_NAMES, VIDEO, keywords
 from tvc.trace.route import video_departs
 from tvc.trace.spans import read_spans
-from tvc.trace.vision import PIXELS, each_image
+from tvc.trace.vision import OUTPUT, PIXELS, each_image
 
 Runner = Callable[[str, Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 PLACE = "visual_place"  # vision output [n, F]: row of each original token among those that stay, -1 where dropped
@@ -384,8 +384,9 @@ class Engine:
 
 
 def _side_by_side(outputs: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The outputs of several images as those of one sequence: features [..., F, D], taps [1, F(, d)]."""
-    return {name: torch.cat([each[name] for each in outputs], 1 if name.startswith(TAP) else -2) for name in outputs[0]}
+    """The outputs of several images as those of one sequence: features [F, D] and taps [F(, d)], or [1, F, ...]."""
+    tokens = outputs[0][OUTPUT].dim() - 2
+    return {name: torch.cat([each[name] for each in outputs], tokens) for name in outputs[0]}
 
 
 def _mask(mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
