@@ -292,6 +292,31 @@ def test_aim_follows_attention_for_five_steps() -> None:
     torch.testing.assert_close(score[0], want, rtol=1e-4, atol=1e-6)
 
 
+# FastV and PyramidDrop: what the last query pays ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", ["1", "25%", "50%", "100%"])
+@pytest.mark.parametrize(("name", "stage"), [("fastv", 0), ("pyramiddrop", 0), ("pyramiddrop", 1), ("pyramiddrop", 2)])
+def test_the_last_query_decides(name: str, stage: int, keep: str) -> None:
+    prompt, one = Prompt(stage), steps(name, f"keep={keep}")[stage]
+    (term,) = one.score
+    # FastV asks the layer in front of its cut, PyramidDrop the layer behind it.
+    assert (one.at, term.primitive.layer) == {
+        "fastv": [("language.2", "language.1")],
+        "pyramiddrop": [("language.8", "language.8"), ("language.16", "language.16"), ("language.24", "language.24")],
+    }[name][stage]
+    number = 1 if keep == "1" else math.floor(VISUAL * float(keep[:-1]) / 100)
+    chosen = prompt.decided(one, [{"attention": prompt.attention(torch.tensor([[LENGTH - 1]]))}]).chosen
+    assert [v for v in chosen[0].tolist() if v >= 0] == best(prompt.received([LENGTH - 1]), number)
+
+
+def test_of_tokens_that_the_last_query_pays_the_same_the_first_stay() -> None:
+    prompt, (one,) = Prompt(0), steps("fastv", "keep=3")
+    prompt.key = torch.ones_like(prompt.key)
+    chosen = prompt.decided(one, [{"attention": prompt.attention(torch.tensor([[LENGTH - 1]]))}]).chosen
+    assert chosen[0].tolist()[-3:] == [0, 1, 2]
+
+
 # ToDRE, stage 2 -------------------------------------------------------------------------------------------------------
 
 

@@ -115,6 +115,28 @@ def test_a_range_does_not_reach_behind_its_site() -> None:
         resolve(load_policy(policy(step("language.2", score))), layout())
 
 
+# FasterVLM
+
+
+@pytest.mark.parametrize("tokens", [37, TOKENS])
+@pytest.mark.parametrize("keep", ["1", "25%", "5.1%", "100%"])
+def test_fastervlm_keeps_what_the_class_token_attends_to(tokens: int, keep: str) -> None:
+    one, encoder = preset("fastervlm", f"keep={keep}"), Encoder(tokens, tokens)
+    assert layers(one) == ["vision.22"]
+    number = 1 if keep == "1" else math.floor(tokens * float(keep[:-1]) / 100)
+    assert kept(one, encoder) == [sorted(best(encoder.received(22, cls=True), number))]
+
+
+@pytest.mark.parametrize("name", ["fastervlm", "vtc-cls", "visionzip"])
+def test_of_equally_attended_tokens_the_first_stay(name: str) -> None:
+    one, encoder = preset(name, "keep=5", *(["contextual=2"] if name == "visionzip" else [])), Encoder(3, 37)
+    for layer in layers(one):
+        query, key = encoder.layer(layer)
+        encoder.layers[layer] = torch.stack([query, torch.ones_like(key)])
+    one = dataclasses.replace(one, rest=preset("fastervlm").rest)  # what becomes of the others is tested elsewhere
+    assert kept(one, encoder) == [list(range(5))]
+
+
 # HiPrune
 
 

@@ -211,6 +211,32 @@ def test_a_stage_of_visiondrop(number: int, sizes: tuple[int, int, int]) -> None
     agree(values, [want[i] for i in got])
 
 
+# VisionZip ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dominant", "contextual"), [(577 - 1, 54, 10), (577 - 1, 162, 30), (37, 1, 1), (37, 5, 4), (12, 8, 4)]
+)
+def test_visionzip_adds_means_of_the_nearest_to_evenly_spaced_tokens(
+    tokens: int, dominant: int, contextual: int
+) -> None:
+    (step,) = steps_of("visionzip", f"keep={dominant}", f"contextual={contextual}", vision=24)
+    (term,) = step.score
+    assert (term.primitive.layer, term.primitive.heads, step.rest.layer) == ("vision.22", "sum", "vision.22")
+    given = bundle(tokens, 1, tokens + dominant)
+    feature, metric = torch.randn(1, tokens, DEPTH), given.key.mean(1)[:, 1:]
+    score = [0.0] * tokens
+    for head in range(HEADS):
+        query = given.query[0, head, 0].tolist()
+        paid = softmax([dot(query, key) * given.scale for key in given.key[0, head].tolist()])
+        score = [sum(pair) for pair in zip(score, paid[1:], strict=True)]
+    decision = run(step, feature, [term.primitive.apply(given)], rest={"metric": metric})
+    want = visiondrop(feature[0].tolist(), metric[0].tolist(), score, dominant, contextual)
+    got, values = real(decision)
+    assert got == sorted(want)
+    agree(values, [want[i] for i in got])
+
+
 def test_visiondrop_has_the_published_schedule() -> None:
     model = layout(vision=24, language=32, visual=(576,))
     steps = resolve(load_policy("visiondrop"), model).steps
