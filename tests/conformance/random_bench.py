@@ -109,7 +109,11 @@ class Bench:
 
     def run(self, policy: Mapping[str, Any], given: list[Any], target: str = "torch") -> Outcome:
         """The policy compiled, and compared with its definition on all of the inputs."""
-        (found,) = self.runs(load_policy(policy), [given], target)
+        try:
+            loaded = load_policy(policy)
+        except Exception as problem:  # noqa: BLE001  what is raised is what is looked for
+            return told(problem)
+        (found,) = self.runs(loaded, [given], target)
         return found
 
     def runs(self, policy: Policy, lists: list[list[Any]], target: str = "torch") -> list[Outcome]:

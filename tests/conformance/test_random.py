@@ -72,6 +72,11 @@ def test_random_policies_equal_their_definition_once_exported(bench: Any, data: 
     _check(bench.run(policy, calls))
 
 
+def test_a_policy_that_cannot_be_read_is_refused(bench: Any) -> None:
+    step = {"at": "language.1", "select": {"stride": "50%"}}
+    assert bench.run({"version": 1, "steps": [step, step]}, []).label() == "refused(same-site)"
+
+
 def _check(outcome: Any) -> None:
     assert outcome.fine, f"{outcome.label()} {outcome.where}\n{outcome.trace}"
 
