@@ -54,7 +54,7 @@ lint: $(READY)
 test conformance: export OMP_NUM_THREADS ?= 1
 
 test: lint $(READY)
-	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 conformance: $(READY)
 	$(PYTHON) tests/conformance/matrix.py

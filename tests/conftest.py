@@ -15,6 +15,7 @@ import pytest
 import torch
 
 HERE = pathlib.Path(__file__).parent
+LONG = ("test_lowering.py", "test_providers.py")  # of the kernels
 
 # `python -m pytest` puts the repository root on the path, where `kernels` would be imported a second time.
 sys.path[:] = [entry for entry in sys.path if pathlib.Path(entry or ".").resolve() != HERE.parent]
@@ -42,7 +43,11 @@ _register("support", HERE / "support.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Deselecting is the lane's job; a `gpu` test on a machine without one cannot say anything, so it is left out."""
+    """Deselecting is the lane's job; a `gpu` test on a machine without one cannot say anything, so it is left out.
+
+    Files are handed out in the order of collection: those of many short tests come last and fill the gaps.
+    """
+    items.sort(key=lambda item: item.path.parent.name in ("policy", "kernels") and item.path.name not in LONG)
     if torch.cuda.is_available():
         return
     kept = [item for item in items if item.get_closest_marker("gpu") is None]

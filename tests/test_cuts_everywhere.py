@@ -39,7 +39,7 @@ COUNTS = {"vision.2": 12, "projector": 11, "language.0": 6, "language.3": 3}
 
 
 @pytest.mark.parametrize(
-    "targets", [("ort",), pytest.param(("torch", "torchscript", "pt2"), marks=pytest.mark.conformance)]
+    "targets", [("torch",), pytest.param(("ort", "torchscript", "pt2"), marks=pytest.mark.conformance)]
 )
 def test_four_cuts_in_one_policy(targets: tuple[str, ...]) -> None:
     model, processor = support.build("llava")

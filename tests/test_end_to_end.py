@@ -270,7 +270,7 @@ def test_images_of_another_size_than_traced(reduced):
     assert len(counts) > 1
 
 
-@pytest.mark.parametrize("preset", [pytest.param("fastv", marks=pytest.mark.conformance), "pyramiddrop"])
+@pytest.mark.parametrize("preset", ["fastv", pytest.param("pyramiddrop", marks=pytest.mark.conformance)])
 def test_the_cache_is_as_long_as_the_plan_says(artifacts, preset):
     made, inputs = artifacts("llava", preset), support.inputs("llava")
     text = int((~support.visual_mask("llava", inputs["input_ids"])).sum())
@@ -361,7 +361,7 @@ def test_a_second_turn_brings_a_second_image(artifacts):
 # Targets and types ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["torch", "ort", "pt2", "torchscript"])
+@pytest.mark.parametrize("target", [pytest.param("torch", marks=pytest.mark.conformance), "ort", "pt2", "torchscript"])
 def test_a_saved_artifact_answers_as_it_did_in_memory(artifacts, target):
     made, inputs = artifacts("llava", "fastv", target), support.inputs("llava", batch=3)
     loaded = tvc.load(made.folder)

@@ -123,10 +123,15 @@ def test_the_bundled_scene_is_the_one_of_the_demo(tmp_path: pathlib.Path) -> Non
     assert [question.kind for question in questions] == list(scenes.KINDS)
 
 
+@pytest.mark.parametrize("targets", [("torch",), pytest.param(("torch", "ort"), marks=pytest.mark.conformance)])
 def test_the_demo_prints_answers_and_costs_and_writes_the_overlays(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    targets: tuple[str, ...],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     demo = support.script("examples/demo.py")
+    monkeypatch.setattr(demo, "TARGETS", targets)
     monkeypatch.setattr(demo, "REPEATS", 1)
     monkeypatch.setattr(demo, "POLICIES", {"visionzip": demo.POLICIES["visionzip"]})  # each takes half a minute
     monkeypatch.setattr(tvc, "compile", functools.partial(tvc.compile, verify=False))  # as other tests do it
