@@ -94,15 +94,15 @@ def test_a_dry_run_shows_plan_and_policy_and_writes_nothing(model, photo, tmp_pa
 
 
 def test_json_names_what_was_written(model, tmp_path):
-    command = ("compile", model, "-p", "random", "-o", tmp_path / "out", "-t", "ort", "--no-verify", "--json")
+    command = ("compile", model, "-p", "random", "-o", tmp_path / "out", "-t", "torch", "--no-verify", "--json")
     facts = json.loads(run(*command, "--budget", "50%")[0])
     assert [layer["visual"] for layer in facts["plan"]["layers"]] == [8] * 6
     assert facts["output"] == str(tmp_path / "out")
-    assert facts["target"] == "ort"
+    assert facts["target"] == "torch"
     assert facts["verification"] is None
     assert facts["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
     assert "survey" in facts["seconds"]
-    assert tvc.load(tmp_path / "out").target == "ort"
+    assert tvc.load(tmp_path / "out").target == "torch"
 
 
 def test_overwrite_replaces_an_artifact(model, tmp_path, artifacts, monkeypatch):

@@ -9,7 +9,8 @@ import support
 from tvc.policy import presets
 
 CROSS_SECTION = (
-    ("llava", "visionzip", ("torch",)),
+    ("llava", "uniform", ("torch",)),
+    pytest.param("llava", "visionzip", ("ort",), marks=pytest.mark.conformance),
     pytest.param("smolvlm", "pyramiddrop", ("torchscript",), marks=pytest.mark.conformance),
 )
 

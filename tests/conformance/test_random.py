@@ -57,7 +57,7 @@ def test_any_policy_is_planned_or_refused_by_name(layouts: Any, data: Any, famil
     assert resolve(load_policy(resolved.to_yaml()), layout).digest() == resolved.digest()
 
 
-@settings(max_examples=5, **DRAWN)
+@settings(max_examples=3, **DRAWN)
 @given(data=st.data(), calls=st.lists(random_inputs.inputs(), min_size=1, max_size=2))
 def test_random_policies_equal_their_definition(bench: Any, data: Any, calls: list[Any]) -> None:
     policy = data.draw(random_cases.policies(bench.blocks, bench.components).filter(bench.resolves))
