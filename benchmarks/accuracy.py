@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tvc.evaluation import pages
+from tvc.evaluation.records import write_whole
 from tvc.evaluation.study import BUDGETS, Options, evaluate
 from tvc.evaluation.tasks import SceneTask
 from tvc.evaluation.variants import AS_WRITTEN, BASELINES, DENSE
@@ -98,7 +99,10 @@ def main() -> None:
 def again(names: list[str], examples: int, output: pathlib.Path) -> None:
     """Some policies of the first study once more: their rows take the place of the earlier ones."""
     policies, study = STUDIES["accuracy"]
-    chosen = [given for given in policies if pathlib.Path(given).stem in names]
+    known = {pathlib.Path(given).stem: given for given in policies}
+    if strangers := [name for name in names if name not in known]:
+        raise SystemExit(f"--only: the study has no {', '.join(strangers)}; it has {', '.join(known)}")
+    chosen = [known[name] for name in names]
     result, folder = _result("accuracy"), output / "only"
     alone = dataclasses.replace(study, baselines=False)
     made = evaluate(MODEL, chosen, SceneTask(examples), folder, alone)
@@ -108,10 +112,11 @@ def again(names: list[str], examples: int, output: pathlib.Path) -> None:
     for rows, dense in (("rows", 1), ("refused", 0)):
         added = [row for row in result[rows][dense:] if row["policy"] not in names] + made[rows][dense:]
         result[rows] = result[rows][:dense] + sorted(added, key=lambda row: row["policy"])
+    result["facts"] = made["facts"]
     result["again"] = {**result.get("again", {}), **dict.fromkeys(names, made["environment"])}
     place = HERE / "results" / "accuracy"
-    place.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    place.with_suffix(".md").write_text(pages.markdown(result), encoding="utf-8")
+    write_whole(place.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+    write_whole(place.with_suffix(".md"), pages.markdown(result))
     pages.plot(result, place.with_suffix(".png"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import pathlib
 import re
 import sys
@@ -83,6 +84,37 @@ def test_the_readme_tells_the_accuracies_that_were_measured() -> None:
     script = support.script("benchmarks/accuracy.py")
     told = README.split(script.MARKS[0])[1].split(script.MARKS[1])[0]
     assert told.strip() == script.summary()
+
+
+def test_rows_of_policies_that_are_asked_anew_take_the_place_of_theirs(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = support.script("benchmarks/accuracy.py")
+    (tmp_path / "results").mkdir()
+    before = script._result("accuracy")
+    (tmp_path / "results" / "accuracy.json").write_text(json.dumps(before))
+    monkeypatch.setattr(script, "HERE", tmp_path)
+    theirs = [row for row in before["rows"] if row["policy"] == "fastv"]
+    made = {
+        "rows": [before["rows"][0], *({**row, "accuracy": 0.125} for row in theirs[:2])],
+        "refused": [{"policy": "fastv", "budget": "5%", "reason": "too few"}],
+        "facts": {**before["facts"], "budget_unit": "tokens of another kind"},
+        "environment": {"cpu": "another"},
+    }
+    monkeypatch.setattr(script, "evaluate", lambda *_: made)
+    script.again(["fastv"], 600, tmp_path)
+    after = json.loads((tmp_path / "results" / "accuracy.json").read_text())
+    assert [row["accuracy"] for row in after["rows"] if row["policy"] == "fastv"] == [0.125, 0.125]
+    others = [row for row in before["rows"] if row["policy"] != "fastv"]
+    assert [row for row in after["rows"] if row["policy"] != "fastv"] == others
+    assert made["refused"][0] in after["refused"]
+    assert after["again"]["fastv"] == {"cpu": "another"}
+    assert "tokens of another kind" in (tmp_path / "results" / "accuracy.md").read_text()
+    with pytest.raises(SystemExit, match="the study has no fastvv"):
+        script.again(["fastvv"], 600, tmp_path)
+    made["rows"][0] = {**before["rows"][0], "accuracy": 0.5}
+    with pytest.raises(SystemExit, match="run all of them anew"):
+        script.again(["fastv"], 600, tmp_path)
 
 
 def test_what_kept_tokens_show_is_counted() -> None:
