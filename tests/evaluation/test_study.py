@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 import support
 import tvc
 from tvc.errors import ArgumentError, ModelError, PolicyError
-from tvc.evaluation import variants
 from tvc.evaluation.records import Records
 from tvc.evaluation.study import Options, evaluate
 from tvc.evaluation.tasks import FileTask
@@ -25,6 +25,7 @@ steps:
     rest: drop
 """
 QUICK = Options(budgets=("50%",), seeds=2, batch_size=4, new_tokens=3, verify=False)
+ALONE = dataclasses.replace(QUICK, baselines=False)  # each baseline would be compiled
 
 
 class Killed(Exception):
@@ -95,9 +96,8 @@ def test_rows_hold_every_policy_and_the_baselines(task, result):
     assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_keeping_all_says_what_the_dense_model_says(model, task, tmp_path, monkeypatch):
-    monkeypatch.setattr(variants, "BASELINES", ())  # each would be compiled, here and below
-    everything = Options(**{**vars(QUICK), "budgets": ("as-written",), "seeds": 1})
+def test_keeping_all_says_what_the_dense_model_says(model, task, tmp_path):
+    everything = dataclasses.replace(ALONE, budgets=("as-written",))
     made = evaluate(model, [KEEP_ALL], task, tmp_path, everything)
     row = next(row for row in made["rows"] if row["policy"] == "keep-all")
     assert row["agreement"] == 1
@@ -106,9 +106,8 @@ def test_keeping_all_says_what_the_dense_model_says(model, task, tmp_path, monke
     ]
 
 
-def test_accuracy_counts_right_replies_by_kind(model, task, result, tmp_path, monkeypatch):
+def test_accuracy_counts_right_replies_by_kind(model, task, result, tmp_path):
     """The same questions with answers that fit: the model's own replies to the first three."""
-    monkeypatch.setattr(variants, "BASELINES", ())
     folder, _ = result
     said = [reply["text"] for reply in replies(folder, "dense")]
     rows = [
@@ -117,7 +116,7 @@ def test_accuracy_counts_right_replies_by_kind(model, task, result, tmp_path, mo
     ]
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps({**row, "answer": row["answer"] or "-"}) + "\n" for row in rows))
-    made = evaluate(model, [], FileTask(path), tmp_path / "out", QUICK)
+    made = evaluate(model, [], FileTask(path), tmp_path / "out", ALONE)
     dense = made["rows"][0]
     right = [reply["right"] for reply in replies(tmp_path / "out", "dense")]
     assert right[:3] == [bool(text) for text in said[:3]]
@@ -126,7 +125,6 @@ def test_accuracy_counts_right_replies_by_kind(model, task, result, tmp_path, mo
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(model, task, result, tmp_path, monkeypatch):
-    monkeypatch.setattr(variants, "BASELINES", ())
     folder, whole = result
     asked = 0
     append = Records.append
@@ -140,12 +138,12 @@ def test_a_killed_evaluation_goes_on_where_it_was(model, task, result, tmp_path,
 
     monkeypatch.setattr(Records, "append", dying)
     with pytest.raises(Killed):
-        evaluate(model, ["fastv"], task, tmp_path, QUICK)
+        evaluate(model, ["fastv"], task, tmp_path, ALONE)
     assert not (tmp_path / "results.json").exists()
     monkeypatch.setattr(Records, "append", append)
     counted = []
     again = evaluate(
-        model, ["fastv"], task, tmp_path, QUICK, lambda what, done, total: counted.append((what, done, total))
+        model, ["fastv"], task, tmp_path, ALONE, lambda what, done, total: counted.append((what, done, total))
     )
     assert again["rows"] == [row for row in whole["rows"] if row["policy"] not in ("random", "uniform")]
     assert not any(what == "asking dense" for what, _, _ in counted)

@@ -292,6 +292,14 @@ def test_aim_follows_attention_for_five_steps() -> None:
     torch.testing.assert_close(score[0], want, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("language", [*range(24, 81), 22])
+def test_aim_has_a_layer_for_each_of_its_ranks_in_any_decoder_deep_enough(language: int) -> None:
+    sites = [one.site.index for one in steps("aim", language=language)]
+    assert sites[0] == 0
+    assert sites == sorted(set(sites))
+    assert len(sites) == 9
+
+
 # FastV and PyramidDrop: what the last query pays ----------------------------------------------------------------------
 
 

@@ -414,7 +414,7 @@ def _layer(
         back = written == "previous"
         if site.index is None or site.index < back:
             # A depth such as 12% is the first layer of a shallow model; no encoder has text that could rate instead.
-            rated = back and site.component == "language" and not {"all", "cls", "visual"} & set(tap.of)
+            rated = back and tap.kind != "key" and site.component == "language" and not {"all", "cls"} & set(tap.of)
             raise refusal(
                 policy,
                 path,
