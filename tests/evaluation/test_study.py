@@ -117,7 +117,7 @@ def test_accuracy_counts_right_replies_by_kind(model, task, result, tmp_path):
     path = tmp_path / "questions.jsonl"
     path.write_text("".join(json.dumps({**row, "answer": row["answer"] or "-"}) + "\n" for row in rows))
     made = evaluate(model, [], FileTask(path), tmp_path / "out", ALONE)
-    dense = made["rows"][0]
+    (dense,) = made["rows"]
     right = [reply["right"] for reply in replies(tmp_path / "out", "dense")]
     assert right[:3] == [bool(text) for text in said[:3]]
     assert dense["accuracy"] == sum(right) / 6

@@ -332,6 +332,10 @@ RESOLVING: dict[str, tuple[str, Layout]] = {
         layout(),
     ),
     "previous-of-the-first": (policy(step("language.0")), layout()),
+    "previous-keys-of-the-first": (
+        policy(step("language.0", "select: {stride: 3}\n    rest: {merge: {by: key_cosine, layer: previous}}")),
+        layout(),
+    ),
     "previous-of-the-projector": (policy(step("projector")), layout()),
     "self-of-the-projector": (
         policy(step("projector", "score: {norm: {of: key}}\n    select: {top: 3}")),
