@@ -14,13 +14,12 @@ from typing import ClassVar, NamedTuple
 import torch
 from pydantic import Field
 
+from tvc.kernels.blocks import by_rows
 from tvc.kernels.budget import Budget
 from tvc.kernels.loop import State, repeat
 from tvc.kernels.op import Scope, Select, Tap
 from tvc.kernels.segments import budgets, pack, per_token
 
-# Rows of a similarity matrix that are in memory at once where only their extremes are wanted.
-BLOCK = 256
 EQUAL = 1e-6
 
 
@@ -72,18 +71,15 @@ def nearest(unit: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:
 
     Takes O(B V BLOCK) memory.
     """
-    V = segment.shape[1]
-    place = torch.arange(V, device=segment.device)
-    within = torch.arange(BLOCK, device=segment.device)
+    place = torch.arange(segment.shape[1], device=segment.device)
 
-    def block(number: torch.Tensor, closest: torch.Tensor) -> State:
-        at = (number * BLOCK + within).clamp(max=segment.shape[1] - 1).expand(segment.shape[0], -1)
+    def block(at: torch.Tensor, new: torch.Tensor, closest: torch.Tensor) -> State:
         other = (segment.gather(1, at)[:, :, None] == segment[:, None, :]) & (at[:, :, None] != place)
         cosine = rows(unit, at) @ unit.transpose(1, 2)
         return (closest.scatter(1, at, above_nothing(torch.where(other, cosine, -2.0)).amax(2)),)
 
-    blocks = torch.full((), 1, dtype=torch.int64, device=segment.device) * ((V + BLOCK - 1) // BLOCK)
-    return repeat(block, (torch.zeros(segment.shape, device=segment.device),), blocks)[0]
+    nothing = torch.zeros(segment.shape, device=segment.device)
+    return by_rows(block, (nothing,), segment)[0]
 
 
 class Round(NamedTuple):

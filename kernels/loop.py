@@ -6,12 +6,24 @@ one `while_loop` node, which ONNX writes as `Loop` and TorchScript as `while`, s
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 
 import torch
+from torch._dynamo.eval_frame import reset_code
 from torch._higher_order_ops.while_loop import while_loop
 
 State = tuple[torch.Tensor, ...]
+
+
+def _forget_loops() -> None:
+    """Dynamo compares a loop with all that it has traced before, and fails where a size was fixed that is unknown now.
+
+    All of them are traced by way of one small function of PyTorch's; only what was compiled of that one is forgotten.
+    """
+    for code in while_loop.__code__.co_consts:
+        if isinstance(code, types.CodeType):
+            reset_code(code)
 
 
 def repeat(
@@ -42,6 +54,8 @@ def repeat(
     def once(number: torch.Tensor, *now: torch.Tensor) -> State:
         return number + 1, *body(number, *now)
 
+    if not torch.compiler.is_dynamo_compiling():
+        _forget_loops()
     first = torch.zeros((), dtype=torch.int64, device=state[0].device)
     last: State = while_loop(going_on, once, (first, *state))
     return last[1:]

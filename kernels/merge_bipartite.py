@@ -11,7 +11,7 @@ Ties:    the lower index, among partners as among the even tokens.
 Reduce:  size_weighted: sum(size * x) / sum(size); mean: (x + members) / (1 + number of members). Sizes add up, sums are
          float32, and a token that nothing merged into comes out as it was.
 Whole:   True promises one segment that fills V in every sample, of which slots >= V - V // 2 stay.
-Memory:  O(B V^2 / 4): the cosines of even with odd tokens are the method.
+Memory:  O(B V BLOCK): never the cosines of all even with all odd tokens.
 
 Reference: ToMe, arXiv 2210.09461. Deviation: what stays is in its original order; published, the even tokens that stay
 come first, without a class token in the order of their similarity.
@@ -26,7 +26,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tvc.errors import PolicyError
+from tvc.kernels.blocks import by_rows
 from tvc.kernels.budget import Budget
+from tvc.kernels.greedy import rows
+from tvc.kernels.loop import State
 from tvc.kernels.op import Merging, Scope, Tap, op, primitive
 from tvc.kernels.segments import mark, pack, per_token, ranks, rows_at
 
@@ -65,6 +68,39 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     yield "tied-whole", (*tied, 0, 1, 5, "mean", True)
 
 
+def _partners(
+    metric: torch.Tensor, segment: torch.Tensor, even: torch.Tensor, odd: torch.Tensor, whole: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([B, A] int64 where in `odd [B, C]` the partner of each of `even [B, A]` stands, [B, A] their cosine)."""
+    unit = metric / ((metric * metric) @ torch.ones(metric.shape[2], 1, device=metric.device)).sqrt().clamp(min=1e-12)
+    ours, others = (unit[:, 0::2], unit[:, 1::2]) if whole else (rows_at(unit, even), rows_at(unit, odd))
+    owner, other = per_token(segment, even), per_token(segment, odd)
+
+    def block(at: torch.Tensor, new: torch.Tensor, partner: torch.Tensor, best: torch.Tensor) -> State:
+        near = rows(ours, at) @ others.transpose(1, 2)
+        if not whole:
+            same = owner.gather(1, at)[:, :, None] == other[:, None, :]
+            near = torch.where(same & (odd >= 0)[:, None, :], near, float("-inf"))
+        # Below every cosine, above every forbidden partner: there is one more, where there may be none.
+        near = torch.nn.functional.pad(near, (0, 1), value=-2.0)
+        return partner.scatter(1, at, near.argmax(2)), best.scatter(1, at, near.amax(2))
+
+    start = (torch.zeros_like(even), torch.zeros(even.shape, device=even.device))
+    partner, best = by_rows(block, start, even)
+    return partner, best
+
+
+def _sums(values: torch.Tensor, to: torch.Tensor, over: torch.Tensor) -> torch.Tensor:
+    """[B, C, E]: the sum of those of `values [B, A, E]` that go `to [B, A]` each place of `over [B, C]`, -1 to none."""
+
+    def block(at: torch.Tensor, new: torch.Tensor, total: torch.Tensor) -> State:
+        into = (to[:, None, :] == at[:, :, None]).float()  # [B, b, A]
+        return (total.scatter(1, at[:, :, None].expand(-1, -1, values.shape[2]), into @ values),)
+
+    nothing = torch.zeros(*over.shape, values.shape[2], device=values.device)
+    return by_rows(block, (nothing,), over)[0]
+
+
 def halves(segment: torch.Tensor, counts: torch.Tensor, whole: bool) -> tuple[torch.Tensor, ...]:
     """(even [B, A], odd [B, C], number [B, V]): both sets' indices, -1 pads, and where in `odd` an odd token stands."""
     batch, visual = segment.shape
@@ -79,7 +115,23 @@ def halves(segment: torch.Tensor, counts: torch.Tensor, whole: bool) -> tuple[to
     return even, odd, second.cumsum(1) - 1 + (visual // 2 - second.sum(1, keepdim=True))
 
 
-@op(_cases)
+def _fake(
+    feature: torch.Tensor,
+    metric: torch.Tensor,
+    size: torch.Tensor,
+    segment: torch.Tensor,
+    counts: torch.Tensor,
+    permille: int,
+    remove: int,
+    slots: int,
+    reduce: str,
+    whole: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    stays = (feature.shape[0], slots)
+    return segment.new_empty(stays), feature.new_empty(*stays, feature.shape[2]), size.new_empty(stays)
+
+
+@op(_cases, fake=_fake)
 def bipartite_merge(
     feature: torch.Tensor,
     metric: torch.Tensor,
@@ -95,18 +147,7 @@ def bipartite_merge(
     """(index, feature, size) of the tokens that stay."""
     visual = segment.shape[1]
     even, odd, number = halves(segment, counts, whole)
-    metric = metric.float()
-    metric = metric / ((metric * metric) @ torch.ones(metric.shape[2], 1, device=metric.device)).sqrt().clamp(min=1e-12)
-    if whole:
-        near = metric[:, 0::2] @ metric[:, 1::2].transpose(1, 2)  # [B, A, C]
-    else:
-        near = rows_at(metric, even) @ rows_at(metric, odd).transpose(1, 2)
-        same = per_token(segment, even)[:, :, None] == per_token(segment, odd)[:, None, :]
-        near = torch.where(same & (odd >= 0)[:, None, :], near, float("-inf"))
-    # Below every cosine, above every forbidden partner. The row added on top keeps V = 0 right in ONNX Runtime, which
-    # leaves the reduced axis of an empty tensor in place.
-    near = torch.nn.functional.pad(near, (0, 1, 1, 0), value=-2.0)
-    partner, best = near.argmax(2)[:, 1:], near.amax(2)[:, 1:]
+    partner, best = _partners(metric.float(), segment, even, odd, whole)
     if whole:
         order = torch.sort(best, dim=1, descending=True, stable=True).indices
         rank = torch.arange(even.shape[1], device=even.device).expand(even.shape[0], -1)
@@ -118,11 +159,10 @@ def bipartite_merge(
 
     wide, weight = feature.float(), size.float()[:, :, None]
     weighed = wide * weight if reduce == "size_weighted" else wide
-    to = (partner[:, :, None] == torch.arange(visual // 2, device=partner.device)) & member[:, :, None]
-    into = to.float().transpose(1, 2)  # [B, C, A]
-    added, gained = into @ rows_at(weighed, even), into @ rows_at(weight, even)
+    to = torch.where(member, partner, -1)
+    sums = torch.cat([weighed, weight, torch.ones_like(weight)], 2)
+    added, gained, joined = _sums(rows_at(sums, even), to, odd).split((feature.shape[2], 1, 1), 2)
     own, own_size = rows_at(wide, odd), rows_at(weight, odd)
-    joined = into @ member.float()[:, :, None]  # [B, C, 1] number of members
     if reduce == "mean":
         merged = (own + added) / (1.0 + joined)
     else:

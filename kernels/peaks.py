@@ -10,10 +10,13 @@ tokens whose squared distance is below a millionth of their squared lengths are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from tvc.kernels.greedy import BLOCK, EQUAL, rows
-from tvc.kernels.loop import State, repeat
+from tvc.kernels.blocks import by_rows
+from tvc.kernels.greedy import EQUAL, rows
+from tvc.kernels.loop import State
 from tvc.kernels.segments import per_token, ranks
 
 FAR = torch.finfo(torch.float32).max
@@ -40,29 +43,25 @@ class Peaks:
         self.square = (self.near_zero * self.near_zero) @ ones  # [B, V, 1]
         self.group, self.width = group, feature.shape[2]
 
-    def blocks(self) -> torch.Tensor:
-        one = torch.full((), 1, dtype=torch.int64, device=self.group.device)
-        return one * ((self.group.shape[1] + BLOCK - 1) // BLOCK)
+    def by_rows(self, body: Callable[..., State], *state: torch.Tensor) -> State:
+        return by_rows(body, state, self.group)
 
-    def block(self, number: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(rows [B, b] of a block, squared distances [B, b, V] divided by D, which of them lie within a group)."""
-        batch, tokens = self.group.shape
-        place = torch.arange(tokens, device=self.group.device)
-        at = number * BLOCK + torch.arange(BLOCK, device=self.group.device)
-        at = at.clamp(max=tokens - 1).expand(batch, -1)
+    def block(self, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(squared distances [B, b, V] of the rows `at [B, b]` divided by D, which of them lie within a group)."""
+        place = torch.arange(self.group.shape[1], device=self.group.device)
         own = self.square.squeeze(2).gather(1, at)[:, :, None]
         both = own + self.square.transpose(1, 2)
         apart = both - 2.0 * rows(self.near_zero, at) @ self.near_zero.transpose(1, 2)
         apart = torch.where((apart < SAME * both) | (at[:, :, None] == place), 0.0, apart) / self.width
         mine = self.group.gather(1, at)[:, :, None]
-        return at, apart, (mine == self.group[:, None, :]) & (mine >= 0)
+        return apart, (mine == self.group[:, None, :]) & (mine >= 0)
 
     def densities(self, neighbours: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor]:
         """([B, V] density, [B, V] largest squared distance within the group); `neighbours [B, V]` up to `most`."""
         column = torch.arange(most, device=self.group.device)
 
-        def body(number: torch.Tensor, density: torch.Tensor, reach: torch.Tensor) -> State:
-            at, apart, together = self.block(number)
+        def body(at: torch.Tensor, new: torch.Tensor, density: torch.Tensor, reach: torch.Tensor) -> State:
+            apart, together = self.block(at)
             room = torch.nn.functional.pad(torch.where(together, apart, FAR), (0, most), value=FAR)
             closest = room.topk(most, 2, largest=False).values
             wanted = neighbours.gather(1, at)[:, :, None]
@@ -71,36 +70,36 @@ class Peaks:
             return density.scatter(1, at, (-mean).exp()), reach.scatter(1, at, far)
 
         zeros = torch.zeros(self.group.shape, device=self.group.device)
-        density, reach = repeat(body, (zeros, zeros.clone()), self.blocks())
+        density, reach = self.by_rows(body, zeros, zeros.clone())
         return density, reach
 
     def leads(self, density: torch.Tensor, widest: torch.Tensor) -> torch.Tensor:
         """[B, V] float32: the distance to the nearest denser token; of the densest the root of `widest [B, V]`."""
         place = torch.arange(self.group.shape[1], device=self.group.device)
 
-        def body(number: torch.Tensor, lead: torch.Tensor) -> State:
-            at, apart, together = self.block(number)
+        def body(at: torch.Tensor, new: torch.Tensor, lead: torch.Tensor) -> State:
+            apart, together = self.block(at)
             own, other = density.gather(1, at)[:, :, None], density[:, None, :]
             equal = (other - own).abs() <= EQUAL * torch.maximum(other, own)
             denser = together & ((equal & (place < at[:, :, None])) | (~equal & (other > own)))
             near = torch.nn.functional.pad(torch.where(denser, apart, FAR), (0, 1), value=FAR).amin(2)
             return (lead.scatter(1, at, near),)
 
-        lead = repeat(body, (torch.zeros(self.group.shape, device=self.group.device),), self.blocks())[0]
+        lead = self.by_rows(body, torch.zeros(self.group.shape, device=self.group.device))[0]
         return torch.where(lead < FAR, lead, widest).sqrt()
 
     def nearest(self, centre: torch.Tensor) -> torch.Tensor:
         """[B, V] int64: the nearest centre of each token's group, the first of equals; a centre is its own."""
 
-        def body(number: torch.Tensor, to: torch.Tensor) -> State:
-            at, apart, together = self.block(number)
+        def body(at: torch.Tensor, new: torch.Tensor, to: torch.Tensor) -> State:
+            apart, together = self.block(at)
             apart = torch.where(together & centre[:, None, :], apart, FAR)
             apart = torch.nn.functional.pad(apart, (0, 1), value=FAR)
             low = apart.amin(2, keepdim=True)
             return (to.scatter(1, at, (apart <= low + EQUAL * low).float().argmax(2)),)
 
         start = torch.zeros(self.group.shape, dtype=torch.int64, device=self.group.device)
-        found = repeat(body, (start,), self.blocks())[0]
+        found = self.by_rows(body, start)[0]
         return torch.where(centre, torch.arange(self.group.shape[1], device=self.group.device), found)
 
 

@@ -11,8 +11,9 @@ Centres: a pool of m tokens has c = m // per + 1 of them (m where that is more).
          highest density * lead are centres.
 Merging: every token of the pool goes to the nearest centre, a centre to itself. A centre's place takes the mean of its
          group (sums float32); sizes add up. Chosen tokens stay as they are.
-Ties:    the lower index wins; of equally dense tokens the lower index counts as denser.
-Memory:  O(B R R) for the R = V * permille // 1000 + N slots of the pool: the method is about that matrix.
+Ties:    the lower index wins; of equally dense tokens the lower index counts as denser. Copies and what counts as equal
+         as in peaks.py.
+Memory:  O(B R BLOCK) for the R = V * permille // 1000 + N slots of the pool: never all distances at once.
 
 Reference: SparseVLM, arXiv 2410.04417 (token recycling with DPC-kNN). Deviations: the published code adds noise of 1e-6
 to densities, which only settles ties; it divides by 1e-6 more than the number of members.
@@ -28,11 +29,12 @@ import torch
 from pydantic import Field, field_validator
 
 from tvc.errors import PolicyError
+from tvc.kernels import peaks
+from tvc.kernels.blocks import by_rows
 from tvc.kernels.budget import Budget
+from tvc.kernels.loop import State
 from tvc.kernels.op import Rest, Scope, op, primitive
 from tvc.kernels.segments import mark, pack, per_token, ranks, rows_at
-
-FAR = torch.finfo(torch.float32).max
 
 
 def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -60,54 +62,38 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     yield "one-token", (*one, nothing[:1], torch.ones(1, 1), 300, 10, 1, 1)
 
 
-def _pooled(
-    feature: torch.Tensor, group: torch.Tensor, members: torch.Tensor, per: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(centre [B, R] bool, number of the centre of each slot [B, R] int64) of a pool with `members [B, N]` tokens."""
-    width, slots = feature.shape[2], group.shape[1]
-    real = group >= 0
-    number = torch.minimum(members, members // per + 1)  # [B, N] centres
-    # Distances stay as they are when everything is moved; near zero their rounding is smallest.
-    share = real.float() / real.sum(1, keepdim=True).clamp(min=1)
-    near_zero = torch.where(real[:, :, None], feature - share[:, None, :] @ feature, 0.0)
-    square = (near_zero * near_zero) @ torch.ones(width, 1, device=feature.device)  # [B, R, 1]
-    distance = (square + square.transpose(1, 2) - 2.0 * near_zero @ near_zero.transpose(1, 2)).clamp(min=0.0) / width
-    place = torch.arange(slots, device=group.device)
-    itself = place[:, None] == place
-    # Symmetric to the last bit, so that mutual neighbours are equally dense.
-    distance = torch.where(itself, 0.0, (distance + distance.transpose(1, 2)) * 0.5)
-    together = (group[:, :, None] == group[:, None, :]) & real[:, :, None]
-    neighbours = per_token(number, group).clamp(min=1)
-    ordered = torch.where(together, distance, FAR).sort(dim=2).values
-    closest = torch.where(place < neighbours[:, :, None], ordered, 0.0) @ torch.ones(slots, 1, device=group.device)
-    density = torch.where(real, (-closest.squeeze(2) / neighbours).exp(), 0.0)
-
-    first, second = density[:, :, None], density[:, None, :]
-    denser = together & ((second > first) | ((second == first) & (place < place[:, None])))
-    lead = -_highest(torch.where(denser, -distance, -FAR), -FAR)
-    reach = _highest(torch.where(together, distance, -1.0), -1.0)
-    # Column 0 takes the pads.
-    widest = torch.zeros(group.shape[0], members.shape[1] + 1, device=group.device)
-    widest = widest.scatter_reduce(1, torch.where(real, group + 1, 0), torch.where(real, reach, 0.0), "amax")[:, 1:]
-    lead = torch.where(lead < FAR, lead, per_token(widest, group)).sqrt()
-    centre = real & (ranks(group, members, density * lead) < per_token(number, group))
-
-    to_centre = torch.where(together & centre[:, None, :], -distance, -FAR)
-    # One row and one column more, see `_highest`.
-    nearest = torch.nn.functional.pad(to_centre, (0, 1, 1, 0), value=-FAR).argmax(2)[:, 1:]
-    return centre, torch.where(centre, place, nearest)
+def _fake(
+    feature: torch.Tensor,
+    size: torch.Tensor,
+    segment: torch.Tensor,
+    counts: torch.Tensor,
+    chosen: torch.Tensor,
+    score: torch.Tensor,
+    permille: int,
+    per: int,
+    room: int,
+    slots: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    stays = (feature.shape[0], chosen.shape[1] + slots)
+    return chosen.new_empty(stays), feature.new_empty(*stays, feature.shape[2]), size.new_empty(stays)
 
 
-def _highest(values: torch.Tensor, floor: float) -> torch.Tensor:
-    """[B, R]: the maximum along the last axis of `values [B, R, R]`, none of them below `floor`.
+def _joined(values: torch.Tensor, weights: torch.Tensor, to: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """([B, R, D] mean of the values, [B, R, 1] sum of the weights) of the members of each centre, `to [B, R]`."""
+    real = (to >= 0).float()[:, :, None]
 
-    A row and a column more keep R = 0 defined, here and in ONNX Runtime, which leaves the reduced axis of an empty
-    tensor in place.
-    """
-    return torch.nn.functional.pad(values, (0, 1, 1, 0), value=floor).amax(2)[:, 1:]
+    def join(at: torch.Tensor, new: torch.Tensor, mean: torch.Tensor, gained: torch.Tensor) -> State:
+        joins = (to[:, None, :] == at[:, :, None]).float()  # [B, b centres, R members]
+        average = joins @ values / (joins @ real).clamp(min=1.0)
+        place = at[:, :, None]
+        return mean.scatter(1, place.expand_as(average), average), gained.scatter(1, place, joins @ weights)
+
+    start = (torch.zeros_like(values), torch.zeros_like(weights))
+    mean, gained = by_rows(join, start, to)
+    return mean, gained
 
 
-@op(_cases)
+@op(_cases, fake=_fake)
 def merge_clusters(
     feature: torch.Tensor,
     size: torch.Tensor,
@@ -131,12 +117,9 @@ def merge_clusters(
     wide, weight = feature.float(), size.float()[:, :, None]
     values, weights = rows_at(wide, index), rows_at(weight, index)
     group = torch.where(index < 0, -1, per_token(segment, index))
-    centre, to = _pooled(values, group, members, per)
-
-    place = torch.arange(index.shape[1], device=index.device)
-    joins = ((to[:, None, :] == place[:, None]) & (index >= 0)[:, None, :]).float()  # [B, R centres, R members]
-    mean = joins @ values / (joins @ (index >= 0).float()[:, :, None]).clamp(min=1.0)
-    gained = joins @ weights
+    number = torch.minimum(members, members // per + 1)
+    centre, to = peaks.centres(values, group, members, number, number, room // per + 1)
+    mean, gained = _joined(values, weights, torch.where(group < 0, -1, to))
     centres = mark(torch.where(centre, index, -1), segment.shape[1])
 
     result = pack(kept | centres, chosen.shape[1] + slots)

@@ -9,7 +9,7 @@ Rule:    what is to be covered, each with the tokens of one segment that could c
          adds most to it. Float32. A vector without a direction (zeros, NaN) has cosine 0 with all.
 Budget:  `count` tokens of each segment where count > 0, else permille / 1000 of its tokens, rounded down.
 Ties:    the lower index wins, within 1e-6 of the best value; a token is never taken twice.
-Memory:  O(B V (T + V)): the method is defined by this matrix.
+Memory:  B V (T + V) numbers, which each round asks for; the rounds themselves go by blocks of rows.
 
 Reference: MMTok, arXiv 2508.18264 (multi-modal coverage).
 """
@@ -22,7 +22,8 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from tvc.kernels.greedy import Greedy, directions, of_slots, take
+from tvc.kernels.blocks import by_rows
+from tvc.kernels.greedy import Greedy, directions, of_slots, rows, take
 from tvc.kernels.loop import State
 from tvc.kernels.op import Scope, Tap, op, primitive
 from tvc.kernels.segments import per_token
@@ -66,29 +67,49 @@ def _fake(
 
 
 def coverings(
-    feature: torch.Tensor,
+    unit: torch.Tensor, segment: torch.Tensor, counts: torch.Tensor, temperature: float, visual: float
+) -> torch.Tensor:
+    """[B, V, V] float32, row i: how well each token covers token i of its segment, weighted."""
+    same = (segment[:, :, None] == segment[:, None, :]) & (segment >= 0)[:, :, None]
+    power = torch.where(same, _power(unit @ unit.transpose(1, 2), temperature), 0.0)
+    whole = power @ torch.ones(segment.shape[1], 1, device=unit.device)
+    share = visual / per_token(counts, segment).clamp(min=1)[:, :, None].float()
+    return power * (share / whole.clamp(min=1e-30))
+
+
+def text_coverings(
+    unit: torch.Tensor,
     text: torch.Tensor,
     valid: torch.Tensor,
     segment: torch.Tensor,
     counts: torch.Tensor,
-    text_temperature: float,
-    visual_temperature: float,
-    visual: float,
+    temperature: float,
 ) -> torch.Tensor:
-    """[B, T + V, V] float32: how well each token covers each text row and each token of its segment, weighted."""
-    unit = directions(feature)
-    same = (segment[:, :, None] == segment[:, None, :]) & (segment >= 0)[:, :, None]
-    # Cosines are at most 1, so exp((cos - 1) / temperature) needs no maximum along an axis that may be empty.
-    power = torch.exp((unit @ unit.transpose(1, 2) - 1.0) / visual_temperature)
-    sizes = per_token(counts, segment).clamp(min=1)
-    share = visual / sizes[:, :, None].float()
-    seen = _row_shares(power, same) * share  # [B, V, V] row i: how well each token covers token i
-    # A text row is to be covered in every segment on its own: its softmax runs over one segment's tokens.
-    power = torch.exp((directions(text) @ unit.transpose(1, 2) - 1.0) / text_temperature)
-    whole = power @ same.float()  # [B, T, V]: the sum over the segment of each column
+    """[B, T, V] float32: how well each token covers each text row, weighted.
+
+    A text row is to be covered in every segment on its own: its softmax runs over one segment's tokens.
+    """
+    power = _power(directions(text) @ unit.transpose(1, 2), temperature)
+    member = (segment[:, :, None] == torch.arange(counts.shape[1], device=segment.device)).float()  # [B, V, N]
+    whole = (power @ member) @ member.transpose(1, 2)  # the sum over the segment of each column
     asked = valid.float()[:, :, None] / valid.sum(1).clamp(min=1)[:, None, None]
-    told = torch.where((segment >= 0)[:, None, :], power / whole.clamp(min=1e-30), 0.0) * asked
-    return torch.cat([told, seen], 1)
+    return torch.where((segment >= 0)[:, None, :], power / whole.clamp(min=1e-30), 0.0) * asked
+
+
+def _power(cosine: torch.Tensor, temperature: float) -> torch.Tensor:
+    # Cosines are at most 1, so that no maximum is needed along an axis that may be empty.
+    return torch.exp((cosine - 1.0) / temperature)
+
+
+def _gain(cover: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
+    """[B, V]: by how much each column of `cover [B, R, V]` exceeds what is `covered [B, R, 1|V]`, in sum."""
+
+    def block(at: torch.Tensor, new: torch.Tensor, total: torch.Tensor) -> State:
+        more = (rows(cover, at) - rows(covered, at)).clamp(min=0.0)
+        return (total + (more * new[:, None]).sum(1),)
+
+    nothing = torch.zeros(cover.shape[0], cover.shape[2], device=cover.device)
+    return by_rows(block, (nothing,), cover)[0]
 
 
 @op(_cases, fake=_fake)
@@ -106,23 +127,21 @@ def coverage_keep(
     slots: int,
 ) -> torch.Tensor:
     """[B, slots] int64: tokens of each segment that together stand for the text and the segment."""
-    cover = coverings(feature, text, valid, segment, counts, text_temperature, visual_temperature, visual)
+    unit = directions(feature)
+    seen = coverings(unit, segment, counts, visual_temperature, visual)
+    told = text_coverings(unit, text, valid, segment, counts, text_temperature)
 
-    def value(number: torch.Tensor, covered: torch.Tensor) -> torch.Tensor:
-        # `covered` of a text row differs by segment and is kept per column: that of the column's own segment.
-        return (cover - covered).clamp(min=0.0).sum(1)
+    def value(number: torch.Tensor, seen_best: torch.Tensor, told_best: torch.Tensor) -> torch.Tensor:
+        return _gain(seen, seen_best) + _gain(told, told_best)
 
-    def after(number: torch.Tensor, picked: torch.Tensor, covered: torch.Tensor) -> State:
-        token = per_token(picked, segment)
-        return (torch.maximum(covered, cover.gather(2, token[:, None, :].expand_as(cover))),)
+    def after(number: torch.Tensor, picked: torch.Tensor, seen_best: torch.Tensor, told_best: torch.Tensor) -> State:
+        token = per_token(picked, segment)[:, :, None]
+        # A text row is covered in every segment: kept per column is what covers it in the column's own.
+        of_column = told.gather(2, token.transpose(1, 2).expand(-1, told.shape[1], -1))
+        return torch.maximum(seen_best, seen.gather(2, token)), torch.maximum(told_best, of_column)
 
-    return take(value, after, (torch.zeros_like(cover),), segment, counts, permille, count, slots)
-
-
-def _row_shares(power: torch.Tensor, same: torch.Tensor) -> torch.Tensor:
-    power = torch.where(same, power, 0.0)
-    ones = torch.ones(power.shape[2], 1, device=power.device)
-    return power / (power @ ones).clamp(min=1e-30)
+    start = (torch.zeros_like(segment, dtype=torch.float32)[:, :, None], torch.zeros_like(told))
+    return take(value, after, start, segment, counts, permille, count, slots)
 
 
 @primitive

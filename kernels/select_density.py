@@ -22,8 +22,9 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from tvc.kernels.blocks import by_rows
 from tvc.kernels.budget import Budget
-from tvc.kernels.greedy import BLOCK, best, directions, rows
+from tvc.kernels.greedy import best, directions, rows
 from tvc.kernels.loop import State, repeat
 from tvc.kernels.op import Scope, Select, Tap, op, primitive
 from tvc.kernels.segments import budgets, pack, per_token, ranks
@@ -72,19 +73,16 @@ def _fake(
 
 def _densities(unit: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     """[B, V] float32 of the tokens in `group [B, V]` (-1: none); 0 for the others."""
-    V = group.shape[1]
-    within = torch.arange(BLOCK, device=group.device)
 
-    def block(number: torch.Tensor, density: torch.Tensor) -> State:
-        at = (number * BLOCK + within).clamp(max=V - 1).expand(group.shape[0], -1)
+    def block(at: torch.Tensor, new: torch.Tensor, density: torch.Tensor) -> State:
         together = (group.gather(1, at)[:, :, None] == group[:, None, :]) & (group >= 0)[:, None, :]
-        itself = at[:, :, None] == torch.arange(V, device=group.device)
+        itself = at[:, :, None] == torch.arange(group.shape[1], device=group.device)
         apart = torch.where(itself, 0.0, (1.0 - rows(unit, at) @ unit.transpose(1, 2)).clamp(min=0.0))
         near = torch.where(together, (-(apart * apart) / 4.0).exp(), 0.0)
         return (density.scatter(1, at, near.sum(2)),)
 
-    blocks = torch.full((), 1, dtype=torch.int64, device=group.device) * ((V + BLOCK - 1) // BLOCK)
-    return repeat(block, (torch.zeros(group.shape, device=group.device),), blocks)[0]
+    nothing = torch.zeros(group.shape, device=group.device)
+    return by_rows(block, (nothing,), group)[0]
 
 
 @op(_cases, fake=_fake)

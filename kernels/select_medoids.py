@@ -9,7 +9,7 @@ Rounds:  every token joins the nearest medoid, a medoid itself; the token of a g
 Ties:    the lower index, among tokens as among medoids; numbers within a millionth of the best one count as equal, and
          tokens whose distance is below a thousandth of their lengths as copies.
 NaN:     a token that is not finite is taken as zeros.
-Memory:  O(B V^2): the distances of any two tokens of a segment are the method.
+Memory:  O(B V (D + BLOCK)): distances are computed anew for each move.
 
 Reference: CenterCLIP, arXiv 2205.00823 (k-medoids++ with KKZ start). Deviation: the published distances are Minkowski
 distances in the precision of `cdist`, whose rounding decides ties; the published stop is a small total move.
@@ -23,7 +23,8 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from tvc.kernels.greedy import EQUAL, Greedy, best, of_slots
+from tvc.kernels.blocks import by_rows
+from tvc.kernels.greedy import EQUAL, Greedy, above_nothing, best, of_slots, rows
 from tvc.kernels.loop import State, repeat
 from tvc.kernels.op import Scope, op, primitive
 from tvc.kernels.segments import budgets, pack, per_token
@@ -69,37 +70,52 @@ def _fake(
     return of_slots(segment, slots)
 
 
-def _distances(feature: torch.Tensor) -> torch.Tensor:
-    """[B, V, V] float32, symmetric to the last bit, 0 of a token with itself."""
-    # Distances stay as they are when everything is moved; near zero their rounding is smallest.
-    share = torch.ones(1, feature.shape[1], device=feature.device) / max(feature.shape[1], 1)
-    feature = feature - share @ feature
-    square = (feature * feature) @ torch.ones(feature.shape[2], 1, device=feature.device)
-    apart = (square + square.transpose(1, 2) - 2.0 * feature @ feature.transpose(1, 2)).clamp(min=0.0)
-    place = torch.arange(feature.shape[1], device=feature.device)
-    apart = torch.where(place[:, None] == place, 0.0, (apart + apart.transpose(1, 2)) * 0.5)
-    return torch.where(apart < SAME * (square + square.transpose(1, 2)), 0.0, apart).sqrt()
+class _Distances:
+    """Distances between tokens, a block of rows at a time; 0 of a token with itself and with its copies."""
+
+    def __init__(self, feature: torch.Tensor):
+        # Distances stay as they are when everything is moved; near zero their rounding is smallest.
+        share = torch.ones(1, feature.shape[1], device=feature.device) / max(feature.shape[1], 1)
+        self.near_zero = feature - share @ feature
+        ones = torch.ones(feature.shape[2], 1, device=feature.device)
+        self.square = (self.near_zero * self.near_zero) @ ones  # [B, V, 1]
+
+    def of(self, at: torch.Tensor) -> torch.Tensor:
+        """[B, b, V] float32: from each of the tokens `at [B, b]` to all."""
+        both = self.square.squeeze(2).gather(1, at)[:, :, None] + self.square.transpose(1, 2)
+        apart = both - 2.0 * rows(self.near_zero, at) @ self.near_zero.transpose(1, 2)
+        itself = at[:, :, None] == torch.arange(self.square.shape[1], device=at.device)
+        return torch.where(itself | (apart < SAME * both), 0.0, apart).sqrt()
 
 
-def _moved(medoid: torch.Tensor, distance: torch.Tensor, together: torch.Tensor) -> torch.Tensor:
+def _moved(medoid: torch.Tensor, distances: _Distances, segment: torch.Tensor) -> torch.Tensor:
     """[B, V] bool: the token of each group with the smallest sum of distances to the others of its group."""
-    place = torch.arange(medoid.shape[1], device=medoid.device)
-    far = torch.finfo(torch.float32).max
-    ones = torch.ones(medoid.shape[1], 1, device=medoid.device)
-    to_medoid = together & medoid[:, None, :]
-    group = torch.where(medoid, place, _first_lowest(torch.where(to_medoid, distance, far)))
-    same = together & (group[:, :, None] == group[:, None, :]) & (to_medoid.float() @ ones > 0)
-    apart = torch.where(same, distance, 0.0) @ ones  # [B, V, 1]
-    lowest = _first_lowest(torch.where(same, apart.transpose(1, 2), far))
-    return same.diagonal(dim1=1, dim2=2) & (lowest == place)
+    device, shape = segment.device, segment.shape
+    place, far = torch.arange(shape[1], device=device), torch.finfo(torch.float32).max
 
+    def join(at: torch.Tensor, new: torch.Tensor, nearest: torch.Tensor) -> State:
+        together = (segment.gather(1, at)[:, :, None] == segment[:, None, :]) & medoid[:, None, :]
+        apart = above_nothing(torch.where(together, -distances.of(at), -far))
+        top = apart.amax(2, keepdim=True)
+        first = (apart >= top + EQUAL * top).float().argmax(2)
+        return (nearest.scatter(1, at, torch.where(top.squeeze(2) > -far, first, -1)),)
 
-def _first_lowest(values: torch.Tensor) -> torch.Tensor:
-    """[B, V] int64: where along the last axis of `values [B, V, V]` the lowest stands, the first of equals."""
-    # A row and a column more keep V = 0 defined, here and in ONNX Runtime.
-    values = torch.nn.functional.pad(values, (0, 1, 1, 0), value=torch.finfo(torch.float32).max)
-    low = values.amin(2, keepdim=True)
-    return (values <= low + EQUAL * low).float().argmax(2)[:, 1:]
+    nearest = by_rows(join, (torch.zeros_like(segment),), segment)[0]
+    group = torch.where(medoid, place, torch.where(segment >= 0, nearest, -1))
+
+    def add(at: torch.Tensor, new: torch.Tensor, total: torch.Tensor) -> State:
+        together = group.gather(1, at)[:, :, None] == group[:, None, :]
+        ones = torch.ones(segment.shape[1], 1, device=device)
+        return (total.scatter(1, at, (torch.where(together, distances.of(at), 0.0) @ ones).squeeze(2)),)
+
+    total = by_rows(add, (torch.zeros(shape, device=device),), segment)[0]
+    # Column 0 takes what is in no group.
+    room = torch.full((shape[0], shape[1] + 1), far, device=device)
+    low = room.scatter_reduce(1, group + 1, total, "amin").gather(1, group + 1)
+    lowest = (group >= 0) & (total <= low + EQUAL * low)
+    room = torch.zeros_like(room, dtype=torch.int64) + shape[1]
+    first = room.scatter_reduce(1, group + 1, torch.where(lowest, place, shape[1]), "amin")
+    return lowest & (first.gather(1, group + 1) == place)
 
 
 @op(_cases, fake=_fake)
@@ -114,22 +130,21 @@ def medoids_keep(
 ) -> torch.Tensor:
     """[B, slots] int64: the medoids of each segment."""
     feature = torch.nan_to_num(torch.where((segment >= 0)[:, :, None], feature.float(), 0.0), 0.0, 0.0, 0.0)
-    distance = _distances(feature)
+    distances = _Distances(feature)
     long = ((feature * feature) @ torch.ones(feature.shape[2], 1, device=feature.device)).sqrt().squeeze(2)
     budget = budgets(counts, permille, count)
     valid = segment >= 0
     place = torch.arange(segment.shape[1], device=segment.device)
-    together = (segment[:, :, None] == segment[:, None, :]) & valid[:, :, None]
 
     def take(number: torch.Tensor, medoid: torch.Tensor, apart: torch.Tensor) -> State:
         picked = best(torch.where(number == 0, long, apart), valid & ~medoid, segment, counts, 0.0)
-        picked = per_token(picked, segment)
-        taken = (place == picked) & (number < per_token(budget, segment))
-        return medoid | taken, torch.minimum(apart, distance.gather(2, picked[:, :, None]).squeeze(2))
+        taken = (place == per_token(picked, segment)) & (number < per_token(budget, segment))
+        to_picked = distances.of(picked).gather(1, segment.clamp(min=0)[:, None, :]).squeeze(1)
+        return medoid | taken, torch.minimum(apart, to_picked)
 
     # Whether, not which: two states of V would be of two sizes to a tracer where only the run tells V.
     def move(number: torch.Tensor, medoid: torch.Tensor, moving: torch.Tensor) -> State:
-        moved = _moved(medoid, distance, together)
+        moved = _moved(medoid, distances, segment)
         return moved, (moved ^ medoid).any()
 
     # One column of zeros keeps the largest budget defined for N = 0.

@@ -8,7 +8,7 @@ Round:   the tokens at even places of the line each find the highest cosine to o
          most alike go (fewer in the last round, and never more than there are); those that stay form the new line, the
          most alike first, followed by the odd ones as they stood. Cosines are float32, of zeros and NaN 0.
 Ties:    the lower index wins: it is first in the line and goes first.
-Memory:  O(B V^2): the cosine of any two tokens may be asked for in any round.
+Memory:  B V^2 cosines, of which any may be asked for in any round; the rounds themselves go by blocks of rows.
 
 Reference: VisPruner, arXiv 2412.01818v2. Deviation: a line of odd length has one more even place; the published code
 fails there.
@@ -22,8 +22,9 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
+from tvc.kernels.blocks import by_rows
 from tvc.kernels.budget import Budget
-from tvc.kernels.greedy import above_nothing, directions, of_slots
+from tvc.kernels.greedy import above_nothing, directions, of_slots, rows
 from tvc.kernels.loop import State, repeat
 from tvc.kernels.op import Scope, Select, Tap, op, primitive
 from tvc.kernels.segments import budgets, pack, per_token, ranks
@@ -99,8 +100,12 @@ def pairs_keep(
 
     def one(number: torch.Tensor, line: torch.Tensor, left: torch.Tensor) -> State:
         even, odd = (line >= 0) & (line % 2 == 0), (line >= 0) & (line % 2 == 1)
-        other = odd[:, None, :] & (segment[:, :, None] == segment[:, None, :])
-        alike = above_nothing(torch.where(other, cosine, -2.0)).amax(2)
+
+        def block(at: torch.Tensor, new: torch.Tensor, alike: torch.Tensor) -> State:
+            other = odd[:, None, :] & (segment.gather(1, at)[:, :, None] == segment[:, None, :])
+            return (alike.scatter(1, at, above_nothing(torch.where(other, rows(cosine, at), -2.0)).amax(2)),)
+
+        alike = by_rows(block, (torch.zeros(segment.shape, device=segment.device),), segment)[0]
         evens = (left + 1) // 2
         going = torch.minimum((left - wanted).clamp(min=0, max=drop), evens)
         first = per_token(going, segment)

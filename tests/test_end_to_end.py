@@ -362,7 +362,7 @@ def test_a_second_turn_brings_a_second_image(artifacts):
 
 
 @pytest.mark.parametrize(
-    "target", ["ort", "torchscript", *(pytest.param(name, marks=pytest.mark.conformance) for name in ("torch", "pt2"))]
+    "target", ["ort", *(pytest.param(name, marks=pytest.mark.conformance) for name in ("torchscript", "torch", "pt2"))]
 )
 def test_a_saved_artifact_answers_as_it_did_in_memory(artifacts, target):
     made, inputs = artifacts("llava", "fastv", target), support.inputs("llava", batch=3)

@@ -207,6 +207,7 @@ def test_what_is_unsure_is_asked_again() -> None:
         assert script.told(first, second, asked, bound) == expected
 
 
+@pytest.mark.conformance  # the parts of the script are tested above
 def test_a_picture_is_asked_about_twice_where_the_first_reply_is_unsure(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,7 +48,7 @@ def prepared() -> tuple[Any, api.Prepared]:
     return model, api.Prepared(model, processor=processor)
 
 
-@pytest.fixture(scope="module", params=[pytest.param("torch", marks=pytest.mark.conformance), "ort"])
+@pytest.fixture(scope="module", params=["torch", pytest.param("ort", marks=pytest.mark.conformance)])
 def compiled(request: pytest.FixtureRequest, prepared: tuple[Any, api.Prepared]) -> Any:
     return prepared[1].compile("v2pe", request.param, verify=False)
 

@@ -10,12 +10,13 @@ import functools
 
 import torch
 
+from tvc.kernels.greedy import directions
 from tvc.kernels.providers import YES, Support, no
 from tvc.kernels.providers._greedy import budget, first_best, nothing
 from tvc.kernels.providers._pack import packed
 from tvc.kernels.providers._table import setting
 from tvc.kernels.providers._triton import INTERPRETED, cdiv, jit, power, tl
-from tvc.kernels.select_coverage import coverings
+from tvc.kernels.select_coverage import coverings, text_coverings
 
 MOST_TOKENS = 16384  # whose values one program compares at the end of a round
 MOST_ALONE = 1536  # where programs are too few to share: above, the reference's launches read the matrix faster
@@ -132,7 +133,9 @@ def launch(
     batch, tokens = segment.shape
     if tokens == 0 or counts.shape[1] == 0:
         return nothing(segment, slots)
-    cover = coverings(feature, text, valid, segment, counts, text_temperature, visual_temperature, visual)
+    unit = directions(feature)
+    told = text_coverings(unit, text, valid, segment, counts, text_temperature)
+    cover = torch.cat([told, coverings(unit, segment, counts, visual_temperature, visual)], 1)
     segment, counts = segment.contiguous(), counts.contiguous()
     rows, number, programs = cover.shape[1], counts.shape[1], _programs(segment, counts)
     covered = cover.new_empty(batch, number, programs, rows)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tvc.kernels.peaks import FAR
 from tvc.kernels.providers import YES, Support, no
 from tvc.kernels.providers._apart import strip, tile
 from tvc.kernels.providers._directions import FLOATS
@@ -19,7 +20,6 @@ from tvc.kernels.providers._pack import packed
 from tvc.kernels.providers._select import best
 from tvc.kernels.providers._table import setting
 from tvc.kernels.providers._triton import cdiv, jit, power, tl
-from tvc.kernels.rest_cluster import FAR
 from tvc.kernels.segments import mark, per_token, rows_at
 
 MOST_TOKENS = 16384  # of a pool: a row of distances is what one program holds

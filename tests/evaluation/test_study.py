@@ -96,6 +96,7 @@ def test_rows_hold_every_policy_and_the_baselines(task, result):
     assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.conformance
 def test_keeping_all_says_what_the_dense_model_says(model, task, tmp_path):
     everything = dataclasses.replace(ALONE, budgets=("as-written",))
     made = evaluate(model, [KEEP_ALL], task, tmp_path, everything)

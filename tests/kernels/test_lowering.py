@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tvc.export.ort_operators import translations
 from tvc.export.torchscript import plain_module
-from tvc.kernels import OPS
+from tvc.kernels import OPS, blocks
 from tvc.kernels.tolerances import TOLERANCES
 from tvc.program import Component
 
@@ -74,8 +74,9 @@ class Lowered(TorchFunctionMode):
 
 @pytest.fixture(scope="module")
 def lowered(graph: type[OneGraph]) -> torch.export.ExportedProgram:
-    """Traced through what the ops become in aten."""
-    with Lowered():
+    """Traced through what the ops become in aten, with blocks of rows so small that a matrix has several."""
+    with pytest.MonkeyPatch.context() as patch, Lowered():
+        patch.setattr(blocks, "BLOCK", 4)
         return trace(graph())
 
 
