@@ -30,12 +30,15 @@ HERE = pathlib.Path(__file__).parent
 TEXT_TOKENS = 64
 
 
-def llava(vision: dict[str, Any], text: dict[str, Any], images: tuple[int, ...] = (), tiles: int = 1) -> Layout:
+def llava(
+    vision: dict[str, Any], text: dict[str, Any], images: tuple[int, ...] = (), tiles: int = 1, frames: int = 1
+) -> Layout:
     """LLaVA's architecture in these sizes, without weights.
 
     Args:
         images: visual tokens of each image, or of a video; default: those of one image of one tile.
         tiles: how many pictures the encoder is given.
+        frames: of each of the images, which are videos where they have more than one.
     """
     strategy = "default" if vision["model_type"].startswith("clip") else "full"  # without the CLS token, or all
     parts = {"vision_config": vision, "text_config": {"model_type": "llama", **text}}
@@ -43,7 +46,7 @@ def llava(vision: dict[str, Any], text: dict[str, Any], images: tuple[int, ...] 
     with torch.device("meta"):
         model = transformers.LlavaForConditionalGeneration(config)
     layout = one_image(layout_of(model))
-    return dataclasses.replace(layout, visual_tokens=images, tiles=tiles) if images else layout
+    return dataclasses.replace(layout, visual_tokens=images, tiles=tiles, frames=frames) if images else layout
 
 
 CLIP_L = {
@@ -96,7 +99,7 @@ MODELS: dict[str, Callable[[], Layout]] = {
     "siglip-384-decoder": lambda: llava(SIGLIP_384, QWEN2_7B),
     "llava-next-7b": lambda: llava(CLIP_L, LLAMA_7B, (2880,), 5),
     "llava-ov-7b, 32 frames": lambda: llava(SIGLIP_384, QWEN2_7B, (196,) * 32, 32),
-    "llava-ov-7b, a video": lambda: llava(SIGLIP_384, QWEN2_7B, (6272,), 32),  # of 32 frames
+    "llava-ov-7b, a video": lambda: llava(SIGLIP_384, QWEN2_7B, (6272,), 32, 32),
 }
 QUANTITIES: dict[str, Callable[[Plan], float]] = {
     "average": lambda plan: plan.average_visual_tokens,

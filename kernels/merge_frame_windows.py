@@ -18,7 +18,7 @@ of Slow-Fast video models (a kernel and stride of (4, 1, 1)).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +26,7 @@ from pydantic import Field
 
 from tvc.kernels.frames import extent, first_of, lengths
 from tvc.kernels.grid import Gridded
-from tvc.kernels.op import Merging, Scope, Tap, op, primitive
+from tvc.kernels.op import Frames, Merging, Scope, Tap, op, primitive
 from tvc.kernels.score_change import frame_cases
 from tvc.kernels.segments import pack, rows_at
 from tvc.kernels.select_threshold import largest
@@ -127,8 +127,12 @@ class FrameWindows(Gridded, Merging):
         made: tuple[Any, Any, Any] = frame_windows.overload(feature, size, *grid, *rule)
         return made
 
+    @property
+    def sure(self) -> bool:
+        return self.columns is not None
+
     def kept(self, counts: list[int]) -> list[int]:
-        """The upper bound: how tokens fall into frames is known only at run time, and a frame may have a single row."""
+        """The upper bound, for tokens in frames of any size, down to a single row."""
         columns, side = self.columns or 1, min(self.near, self.far)
         return [min(count, -(-count // columns) * -(-columns // side)) for count in counts]
 
@@ -137,3 +141,21 @@ class FrameWindows(Gridded, Merging):
         if columns is None:  # as positions tell: one frame, and no window with tokens left over
             return [-(-count // (side**2 * frames)) for count in counts]
         return [-(-count // columns // (side * frames)) for count in counts]
+
+    def kept_of_frames(self, frames: Frames) -> list[int]:
+        """What is left; the upper bound where positions tell how long rows are."""
+        if self.columns is None:
+            return super().kept_of_frames(frames)
+        return [self._windows(scope, self.columns) for scope in frames]
+
+    def _windows(self, frames: Sequence[int], columns: int) -> int:
+        """How many windows there are in frames of so many tokens, in rows of `columns`."""
+        total = 0
+        for number, size in enumerate(frames):
+            opening = number - number % self.frames
+            if opening < number and frames[opening] == size:
+                continue
+            side = self.near if number % self.group == 0 else self.far
+            # Windows of several rows of tokens, the last of which may be all there is of a window, and not full.
+            total += sum(-(-min(columns, size - start) // side) for start in range(0, size, side * columns))
+        return total

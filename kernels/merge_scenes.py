@@ -33,7 +33,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from tvc.kernels.budget import Budget
 from tvc.kernels.frames import extent, same_place
 from tvc.kernels.greedy import directions, rows
-from tvc.kernels.op import Merging, Scope, Tap, op, primitive
+from tvc.kernels.op import Frames, Merging, Scope, Tap, op, primitive
 from tvc.kernels.peaks import centres, histogram
 from tvc.kernels.scene_cuts import scene_cuts
 from tvc.kernels.scene_runs import scene_runs
@@ -264,8 +264,34 @@ class Scenes(Merging):
         return merged
 
     def kept(self, counts: list[int]) -> list[int]:
-        """The upper bound, all of them: what a video is made of is known only at run time."""
+        """The upper bound, all of them, for frames of any size; of what a video is made only the run tells."""
         return list(counts)
 
     def fewest(self, counts: list[int]) -> list[int]:
         return [min(1, count) for count in counts]
+
+    def kept_of_frames(self, frames: Frames) -> list[int]:
+        """The upper bound, whatever stands still: what groups are due, rounded in favour of each.
+
+        A frame has one group of what moves, and shares one of what stands still with another frame at least.
+        """
+        if self.of == "group":
+            each = {size: self._most(size) for scope in frames for size in scope}
+            return [
+                sum(each[size] for size in scope) // 2 if len(scope) > 1 else sum(map(self._due, scope))
+                for scope in frames
+            ]
+        permille, least = self.keep.permille or 0, max(1, self.spare)
+        found = []
+        for scope in frames:
+            tokens, groups = sum(scope), len(scope) + len(scope) // 2
+            found.append(min(tokens, tokens * permille // 1000 + groups * least))
+        return found
+
+    def _most(self, size: int) -> int:
+        """Twice what stays at most of a frame of `size` tokens, of which half of what stands still counts here."""
+        return max(2 * self._due(size - still) + self._due(still) for still in range(size + 1))
+
+    def _due(self, members: int) -> int:
+        """What stays of a group, as a share of its own."""
+        return members if members <= self.spare else min(members, max(1, self.keep.kept(members)))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import fractions
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ from tvc.kernels.budget import Budget
 from tvc.kernels.providers import PROVIDED, dispatched
 
 Kind = Literal["score", "select", "rest", "merge", "when"]
+Frames = Sequence[Sequence[int]]  # per scope the visual tokens of each of its frames, in order; an image is one frame
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +204,7 @@ class Select(Primitive):
 
     @property
     def sure(self) -> bool:
-        """Whether these settings make `kept` what stays."""
+        """Whether these settings make `kept_of_frames` what stays."""
         return type(self).exact
 
     def joined(self, terms: list[torch.Tensor], scope: Scope, *args: Any, **taps: Any) -> torch.Tensor:
@@ -220,6 +221,10 @@ class Select(Primitive):
     def kept(self, counts: list[int]) -> list[int]:
         """How many of `counts` visual tokens (one number a scope) stay: the plan's side of `apply`."""
         raise NotImplementedError
+
+    def kept_of_frames(self, frames: Frames) -> list[int]:
+        """`kept` of scopes of such frames: for selectors to which these make a difference."""
+        return self.kept([sum(scope) for scope in frames])
 
 
 class Rest(Primitive):
@@ -250,6 +255,10 @@ class Rest(Primitive):
         """How many tokens leave the step, per scope, when `chosen` of `counts` were selected."""
         return chosen
 
+    def kept_of_frames(self, frames: Frames, chosen: list[int]) -> list[int]:
+        """`kept` of scopes of such frames: for rules to which these make a difference."""
+        return self.kept([sum(scope) for scope in frames], chosen)
+
 
 class Merging(Primitive):
     """Joins tokens without a selection: a step of its own."""
@@ -278,7 +287,7 @@ class Merging(Primitive):
 
     @property
     def sure(self) -> bool:
-        """Whether these settings make `kept` what is left."""
+        """Whether these settings make `kept_of_frames` what is left."""
         return type(self).exact
 
     def kept(self, counts: list[int]) -> list[int]:
@@ -288,6 +297,10 @@ class Merging(Primitive):
     def fewest(self, counts: list[int]) -> list[int]:
         """How many are left at least, where the number is known only at run time."""
         return self.kept(counts)
+
+    def kept_of_frames(self, frames: Frames) -> list[int]:
+        """`kept` of scopes of such frames: for merges to which these make a difference."""
+        return self.kept([sum(scope) for scope in frames])
 
 
 class When(Primitive):

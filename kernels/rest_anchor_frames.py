@@ -29,7 +29,7 @@ from tvc.kernels.frames import extent, lengths
 from tvc.kernels.greedy import directions
 from tvc.kernels.loop import State, repeat
 from tvc.kernels.merge_scenes import Division, Share, scene_pairs, scenes_of
-from tvc.kernels.op import Rest, Scope, Tap, op, primitive
+from tvc.kernels.op import Frames, Rest, Scope, Tap, op, primitive
 from tvc.kernels.peaks import Peaks, histogram
 from tvc.kernels.score_change import frame_cases
 from tvc.kernels.segments import mark, pack, per_token, ranks, rows_at
@@ -193,5 +193,10 @@ class AnchorFrames(Rest):
         return merged
 
     def kept(self, counts: list[int], chosen: list[int]) -> list[int]:
-        """The upper bound: frames round down what they are due."""
-        return [min(count, own + self.keep.kept(count)) for count, own in zip(counts, chosen, strict=True)]
+        """The upper bound, as though each scope were one frame; several round down what they are due one by one."""
+        return self.kept_of_frames([[count] for count in counts], chosen)
+
+    def kept_of_frames(self, frames: Frames, chosen: list[int]) -> list[int]:
+        """The upper bound: what a scene is due is divided among its frames with anchors, and rounded down again."""
+        due = [sum(self.keep.kept(size) for size in scope) for scope in frames]
+        return [min(sum(scope), own + more) for scope, own, more in zip(frames, chosen, due, strict=True)]

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from tvc.kernels.frames import extent
-from tvc.kernels.op import Scope, Select, Tap, op, primitive
+from tvc.kernels.op import Frames, Scope, Select, Tap, op, primitive
 from tvc.kernels.score_change import frame_cases
 from tvc.kernels.segments import pack
 from tvc.kernels.select_threshold import largest
@@ -54,6 +54,13 @@ class Every(Select):
     ) -> torch.Tensor:
         return every_keep.overload(scope.segment, scope.counts, frames[0], self.frames)
 
+    @property
+    def sure(self) -> bool:
+        return True
+
     def kept(self, counts: list[int]) -> list[int]:
-        """The upper bound: an image is one frame; how many a video has is known only at run time."""
+        """All of them: what each scope has are the tokens of one frame."""
         return list(counts)
+
+    def kept_of_frames(self, frames: Frames) -> list[int]:
+        return [sum(scope[:: self.frames]) for scope in frames]

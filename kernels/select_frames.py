@@ -15,7 +15,7 @@ Reference: EVS of vLLM (together), DyCoke, arXiv 2411.15024 (window 4; the publi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from tvc.kernels.budget import Budget
 from tvc.kernels.frames import extent, lengths
-from tvc.kernels.op import Scope, Select, Tap, op, primitive
+from tvc.kernels.op import Frames, Scope, Select, Tap, op, primitive
 from tvc.kernels.score_change import frame_cases
 from tvc.kernels.segments import budgets, pack, per_token, ranks
 from tvc.kernels.select_threshold import largest
@@ -116,7 +116,31 @@ class FrameSelect(Select):
         rule = (self.keep.permille or 0, self.keep.count or 0, self.together, self.window, self.bug_compatible)
         return frames_keep.overload(score, scope.segment, scope.counts, frames[0], *rule)
 
+    @property
+    def sure(self) -> bool:
+        # How many of the best of a scope are in frames that stay whole anyway, only the run tells.
+        return not (self.together and self.window)
+
     def kept(self, counts: list[int]) -> list[int]:
-        """The upper bound: an image is one frame; how many a video has is known only at run time."""
-        whole = self.together or self.window or self.keep.count
-        return list(counts) if whole else [max(min(1, count), self.keep.kept(count)) for count in counts]
+        """What stays where each scope is one frame, as an image is."""
+        return self.kept_of_frames([[count] for count in counts])
+
+    def kept_of_frames(self, frames: Frames) -> list[int]:
+        """What stays; the upper bound where frames share a budget and some stay whole."""
+        return [self._kept(scope) for scope in frames]
+
+    def _kept(self, frames: Sequence[int]) -> int:
+        number = len(frames)
+        shared = max(self.keep.kept(sum(frames)), max(frames, default=0)) if self.together else 0
+        total = shared
+        for place, size in enumerate(frames):
+            whole = self.window > 0 and place % self.window == 0
+            if self.bug_compatible:
+                whole |= place >= number - 2 and place % 2 == 0
+                if place == number - 1 > 0 and number % 2 == 1:
+                    continue  # the last of an odd number of frames goes
+            if whole:
+                total += size
+            elif not self.together:
+                total += min(size, max(1, self.keep.kept(size)))
+        return min(sum(frames), total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import tvc
 from tvc.api import Prepared
 from tvc.chunks import TAP
 from tvc.errors import InputError
+from tvc.report.cost import one_image
+from tvc.report.schedule import plan_policy
 from tvc.trace.layout import meta_model
 from tvc.trace.observe import replaced
 from tvc.trace.route import video_departs
@@ -177,7 +180,8 @@ def test_videos_that_have_as_many_tokens_as_the_image_are_no_part_of_it(half: An
 )
 def test_video_presets_see_frames(prepared: Any, preset: str, settings: dict[str, Any], left: list[list[int]]) -> None:
     model, traced = prepared("qwen2_5_vl")
-    compiled = traced.compile(tvc.load_policy(preset, set=settings), verify=False)
+    policy = tvc.load_policy(preset, set=settings)
+    compiled = traced.compile(policy, verify=False)
     made, extra = video_tokens(model, [(8, 4, 6), (5, 4, 8)])
     longer = with_kinds(model, [[1, 105, 106, *made[0], 130, 131], [1, 107, *made[1], 132, 133, 134]], extra)
     for inputs, numbers in zip((longer, two_videos(model)), left, strict=True):
@@ -185,6 +189,15 @@ def test_video_presets_see_frames(prepared: Any, preset: str, settings: dict[str
         for row, places in enumerate(kept):
             video = inputs["input_ids"][row] == model.config.video_token_id
             assert int(video[places[places >= 0]].sum()) == numbers[row]
+    for frames_each, tokens, number in (
+        (8, 48, left[0][0]),
+        (5, 40, left[0][1]),
+        (2, 8, left[1][0]),
+        (3, 24, left[1][1]),
+    ):
+        one = dataclasses.replace(one_image(traced.survey.layout), visual_tokens=(tokens,), frames=frames_each)
+        plan = plan_policy(policy, one)
+        assert plan.layers[0].visual == number or (plan.fired is not None and plan.layers[0].visual > number)
     for inputs in (longer, image_and_video("qwen2_5_vl", model, image_first=False)):
         assert tvc.verify(compiled, model, inputs, steps=2).passed
 

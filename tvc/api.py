@@ -20,7 +20,7 @@ from tvc.policy.positions import Positions, traced_as
 from tvc.policy.weights import check_weights
 from tvc.program import Layout, Program
 from tvc.report.budget import settings_at, share_of
-from tvc.report.cost import one_image
+from tvc.report.cost import one_image, shown
 from tvc.report.plan import Plan
 from tvc.report.schedule import make_plan, plan_policy
 from tvc.runtime.engine import Engine
@@ -64,6 +64,7 @@ def plan(
     budget: str | None = None,
     average_tokens: float | None = None,
     image_size: tuple[int, int] | None = None,
+    frames: int | None = None,
     new_tokens: int = 64,
     processor: Any = None,
 ) -> Plan:
@@ -75,18 +76,23 @@ def plan(
             tokens times one factor, so that its last cut leaves that share.
         average_tokens: scale the budgets so that the decoder's layers hold this many visual tokens on average.
         image_size: (height, width) of the image, for models whose token count depends on it.
+        frames: plan a video of so many frames in the place of the image, counted as the decoder sees them (Qwen2-VL's
+            show two pictures each); one video where its positions tell frames, elsewhere as many images.
     """
     layout = one_image(layout_of(model, processor=processor, image_size=image_size))
-    loaded = at_budget(load_policy(policy), layout, budget)
+    layout = layout if frames is None else shown(layout, frames)
+    loaded = load_policy(policy) if budget is None else _at_share(load_policy(policy), layout, budget)
     made = plan_policy(loaded, layout, text_tokens=text_tokens, new_tokens=new_tokens, average_tokens=average_tokens)
     return made if budget is None else dataclasses.replace(made, budget=share_of(budget, "--budget"))
 
 
 def at_budget(policy: Policy, layout: Layout, budget: str | None) -> Policy:
     """The policy at a share of the visual tokens of one image, see `plan`; as it is where no budget is given."""
-    if budget is None:
-        return policy
-    return policy.with_settings(settings_at(policy, one_image(layout), share_of(budget, "--budget")))
+    return policy if budget is None else _at_share(policy, one_image(layout), budget)
+
+
+def _at_share(policy: Policy, layout: Layout, budget: str) -> Policy:
+    return policy.with_settings(settings_at(policy, layout, share_of(budget, "--budget")))
 
 
 def compile(  # noqa: A001  the public name

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -66,9 +66,15 @@ class Layout:
     spatial: bool = False  # the decoder's positions tell the row and the column of a visual token
     fixed_frequencies: str = ""  # why the decoder's rotary embedding keeps its frequencies; empty where it need not
     in_order: bool = True  # features leave the encoder tile by tile, row by row; False: packed, or stitched together
+    frames: int = 1  # equal frames that each sample image has: more than one in a video
 
     def site(self, name: str) -> Site | None:
         return next((s for s in self.sites if s.name == name), None)
+
+    @property
+    def frame_tokens(self) -> list[list[int]]:
+        """Visual tokens of each frame of each sample image."""
+        return [spread(count, [1] * self.frames) for count in self.visual_tokens]
 
     @property
     def apart(self) -> str:
@@ -85,6 +91,18 @@ class Layout:
         count = tokens if component == "vision" else tokens // self.group
         side = math.isqrt(max(count, 0))
         return side if whole and side and side * side == count else None
+
+
+def spread(total: int, shares: Sequence[int]) -> list[int]:
+    """A whole number divided in proportion to the shares, nothing where they are nothing."""
+    whole, running, given = sum(shares), 0, 0
+    parts = []
+    for share in shares:
+        running += share
+        upto = total * running // whole if whole else 0
+        parts.append(upto - given)
+        given = upto
+    return parts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,8 +38,8 @@ def library(monkeypatch):
     """The library's plan, over a layout that needs no model."""
     asked = {}
 
-    def plan(model, policy, *, image_size=None, budget=None, **options):
-        asked.update(model=model, image_size=image_size, budget=budget)
+    def plan(model, policy, *, image_size=None, budget=None, frames=None, **options):
+        asked.update(model=model, image_size=image_size, budget=budget, frames=frames)
         return plan_policy(policy, LAYOUT, **options)
 
     fake = types.SimpleNamespace(plan=plan)
@@ -53,10 +53,11 @@ def run(*arguments: str):
 
 
 def test_it_prints_the_table(library):
-    done = run("--policy", "fastv", "--text-tokens", "20", "--image-size", "480x640", "--budget", "25%")
+    asked = ("--text-tokens", "20", "--image-size", "480x640", "--budget", "25%", "--frames", "32")
+    done = run("--policy", "fastv", *asked)
     assert done.exit_code == 0, done.output
     assert "fastv on llava: 100 visual + 20 text tokens" in done.output
-    assert library == {"model": "somewhere", "image_size": (480, 640), "budget": "25%"}
+    assert library == {"model": "somewhere", "image_size": (480, 640), "budget": "25%", "frames": 32}
 
 
 def test_json_holds_the_plan():

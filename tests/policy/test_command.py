@@ -88,6 +88,22 @@ def test_a_name_that_is_none_is_told_the_nearest(name: str, meant: str) -> None:
     assert f'fix:   write "{meant}"' in run("policies", "show", name)[2]
 
 
+def test_show_plans_a_video_on_a_model() -> None:
+    """Frames come as images where positions tell none of a video: every fourth of nine is three of them."""
+    model = pathlib.Path(__file__).parents[2] / "examples" / "models" / "tiny-llava"
+    code, out, _ = run("policies", "show", "frame-stride", "--model", str(model), "--frames", "9", "--json")
+    assert code == 0
+    plan = json.loads(out)["plan"]
+    assert plan["visual_tokens"] == [144] * 9
+    assert [layer["visual"] for layer in plan["layers"]] == [3 * 144] * len(plan["layers"])
+    assert (plan["frames"], plan["alone"], plan["fired"]) == (1, [], None)
+    _, out, _ = run("policies", "show", "frame-stride", "--model", str(model))
+    assert "# language.0: about the frames of a video, and an image is one; plan a video with --frames N" in out
+    code, _, err = run("policies", "show", "frame-stride", "--frames", "9")
+    assert code == 2
+    assert "give --model too" in err
+
+
 def test_show_says_what_a_policy_does_before_it_says_that_a_model_cannot() -> None:
     model = pathlib.Path(__file__).parents[2] / "examples" / "models" / "tiny-llava"
     code, out, err = run("policies", "show", "sparsevlm", "--model", str(model))

@@ -38,6 +38,7 @@ class Above(Select):
     """Without a budget: what stays is known at run time."""
 
     key: ClassVar[str] = "above"
+    exact: ClassVar[bool] = False
 
     def kept(self, counts: list[int]) -> list[int]:
         return counts

@@ -9,6 +9,7 @@ import typer
 _SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Replace a value: keep=25% or steps.0.select.top.keep=25%.")
 
 BUDGET = "A share of the visual tokens: as published for it, else with all budgets scaled to it."
+FRAMES = "Plan a video of N frames, as many as the decoder sees, in the place of an image."
 
 
 def register(app: typer.Typer) -> None:
@@ -24,6 +25,7 @@ def plan(
     ),
     text_tokens: int = typer.Option(64, "--text-tokens", min=1, help="Text tokens of the prompt."),
     image_size: str | None = typer.Option(None, "--image-size", metavar="HxW", help="Size of the sample image."),
+    frames: int | None = typer.Option(None, "--frames", min=1, metavar="N", help=FRAMES),
     settings: list[str] = _SET,
     as_json: bool = typer.Option(False, "--json", help="Write JSON for machines."),
 ) -> None:
@@ -39,6 +41,7 @@ def plan(
         budget=budget,
         average_tokens=average_tokens,
         image_size=size,
+        frames=frames,
     )
     typer.echo(json.dumps(made.to_json(), indent=2) if as_json else made.text())
 

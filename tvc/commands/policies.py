@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from tvc.commands.plan import FRAMES
+
 _SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Replace a value: keep=25% or steps.0.select.top.keep=25%.")
 _JSON = typer.Option(False, "--json", help="Write JSON for machines.")
 
@@ -51,6 +53,7 @@ def list_presets(
 def show(
     policy: str = typer.Argument(metavar="NAME", help="A preset's name or a file."),
     model: str | None = typer.Option(None, "--model", help="Also its sites and its plan on this model (no weights)."),
+    frames: int | None = typer.Option(None, "--frames", min=1, metavar="N", help=f"With --model: {FRAMES}"),
     settings: list[str] = _SET,
     as_json: bool = _JSON,
 ) -> None:
@@ -60,6 +63,8 @@ def show(
 
     loaded = load_policy(policy, set=settings)
     if model is None:
+        if frames is not None:
+            raise typer.BadParameter("frames are planned on a model: give --model too", param_hint="--frames")
         if as_json:
             _dump(loaded.document.data)
         else:
@@ -72,6 +77,7 @@ def show(
     if not as_json:
         typer.echo(_commented(in_words(loaded)), nl=False)  # also where the model cannot do what they say
     layout = api.one_image(api.layout_of(model))
+    layout = layout if frames is None else api.shown(layout, frames)
     plan, rungs = plan_policy(loaded, layout, new_tokens=64), list(ladder(loaded, layout))
     if as_json:
         budgets = {rung.share: dataclasses.asdict(rung) for rung in rungs}

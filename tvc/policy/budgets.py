@@ -10,14 +10,14 @@ from fractions import Fraction
 
 from tvc.errors import SiteError
 from tvc.kernels.budget import Budget
-from tvc.kernels.op import Primitive
+from tvc.kernels.op import Frames, Primitive
 from tvc.policy.schema import Policy, Step
 from tvc.program import Layout
 
 
-def scope_counts(step: Step, counts: list[int]) -> list[int]:
-    """Visual tokens per scope of the step, from those per image."""
-    return counts if step.scope == "image" else [sum(counts)]
+def scope_frames(scope: str, images: Frames) -> Frames:
+    """Visual tokens of each frame per scope of a step, from those per image."""
+    return images if scope == "image" else [[count for image in images for count in image]]
 
 
 def leaving(steps: tuple[Step, ...], layout: Layout) -> Iterator[tuple[Step, list[int], list[int]]]:
@@ -25,19 +25,21 @@ def leaving(steps: tuple[Step, ...], layout: Layout) -> Iterator[tuple[Step, lis
 
     A gate decided at run time is taken not to fire, so the counts are upper bounds behind one.
     """
-    images = list(layout.visual_tokens)
+    images: Frames = layout.frame_tokens
     for step in steps:
-        entering = scope_counts(step, images)
+        frames = scope_frames(step.scope, images)
+        entering = [sum(scope) for scope in frames]
         if step.exit is not None:
             left = [0] * len(entering) if step.exit.gate.key == "always" else entering
         elif step.merge is not None:
-            left = step.merge.kept(entering)
+            left = step.merge.kept_of_frames(frames)
         else:
-            chosen = step.select.kept(entering) if step.select is not None else entering
-            left = step.rest.kept(entering, chosen) if step.rest is not None else chosen
+            chosen = step.select.kept_of_frames(frames) if step.select is not None else entering
+            left = step.rest.kept_of_frames(frames, chosen) if step.rest is not None else chosen
         yield step, entering, left
-        # What a step of scope `sequence` leaves can't be told apart by image: later steps see it as one.
-        images = images if step.until else left
+        # What a step of scope `sequence` leaves can't be told apart by image: later steps see it as one. Nor by frame:
+        # steps to which these make a difference come first.
+        images = images if step.until else [[count] for count in left]
 
 
 def with_spreads(steps: tuple[Step, ...], layout: Layout) -> tuple[Step, ...]:
@@ -49,10 +51,13 @@ def with_spreads(steps: tuple[Step, ...], layout: Layout) -> tuple[Step, ...]:
         if step.merge is not None:
             inside = step.site.component == "vision"
             # Inside the encoder every tile is a scope of its own.
-            images = [layout.tile_tokens - layout.prefix_tokens] if inside else list(layout.visual_tokens)
-            for _, _, left in leaving(made, dataclasses.replace(layout, visual_tokens=tuple(images))):
-                images = left
-            front = fronts.setdefault(step.number, max(scope_counts(step, images), default=0))
+            tile = layout.tile_tokens - layout.prefix_tokens
+            entering = dataclasses.replace(layout, visual_tokens=(tile,), frames=1) if inside else layout
+            images: Frames = entering.frame_tokens
+            for _, _, left in leaving(made, entering):
+                images = [[count] for count in left]
+            largest = max((sum(scope) for scope in scope_frames(step.scope, images)), default=0)
+            front = fronts.setdefault(step.number, largest)
             blocks = len(layout.vision if inside else layout.language)
             step = dataclasses.replace(step, merge=step.merge.for_model(front, ranges[step.number], blocks))
         made = (*made, step)

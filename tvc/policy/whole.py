@@ -9,7 +9,7 @@ from typing import Any
 from tvc.errors import SiteError
 from tvc.kernels.op import Primitive
 from tvc.policy.document import Path
-from tvc.policy.schema import Policy, SiteName, parse_sites
+from tvc.policy.schema import Policy, SiteName, Step, parse_sites
 from tvc.program import Layout
 
 
@@ -35,6 +35,27 @@ def check_frames(policy: Policy, site: SiteName, path: Path, primitive: Primitiv
         fix="move it in front" if earlier and not ranged else "write at: language.0",
         slug="no-frames",
     )
+
+
+def check_video(steps: tuple[Step, ...]) -> None:
+    """Refuses a step that cuts the vision encoder, or looks at it or at pixels, where the prompt shows a video."""
+    for step in steps:
+        taps = ((primitive, tap) for primitive in step.primitives() for tap in primitive.taps().values())
+        looks = next((primitive for primitive, tap in taps if tap.kind == "pixel" or _inside(tap.layer)), None)
+        if looks is None and step.site.component != "vision":
+            continue
+        raise SiteError(
+            "a step looks at pixels or inside the vision encoder, or cuts it, which is done for images alone",
+            where=step.where,
+            got=f"a step at {step.at}" if looks is None else f"{looks.key} at {step.at}",
+            want="for a video, steps and scores that are the decoder's",
+            fix="plan an image, or a policy such as fastv",
+            slug="video-inside-encoder",
+        )
+
+
+def _inside(layer: str | None) -> bool:
+    return layer is not None and layer.startswith("vision.")
 
 
 def check_pixels(policy: Policy, layout: Layout, site: SiteName, path: Path, primitive: Primitive) -> None:

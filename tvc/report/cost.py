@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from tvc.errors import ArgumentError
 from tvc.program import Layer, Layout
 from tvc.report.plan import Cost, Plan, PlanLayer
 
@@ -26,8 +27,8 @@ def kv_bytes(layer: Layer, tokens: int, element_size: int) -> int:
 
 
 def tile_lengths(layout: Layout) -> list[int]:
-    """Tokens of each sequence that the vision encoder attends within: a tile, or an image of a packed encoder."""
-    packed = [layout.group * count for count in layout.visual_tokens]
+    """Tokens of each sequence that the vision encoder attends within: a tile, or a frame of a packed encoder."""
+    packed = [layout.group * count for image in layout.frame_tokens for count in image]
     if layout.prefix_tokens == 0 and layout.tiles == 1 and layout.tile_tokens == sum(packed):
         return packed
     return [layout.tile_tokens] * layout.tiles
@@ -42,6 +43,34 @@ def one_image(layout: Layout) -> Layout:
         visual_tokens=layout.visual_tokens[:1],
         tiles=max(1, layout.tiles // images),
         tile_tokens=layout.tile_tokens // images if packed else layout.tile_tokens,
+    )
+
+
+def shown(layout: Layout, frames: int) -> Layout:
+    """The layout of a prompt with `frames` frames of a video, each of the size of the one image that it was made for.
+
+    They are one video where the decoder's positions tell its frames. Elsewhere they come as images.
+
+    Raises:
+        ArgumentError: there is no frame.
+    """
+    if frames < 1:
+        raise ArgumentError(
+            "a video has no frames",
+            where="--frames",
+            got=frames,
+            want="the number of frames that the decoder sees, at least 1",
+            fix="write --frames 32, or leave it out for an image",
+            slug="no-frames",
+        )
+    (count,) = layout.visual_tokens
+    packed = layout.tiles == 1 and layout.tile_tokens == layout.group * count and not layout.in_order
+    return dataclasses.replace(
+        layout,
+        visual_tokens=(frames * count,) if layout.spatial else (count,) * frames,
+        frames=frames if layout.spatial else 1,
+        tiles=layout.tiles if packed else frames * layout.tiles,
+        tile_tokens=frames * layout.tile_tokens if packed else layout.tile_tokens,
     )
 
 
@@ -132,6 +161,7 @@ def plan_costs(
     evicted: Sequence[int] | None = None,
     unread: Sequence[int] | None = None,
     products: int = 2,
+    alone: tuple[str, ...] = (),
 ) -> Plan:
     """The plan of given token counts.
 
@@ -149,6 +179,7 @@ def plan_costs(
         unread: visual tokens that a decode step does not attend to in each decoder layer, for the reader alone: masks
             hide them from a kernel that computes all pairs; default: none.
         products: matrix products of an attention of the compiled decoder over all pairs.
+        alone: what of the policy is about several frames of a video, and finds one, for the reader.
     """
     dense_tiles = tile_lengths(layout)
     depth = len(layout.vision)
@@ -192,6 +223,8 @@ def plan_costs(
             products,
         ),
         exact=exact,
+        frames=layout.frames,
+        alone=alone,
     )
 
 

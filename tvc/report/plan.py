@@ -94,7 +94,8 @@ class Plan:
     `vision_tokens` counts the tokens of all tiles in each block of the vision encoder. `exact` is False where the split
     of a budget between several images depends on their content. `fired` is the plan in which every run-time decision
     removes all it can; None where nothing is decided at run time. `operators` is known once the graphs are there, of
-    a freshly compiled model; plans that differ in nothing else are equal.
+    a freshly compiled model; plans that differ in nothing else are equal. `frames` counts those of each sample image,
+    more than one in a video; `alone` names sites (or `cache`) that are about several, and find one.
     """
 
     model_type: str
@@ -113,6 +114,8 @@ class Plan:
     settings: tuple[tuple[str, str | int], ...] = ()  # what was solved for: budgets to give to `--set`
     budget: str = ""  # the share that the policy was asked to work at
     operators: tuple[Operators, ...] = dataclasses.field(default=(), compare=False)
+    frames: int = 1
+    alone: tuple[str, ...] = ()
 
     @property
     def average_visual_tokens(self) -> float:
@@ -148,8 +151,9 @@ class Plan:
     def text(self) -> str:
         """The plan as plain text: one table of stages, one of costs."""
         height, width = self.image_size
-        image = f", image {height}x{width}" if height else ""
-        untouched = " + ".join(str(count) for count in self.visual_tokens)
+        what = f"video of {self.frames} frames," if self.frames > 1 else "image"
+        image = f", {what} {height}x{width}" if height else f", {what.rstrip(',')}" if self.frames > 1 else ""
+        untouched = _sum(self.visual_tokens)
         at = f" at {self.budget}" if self.budget else ""
         tokens = f"{untouched} visual + {self.text_tokens} text tokens"
         lines = [f"{self.policy}{at} on {self.model_type}: {tokens}{image}", ""]
@@ -161,7 +165,12 @@ class Plan:
         if self.settings:
             lines.append("solved: " + " ".join(f"--set {key}={value}" for key, value in self.settings))
         if not self.exact:
-            lines.append("the images of a sequence share one budget: their split, and later counts, depend on content")
+            lines.append(
+                "images of a sequence or frames of a video share one budget: their split, and later counts, depend "
+                "on content"
+            )
+        if self.alone:
+            lines.append(f"{', '.join(self.alone)}: about the frames of a video, {self._one_frame()}")
         if reading := [layer for layer in self.layers if layer.unread]:
             first, total = reading[0], reading[0].visual
             lines.append(
@@ -180,6 +189,11 @@ class Plan:
             lines.append(f"operators: {', '.join(counts)}")
         return "\n".join(line.rstrip() for line in lines)
 
+    def _one_frame(self) -> str:
+        if len(self.visual_tokens) > 1:
+            return "and each image is one; with scope: sequence the images of a prompt are one video"
+        return "and an image is one; plan a video with --frames N"
+
     def _cost_rows(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = []
         for name, label, base in COSTS:
@@ -196,6 +210,13 @@ COSTS = (
     ("decode", "decode, per token", 1000),
     ("kv_bytes", "KV cache", 1024),
 )
+
+
+def _sum(counts: Sequence[int]) -> str:
+    """`576`, `576 + 288`, or `32 x 576` of more equal ones than are read at a glance."""
+    if len(counts) > 4 and len(set(counts)) == 1:
+        return f"{len(counts)} x {counts[0]}"
+    return " + ".join(str(count) for count in counts)
 
 
 def scale_of(value: float, base: int) -> tuple[float, str]:

@@ -9,9 +9,12 @@ from typing import Any
 
 from tvc.errors import ArgumentError
 from tvc.kernels.budget import Budget
+from tvc.kernels.op import Frames
 from tvc.policy import Policy, resolve
+from tvc.policy.budgets import scope_frames
 from tvc.policy.options import Unrotated
-from tvc.program import Layout
+from tvc.policy.whole import check_video
+from tvc.program import Layout, spread
 from tvc.report.cost import held, plan_costs, tile_lengths
 from tvc.report.plan import Plan
 
@@ -24,15 +27,24 @@ _PARTS = 1_000_000  # resolution of the common factor: finer than a permille of 
 class _Track:
     """The token counts while the steps are followed."""
 
-    counts: list[int]  # visual tokens per image (per tile inside the vision encoder)
+    frames: Frames  # visual tokens of each frame of each image (inside the vision encoder of each tile)
     vision: dict[int, list[int]] = dataclasses.field(default_factory=dict)  # block -> tokens per tile
     language: dict[int, int] = dataclasses.field(default_factory=dict)  # layer -> visual tokens from there on
     evicted: dict[int, int] = dataclasses.field(default_factory=dict)  # layer -> visual tokens that leave its cache
-    cuts: list[tuple[int, list[int]]] = dataclasses.field(default_factory=list)  # (layer, counts in caches from there)
+    cuts: list[tuple[int, Sequence[int]]] = dataclasses.field(
+        default_factory=list
+    )  # (layer, frames in caches from there)
     sites: dict[int, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     exact: bool = True
+    thinned: bool = False  # how many tokens each frame of a video still has depends on content
     decided_late: bool = False  # some count is settled at run time
     emptied: bool = False  # some budget rounded down to nothing
+    alone: list[str] = dataclasses.field(default_factory=list)  # sites of steps on frames that find one in each scope
+
+    @property
+    def counts(self) -> list[int]:
+        """Visual tokens of each image, or tile."""
+        return [sum(image) for image in self.frames]
 
 
 def make_plan(
@@ -73,6 +85,8 @@ def plan_policy(
         ArgumentError: no budgets give that average.
     """
     resolved = resolve(policy, layout)
+    if layout.frames > 1:
+        check_video(resolved.steps)
     settings: dict[str, str | int] = {}
     if average_tokens is not None:
         settings = solve_average(resolved, layout, average_tokens, text_tokens).settings
@@ -100,7 +114,8 @@ def _priced(
         vision_blocks=layout.used_vision_blocks if blocks is None else blocks,
         policy=policy.name,
         sites=track.sites,
-        exact=track.exact,
+        exact=track.exact and not (policy.cache is not None and track.thinned),
+        alone=_alone(policy, track),
         evicted=[
             track.evicted.get(index, 0) + _pooled(policy.cache, track, index, fires=fires)
             for index in range(len(layout.language))
@@ -113,12 +128,18 @@ def _priced(
     )
 
 
+def _alone(policy: Any, track: _Track) -> tuple[str, ...]:
+    """What of a policy is about several frames, and finds one: sites, and the key of an option."""
+    cache = ["cache"] if policy.cache is not None and len(track.cuts[0][1]) == 1 else []
+    return (*dict.fromkeys(track.alone), *cache)
+
+
 def _pooled(pool: Any, track: _Track, layer: int, *, fires: bool) -> int:
-    """Visual tokens of a layer's cache for which others stand; images are taken for frames."""
+    """Visual tokens of a layer's cache for which others stand."""
     if pool is None:
         return 0
-    counts = next(counts for first, counts in reversed(track.cuts) if first <= layer)
-    return sum(counts) - int(pool.held(counts, fires))
+    frames = next(frames for first, frames in reversed(track.cuts) if first <= layer)
+    return sum(frames) - int(pool.held(frames, fires))
 
 
 def _per_layer(track: _Track, layout: Layout) -> list[int]:
@@ -142,77 +163,88 @@ def _in_order(steps: Sequence[Any]) -> list[Any]:
 def _follow(steps: Sequence[Any], layout: Layout, *, fires: bool) -> _Track:
     """The counts after each step; `fires`: decisions made at run time remove all they can, else nothing."""
     lengths = tile_lengths(layout)
-    track = _Track([(length - layout.prefix_tokens) // layout.group for length in lengths])
+    track = _Track([[(length - layout.prefix_tokens) // layout.group] for length in lengths])
     ordered = _in_order(steps)
     for step in (s for s in ordered if _place(s.site)[0] == "vision"):
         _apply(step, track, fires=fires)
         kept = [layout.prefix_tokens + layout.group * count for count in track.counts]
         track.vision[_place(step.site)[1]] = kept
-    track.counts = _images(track.counts, layout) if track.vision else list(layout.visual_tokens)
+    track.frames = _images(track.counts, layout) if track.vision else layout.frame_tokens
     for step in (s for s in ordered if _place(s.site)[0] == "projector"):
         _apply(step, track, fires=fires)
         track.sites[0] = (*track.sites.get(0, ()), str(step.site))
     track.language[-1] = sum(track.counts)
-    track.cuts.append((0, list(track.counts)))
+    track.cuts.append((0, scope_frames("sequence", track.frames)[0]))
     for step in (s for s in ordered if _place(s.site)[0] == "language"):
-        before, exact = list(track.counts), track.exact
-        index, entering = _place(step.site)[1], sum(before)
+        before, exact, thinned = track.frames, track.exact, track.thinned
+        index, entering = _place(step.site)[1], sum(track.counts)
         _apply(step, track, fires=fires)
         track.language[index] = sum(track.counts)
-        track.cuts.append((_place(step.evict)[1] if step.evict else index, list(track.counts)))
+        held_from = _place(step.evict)[1] if step.evict else index
+        track.cuts.append((held_from, scope_frames("sequence", track.frames)[0]))
         for layer in range(_place(step.evict)[1], index) if step.evict else ():
             track.evicted[layer] = track.evicted.get(layer, 0) + entering - sum(track.counts)
         if step.until:  # a later step at that layer goes on from there
-            track.counts, track.exact = before, exact
+            track.frames, track.exact, track.thinned = before, exact, thinned
             track.language[_place(step.until)[1]] = entering
         name = str(step.site)
         track.sites[index] = tuple(dict.fromkeys((*track.sites.get(index, ()), name)))
     return track
 
 
-def _images(tiles: list[int], layout: Layout) -> list[int]:
+def _images(tiles: list[int], layout: Layout) -> list[list[int]]:
     """Visual tokens per image after cuts in the vision encoder, which count per tile; tiles go to images in order."""
     share = len(tiles) // len(layout.visual_tokens)
-    return [sum(tiles[i * share : (i + 1) * share]) for i in range(len(layout.visual_tokens))]
+    return [[sum(tiles[i * share : (i + 1) * share])] for i in range(len(layout.visual_tokens))]
 
 
 def _apply(step: Any, track: _Track, *, fires: bool) -> None:
-    entering = track.counts if step.scope == "image" else [sum(track.counts)]
+    frames = scope_frames(step.scope, track.frames)
+    entering = [sum(scope) for scope in frames]
     left = list(entering)
+    if _works_on_frames(step) and all(len(scope) == 1 for scope in frames):
+        track.alone.append(str(step.site))
     if step.merge is not None:
         track.decided_late |= not step.merge.sure
-        left = list(step.merge.fewest(entering) if fires else step.merge.kept(entering))
+        fewest = fires and not step.merge.sure
+        left = list(step.merge.fewest(entering) if fewest else step.merge.kept_of_frames(frames))
     if step.select is not None:
-        chosen = list(step.select.kept(entering))
+        chosen = list(step.select.kept_of_frames(frames))
         track.emptied |= any(before and not after for before, after in zip(entering, chosen, strict=True))
-        if _decides_late(step.select):
+        if not step.select.sure:
             track.decided_late = True
             chosen = [0] * len(chosen) if fires else chosen
-        left = list(step.rest.kept(entering, chosen)) if step.rest is not None else chosen
+        left = chosen
+        if step.rest is not None:
+            track.decided_late |= not step.rest.exact
+            left = chosen if fires and not step.rest.exact else list(step.rest.kept_of_frames(frames, chosen))
     if step.exit is not None:
         always = step.exit.gate.key == "always"
         track.decided_late |= not always
         left = [0] * len(left) if always or fires else left
-    track.counts = left if step.scope == "image" else _split(left[0], track)
+    _settle(left, frames, track)
 
 
-def _split(total: int, track: _Track) -> list[int]:
-    """A budget that images shared, handed back in proportion: the true split is known only for a single image."""
-    before = sum(track.counts)
-    if total not in (0, before) and sum(count > 0 for count in track.counts) > 1:
-        track.exact = False
-    running, shares, given = 0, [], 0
-    for count in track.counts:
-        running += count
-        upto = total * running // before if before else 0
-        shares.append(upto - given)
-        given = upto
-    return shares
+def _settle(left: Sequence[int], frames: Frames, track: _Track) -> None:
+    """What a step left of its scopes, handed back to images and frames in proportion: how it is truly split is known
+    only for a single one.
+    """
+    parts = [count for total, scope in zip(left, frames, strict=True) for count in spread(total, scope)]
+    split = [scope for total, scope in zip(left, frames, strict=True) if total not in (0, sum(scope))]
+    track.thinned |= any(sum(count > 0 for count in scope) > 1 for scope in split)
+    shared = len(frames) < len(track.frames) and bool(split)
+    track.exact &= not (shared and sum(count > 0 for count in track.counts) > 1)
+    lengths, made = [len(image) for image in track.frames], []
+    for length in lengths:
+        made.append(parts[:length])
+        parts = parts[length:]
+    track.frames = made
 
 
-def _decides_late(select: Any) -> bool:
-    """Whether a selector's count depends on the scores: it says so, or it has no budget."""
-    return not select.sure or next(_budgets(select), None) is None
+def _works_on_frames(step: Any) -> bool:
+    """Whether a step's own choice or merge, beside its scores, is about the frames of a video."""
+    parts = (part for part in (step.select, step.rest, step.merge) if part is not None)
+    return any(tap.kind == "frame" for part in parts for tap in part.taps().values())
 
 
 def _budgets(select: Any) -> Iterator[Budget]:

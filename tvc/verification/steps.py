@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tvc.kernels.combine_scores import combine
-from tvc.kernels.op import Scope, Tap
+from tvc.kernels.op import Frames, Scope, Tap
 from tvc.verification.ties import FINER, SHARES, Drawn, doubts, explained, fallen_short, moved
 
 TapValue = Callable[[Tap, Any, "Sample"], Any]
@@ -147,9 +147,9 @@ def carry_out(
 
 
 def _chosen(by_hand: _ByHand, theirs: torch.Tensor | None, slack: float) -> Outcome:
-    step, sample, score = by_hand.step, by_hand.sample, by_hand.score()
+    sample, score = by_hand.sample, by_hand.score()
     index, feature, size = by_hand.decide(score)
-    planned, exact = _planned(step, sample)
+    planned, exact = _planned(by_hand)
     made = dataclasses.replace(sample.taking(index), size=size)
     outcome = Outcome(made, feature, planned, exact)
     if theirs is None:
@@ -361,17 +361,30 @@ def remembers(primitive: Any) -> bool:
     return any(tap.states for tap in primitive.taps().values())
 
 
-def _planned(step: Any, sample: Sample) -> tuple[int, bool]:
+def _planned(by_hand: _ByHand) -> tuple[int, bool]:
     """How many visual tokens the plan counts behind the step, and whether that is exact or the most there can be."""
-    counts = sample.scope(step.scope).counts[0].tolist()
+    step, frames = by_hand.step, _frames(by_hand)
     if step.exit is not None:
         always = step.exit.gate.key == "always"
-        return (0 if always else sum(counts)), always
+        return (0 if always else sum(map(sum, frames))), always
     if step.merge is not None:
-        return sum(step.merge.kept(counts)), step.merge.sure
-    chosen = step.select.kept(counts)
-    left = step.rest.kept(counts, chosen) if step.rest is not None else chosen
+        return sum(step.merge.kept_of_frames(frames)), step.merge.sure
+    chosen = step.select.kept_of_frames(frames)
+    left = step.rest.kept_of_frames(frames, chosen) if step.rest is not None else chosen
     return sum(left), step.select.sure and (step.rest is None or step.rest.exact)
+
+
+def _frames(by_hand: _ByHand) -> Frames:
+    """Visual tokens of each frame of each of the step's scopes; of all of them where it does not ask for frames."""
+    step, scope = by_hand.step, by_hand.scope
+    parts = (part for part in (step.select, step.rest, step.merge) if part is not None)
+    taps = ((tap, part) for part in parts for tap in part.taps().values() if tap.kind == "frame")
+    tap, part = next(taps, (None, None))
+    if tap is None:
+        return [[count] for count in scope.counts[0].tolist()]
+    number = by_hand.tap_value(tap, part, by_hand.sample)[0][0]
+    each = [number[scope.segment[0] == one] for one in range(scope.counts.shape[1])]
+    return [torch.unique(own, return_counts=True)[1].tolist() for own in each]
 
 
 def text_behind(sample: Sample) -> torch.Tensor:
