@@ -18,6 +18,7 @@ import torch.fx as fx
 from tvc.chunks import PAST_POSITIONS, SPANS, TAP, DecoderShape, Memory, memory_name
 from tvc.errors import SiteError, TraceError
 from tvc.graphs import annotate, find_blocks, first_node, identifier, open_draft, placeholders
+from tvc.kernels.op import Tap
 from tvc.kernels.segments import follow
 from tvc.passes.base import Pass
 from tvc.passes.branches import branches
@@ -366,6 +367,8 @@ class _DecoderInsertion:
                 found = {name: resolver.resolve(tap, step.at, first) for name, tap in wanted.items() if not tap.states}
                 scores.append(found | self._memories(step, index, term.primitive))
         taps: dict[str, Any] = {}
+        if step.scope == "frame":
+            taps["scope"] = {"frames": resolver.resolve(Tap("frame"), step.at, first)}
         for group, primitive in step.parts().items():
             taps[group] = {}
             for name, tap in primitive.taps().items():

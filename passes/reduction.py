@@ -13,6 +13,7 @@ import torch
 from tvc.kernels.combine_scores import combine
 from tvc.kernels.exit_select import exit_chosen
 from tvc.kernels.op import Attention, Scope
+from tvc.kernels.peaks import histogram
 from tvc.kernels.segments import or_pad
 
 # More scopes than any chunk holds: ceil(n / MANY) is 0 where there is none and 1 otherwise, without a branch.
@@ -28,11 +29,21 @@ class Decision:
     size: torch.Tensor
 
 
-def scope_of(name: str, segment: torch.Tensor, counts: torch.Tensor) -> Scope:
-    """`image`: every image has its own budget; `sequence`: the sample's visual tokens share one."""
+def scope_of(name: str, segment: torch.Tensor, counts: torch.Tensor, frames: tuple[torch.Tensor, ...] = ()) -> Scope:
+    """`image`: every image or video has its own budget; `frame`: every frame; `sequence`: the sample's visual tokens
+    share one.
+
+    `frames`: for `frame`, first of them [B, V] the frame of each token, counted through the sample.
+    """
     number = counts.shape[1]
     if name == "image":
         return Scope(segment, counts, number)
+    if name == "frame":
+        frame = torch.where(segment >= 0, frames[0], -1)
+        # One more column keeps the largest number defined for V = 0.
+        many: int = torch.nn.functional.pad(frame + 1, (0, 1)).max().item()  # type: ignore[assignment]
+        torch._check(many >= 0)
+        return Scope(frame, histogram(frame, many), many)
     shared = torch.where(segment >= 0, 0, -1)
     return Scope(shared, counts.sum(1, keepdim=True), (number + MANY - 1) // MANY)
 
@@ -54,10 +65,10 @@ def decide(
         feature: [B, V, D] the visual tokens; size: [B, V] float, originals per token.
         segment: [B, V] int64 image of each token, -1 pads; counts: [B, N] int64 tokens per image.
         scores: for each score term its taps, or the score itself [B, V] where another component computed it.
-        taps: taps of `select`, `rest`, `merge` and `when` by argument name.
+        taps: taps of `select`, `rest`, `merge` and `when` by argument name; of `scope: frame` its `frames`.
         whole: every token is real, and all are of one image.
     """
-    scope = scope_of(step.scope, segment, counts)
+    scope = scope_of(step.scope, segment, counts, taps.get("scope", {}).get("frames", ()))
     if step.merge is not None:
         scope = dataclasses.replace(scope, whole=whole)
         return Decision(*step.merge.apply(feature, size, scope, **_bundles(taps.get("merge", {}))))

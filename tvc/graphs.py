@@ -54,7 +54,10 @@ def open_draft(component: Component) -> fx.GraphModule:
         copies[node] = copy
     draft = fx.GraphModule(root, graph)
     draft.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-    draft.delete_all_unused_submodules()
+    # Not delete_all_unused_submodules: it takes from a loop the loops inside it.
+    used = {str(node.target) for node in draft.graph.nodes if node.op in ("get_attr", "call_module")}
+    for name in [name for name, _ in draft.named_children() if name not in used]:
+        delattr(draft, name)
     return draft
 
 

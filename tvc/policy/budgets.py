@@ -17,7 +17,10 @@ from tvc.program import Layout
 
 def scope_frames(scope: str, images: Frames) -> Frames:
     """Visual tokens of each frame per scope of a step, from those per image."""
-    return images if scope == "image" else [[count for image in images for count in image]]
+    if scope == "image":
+        return images
+    frames = [count for image in images for count in image]
+    return [[count] for count in frames] if scope == "frame" else [frames]
 
 
 def leaving(steps: tuple[Step, ...], layout: Layout) -> Iterator[tuple[Step, list[int], list[int]]]:
@@ -39,7 +42,13 @@ def leaving(steps: tuple[Step, ...], layout: Layout) -> Iterator[tuple[Step, lis
         yield step, entering, left
         # What a step of scope `sequence` leaves can't be told apart by image: later steps see it as one. Nor by frame:
         # steps to which these make a difference come first.
-        images = images if step.until else [[count] for count in left]
+        if not step.until:
+            counts = iter(left)
+            images = (
+                [[next(counts) for _ in image] for image in images]
+                if step.scope == "frame"
+                else [[count] for count in left]
+            )
 
 
 def with_spreads(steps: tuple[Step, ...], layout: Layout) -> tuple[Step, ...]:

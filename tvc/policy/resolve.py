@@ -36,7 +36,7 @@ from tvc.policy.schema import (
 )
 from tvc.policy.unrotated import check_unrotated
 from tvc.policy.weights import settled
-from tvc.policy.whole import check_frames, check_pixels, refusal, with_columns, with_depth
+from tvc.policy.whole import check_frames, check_pixels, check_scope, check_sizes, refusal, with_columns, with_depth
 from tvc.program import Layout
 
 
@@ -213,17 +213,8 @@ def _step(policy: Policy, layout: Layout, number: int, step: Step) -> Step:
         end = parse_site(step.until)
         named = None if end is None else _concrete(policy, layout, (*path, "until"), end)
         resolved["until"] = returning(policy, layout, path, step, site, named)
-    merge = resolved["merge"]
-    if merge is not None and merge.proportional and site.component != "vision":
-        raise refusal(
-            policy,
-            (*path, "merge", merge.key, "proportional"),
-            "attention in proportion to the sizes of tokens is known inside the vision encoder alone",
-            got=f"proportional: true at {site}",
-            want="a vision site",
-            fix="write proportional: false, or act at a vision site",
-            slug="sizes-unknown",
-        )
+    check_sizes(policy, path, resolved["merge"], site)
+    check_scope(policy, path, step, site)
     select = resolved["select"]
     if select is not None and select.terms and len(resolved["score"]) != select.terms:
         raise refusal(

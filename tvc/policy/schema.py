@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 Normalize = Literal["none", "minmax", "softmax", "sum"]
-ScopeName = Literal["image", "sequence"]
+ScopeName = Literal["image", "frame", "sequence"]  # a video counts as an image
 Measure = Literal["last", "average"]  # tokens behind the last cut, or their mean over the decoder's layers
 NORMALIZE, SCOPES, MEASURES = get_args(Normalize), get_args(ScopeName), get_args(Measure)
 COMPONENTS = ("vision", "projector", "language")  # in the order in which a visual token passes them

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from tvc.errors import SiteError
-from tvc.kernels.op import Primitive
+from tvc.kernels.op import Merging, Primitive
 from tvc.policy.document import Path
 from tvc.policy.schema import Policy, SiteName, Step, parse_sites
 from tvc.program import Layout
@@ -34,6 +34,36 @@ def check_frames(policy: Policy, site: SiteName, path: Path, primitive: Primitiv
         want="the first reduction of the policy, at a language site",
         fix="move it in front" if earlier and not ranged else "write at: language.0",
         slug="no-frames",
+    )
+
+
+def check_scope(policy: Policy, path: Path, step: Step, site: SiteName) -> None:
+    """Refuses budgets for each frame where frames are not known."""
+    if step.scope != "frame" or site.component == "language":
+        return
+    raise refusal(
+        policy,
+        (*path, "scope"),
+        "which frame of a video a token is of, only the decoder's positions tell",
+        got=f"scope: frame at {site}",
+        want="a language site, or scope: image (an image, or a whole video)",
+        fix="write at: language.0",
+        slug="no-frames",
+    )
+
+
+def check_sizes(policy: Policy, path: Path, merge: Merging | None, site: SiteName) -> None:
+    """Refuses attention in proportion to sizes where these are not known."""
+    if merge is None or not merge.proportional or site.component == "vision":
+        return
+    raise refusal(
+        policy,
+        (*path, "merge", merge.key, "proportional"),
+        "attention in proportion to the sizes of tokens is known inside the vision encoder alone",
+        got=f"proportional: true at {site}",
+        want="a vision site",
+        fix="write proportional: false, or act at a vision site",
+        slug="sizes-unknown",
     )
 
 
@@ -154,7 +184,7 @@ def with_columns(policy: Policy, layout: Layout, site: SiteName, path: Path, pri
 def _check_one_grid(policy: Policy, path: Path, primitive: Primitive) -> None:
     """Refuses a primitive that counts rows through its scope where that holds several images, of grids of their own."""
     asked = {tap.kind for tap in primitive.taps().values()}
-    if policy.steps[int(path[1])].scope == "image" or asked & {"neighbour", "frame"}:
+    if policy.steps[int(path[1])].scope != "sequence" or asked & {"neighbour", "frame"}:
         return
     raise refusal(
         policy,

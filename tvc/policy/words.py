@@ -12,7 +12,7 @@ from tvc.policy.positions import Rescale, Stride
 from tvc.policy.reselection import in_words as decode_steps
 from tvc.policy.schema import Policy, Step, WeightedScore
 
-_SCOPES = {"image": "in each image", "sequence": "in all images of a prompt together"}
+_SCOPES = {"image": "in each image", "frame": "in each frame", "sequence": "in all images of a prompt together"}
 
 
 def in_words(policy: Policy) -> list[str]:

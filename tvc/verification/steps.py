@@ -86,7 +86,11 @@ class Sample:
             total += counts * (end - start)
         return self.past[0][1][None], total[None]
 
-    def scope(self, name: str) -> Scope:
+    def scope(self, name: str, frame: torch.Tensor | None = None) -> Scope:
+        """The scopes of a step of that name; `frame [V]` of each token, for `frame`."""
+        if frame is not None:
+            counts = torch.bincount(frame)[None]
+            return Scope(frame[None], counts, counts.shape[1])
         counts = torch.bincount(self.segment, minlength=self.images)[None]
         if name == "image":
             return Scope(self.segment[None], counts, self.images)
@@ -228,10 +232,15 @@ class _ByHand:
         self.step, self.sample, self.hidden, self.tap_value = step, sample, hidden, tap_value
         self.earlier = earlier
         self.feature = hidden[sample.slots][None]
-        self.scope = sample.scope(step.scope)
+        self.scope = self._scope(sample)
         self.ranked: torch.Tensor | None = None  # what the last decision was made of: the score
         self.chosen: torch.Tensor | None = None  # and the tokens selected
         self.again = self.merged_again  # how it is made once more; from scratch where rounding settled it otherwise
+
+    def _scope(self, sample: Sample) -> Scope:
+        by_frame = self.step.scope == "frame"
+        frame = self.tap_value(Tap("frame"), None, sample)[0][0] if by_frame else None
+        return sample.scope(self.step.scope, frame)
 
     def _taps(self, primitive: Any) -> dict[str, Any]:
         return taps_of(primitive, self.sample, self.tap_value)
@@ -254,7 +263,7 @@ class _ByHand:
         taps, scope = self._taps(primitive), self.scope
         if remembers(primitive) and self.earlier:  # what it would say had all come at once, of the last tokens
             whole = self.sample.behind(self.earlier)
-            taps, scope = taps_of(primitive, whole, self.tap_value), whole.scope(self.step.scope)
+            taps, scope = taps_of(primitive, whole, self.tap_value), self._scope(whole)
         given = taps.get("attention")
         if isinstance(given, torch.Tensor):  # an attention of the vision encoder arrives as the score itself
             return given
