@@ -64,6 +64,7 @@ class Layout:
     kept_positions: str = ""  # why tokens behind a cut of the decoder keep their positions; empty where they need not
     unturned: str = ""  # why positions do not turn queries and keys of each layer; empty where they do
     spatial: bool = False  # the decoder's positions tell the row and the column of a visual token
+    serial: bool = False  # a video's tokens are one run in which the decoder's positions tell frames
     fixed_frequencies: str = ""  # why the decoder's rotary embedding keeps its frequencies; empty where it need not
     in_order: bool = True  # features leave the encoder tile by tile, row by row; False: packed, or stitched together
     frames: int = 1  # equal frames that each sample image has: more than one in a video

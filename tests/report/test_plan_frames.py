@@ -36,7 +36,7 @@ IMAGE = Layout(
     element_size=2,
     sites=tuple(Site(f"language.{i}", True) for i in range(LAYERS)),
 )
-TOLD = dataclasses.replace(IMAGE, spatial=True)  # positions tell the frames of a video
+TOLD = dataclasses.replace(IMAGE, serial=True, spatial=True)  # positions tell the frames of a video
 PACKED = dataclasses.replace(TOLD, group=4, tile_tokens=784, in_order=False)
 SQUARE = dataclasses.replace(TOLD, group=1, tile_tokens=196)  # no token in front of a tile
 
@@ -154,7 +154,7 @@ def test_frames_cost_the_encoder_as_much_as_images(layout: Layout) -> None:
     assert sum(video.visual_tokens) == 7 * 196
     assert shown(layout, 4).columns("language") == layout.columns("language")
     assert shown(layout, 1) == layout
-    if layout.spatial:
+    if layout.serial:
         assert one_image(video) == video
 
 
@@ -173,7 +173,7 @@ def test_steps_that_no_video_is_given_to_are_planned_for_images_alone(steps: lis
     with pytest.raises(SiteError) as caught:
         plan_policy(policy, shown(model, 5))
     assert caught.value.slug == "video-inside-encoder"
-    plan = plan_policy(policy, shown(dataclasses.replace(model, spatial=False), 5))
+    plan = plan_policy(policy, shown(dataclasses.replace(model, serial=False), 5))
     assert plan.layers[0].visual in (5 * 58, 5 * 196)
 
 

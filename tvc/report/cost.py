@@ -67,8 +67,8 @@ def shown(layout: Layout, frames: int) -> Layout:
     packed = layout.tiles == 1 and layout.tile_tokens == layout.group * count and not layout.in_order
     return dataclasses.replace(
         layout,
-        visual_tokens=(frames * count,) if layout.spatial else (count,) * frames,
-        frames=frames if layout.spatial else 1,
+        visual_tokens=(frames * count,) if layout.serial else (count,) * frames,
+        frames=frames if layout.serial else 1,
         tiles=layout.tiles if packed else frames * layout.tiles,
         tile_tokens=frames * layout.tile_tokens if packed else layout.tile_tokens,
     )

@@ -28,6 +28,7 @@ from tvc.trace.route import note_images
 from tvc.trace.sample import default_size, doubled, pixel_inputs, visual_token_ids, with_text
 from tvc.trace.spans import read_spans
 from tvc.trace.untraced import Borrowed
+from tvc.trace.videos import tells_frames
 from tvc.trace.vision import entry_inputs
 
 
@@ -169,6 +170,7 @@ def _survey(
         kept_positions=use.kept(axes),
         unturned=use.kept(0) or ("" if all(caches) else "some of its layers read the keys of others"),
         spatial=tells_grid(call.position_ids, visual),
+        serial=borrowed is None and tells_frames(host, sample, embed),
         fixed_frequencies=fixed(meta.get_decoder()),
     )
     real = call.position_ids is not None and call.position_ids.is_floating_point()
