@@ -244,6 +244,7 @@ RENUMBER = "version: 1\npositions: renumber"
 REMEMBERS = "score: {novelty: {memory: conversation}}"
 
 RESOLVING: dict[str, tuple[str, Layout]] = {
+    "frames-in-front-of-the-decoder": (policy(step("projector", "select: {stride: 3}\n    scope: frame")), layout()),
     "memory-of-an-exit": (policy(step("language.2", "exit: {when: {" + REMEMBERS + ", above: 0.5}}")), layout()),
     "memory-behind-an-exit": (
         policy(

@@ -12,7 +12,7 @@ from tvc.errors import SiteError
 from tvc.kernels.budget import Budget
 from tvc.kernels.op import Frames, Primitive
 from tvc.policy.schema import Policy, Step
-from tvc.program import Layout
+from tvc.program import Layout, spread
 
 
 def scope_frames(scope: str, images: Frames) -> Frames:
@@ -40,15 +40,19 @@ def leaving(steps: tuple[Step, ...], layout: Layout) -> Iterator[tuple[Step, lis
             chosen = step.select.kept_of_frames(frames) if step.select is not None else entering
             left = step.rest.kept_of_frames(frames, chosen) if step.rest is not None else chosen
         yield step, entering, left
-        # What a step of scope `sequence` leaves can't be told apart by image: later steps see it as one. Nor by frame:
-        # steps to which these make a difference come first.
-        if not step.until:
-            counts = iter(left)
-            images = (
-                [[next(counts) for _ in image] for image in images]
-                if step.scope == "frame"
-                else [[count] for count in left]
-            )
+        images = images if step.until else _images_left(step, images, left)
+
+
+def _images_left(step: Step, images: Frames, left: list[int]) -> Frames:
+    """Visual tokens of each frame of each image behind a step that leaves so many of its scopes.
+
+    What it leaves of several frames is divided among them in proportion: how it truly is, only the run tells. What a
+    step of scope `sequence` leaves can't be told apart by image: later steps see it as one.
+    """
+    if step.scope == "frame":
+        counts = iter(left)
+        return [[next(counts) for _ in image] for image in images]
+    return [spread(total, scope) for total, scope in zip(left, scope_frames(step.scope, images), strict=True)]
 
 
 def with_spreads(steps: tuple[Step, ...], layout: Layout) -> tuple[Step, ...]:
