@@ -34,7 +34,9 @@ from tvc.kernels.when_always import Always
 from tvc.kernels.when_threshold import ThresholdGate
 
 IMAGES = st.lists(st.lists(st.integers(1, 9), min_size=0, max_size=3), min_size=1, max_size=3)
-BUDGETS = st.one_of(st.integers(1, 12), st.integers(1, 1000).map(lambda p: f"{p // 10}.{p % 10}%"))
+SHARES = st.integers(1, 1000).map(lambda p: f"{p // 10}.{p % 10}%")
+ROUNDED = st.builds(lambda share, how: {"share": share, "round": how}, SHARES, st.sampled_from(["nearest", "up"]))
+BUDGETS = st.one_of(st.integers(1, 12), SHARES, st.sampled_from(["1/3", "6/7"]), ROUNDED)
 
 
 def chunk(images: list[list[int]], seed: int = 0) -> Inputs:
@@ -214,7 +216,7 @@ def test_top_takes_the_best_and_the_lowest_of_equals(images: list[list[int]], bu
     keep = Budget.model_validate(budget)
     score = (torch.randn(at.segment.shape) * levels).round()
     slots = keep.slots(at.segment.shape[1], at.counts.shape[1])
-    rule = (keep.permille or 0, keep.count or 0, slots)
+    rule = (*keep.numbers, slots)
     want = ORACLES["top_keep"](score.tolist(), at.segment.tolist(), at.counts.tolist(), *rule)
     assert Top(keep=keep).apply(score, scope_of(at)).tolist() == want
 
