@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fractions
 import math
 
 import pytest
@@ -38,6 +39,18 @@ def test_divprune_maximises_the_smallest_distance_greedily(count: int, keep: int
         nearest = [min(float(distance[other, token]) for other in taken) for token in rest]
         taken.append(rest[nearest.index(max(nearest))])
     assert select("divprune", keep, feature) == sorted(taken)
+
+
+@pytest.mark.parametrize("count", [1, 576, 577, 250, 750, 728, 2880])
+def test_divprune_keeps_as_many_as_published(count: int) -> None:
+    """`round(0.098 * n)`: 24.5 of 250 are 24, and 73.5 of 750 are 74."""
+    (step,) = load_policy("divprune").steps
+    number = round(fractions.Fraction(98, 1000) * count)
+    assert step.select.kept([count]) == [number]
+    assert step.select.keep.slots(count, 1) == number
+    if count < 700:
+        feature = torch.randn(1, count, 4, generator=torch.Generator().manual_seed(count))
+        assert step.select.apply(None, one_image(count), feature=feature).shape == (1, number)
 
 
 def test_divprune_repeats_no_token_where_others_are_duplicates() -> None:
