@@ -27,6 +27,12 @@ from tvc.kernels.score_cosine import CosineScore
 from tvc.kernels.score_norm import NormScore
 from tvc.kernels.score_random import PRIME, RandomScore
 from tvc.kernels.score_uniform import UniformScore
+from tvc.kernels.select_chunks import Chunks
+from tvc.kernels.select_log_det import LogDet
+from tvc.kernels.select_max_min import MaxMin
+from tvc.kernels.select_max_sum import MaxSum
+from tvc.kernels.select_medoids import Medoids
+from tvc.kernels.select_pairs import Pairs
 from tvc.kernels.select_stride import Stride
 from tvc.kernels.select_threshold import Threshold
 from tvc.kernels.select_top import Top
@@ -219,6 +225,23 @@ def test_top_takes_the_best_and_the_lowest_of_equals(images: list[list[int]], bu
     rule = (*keep.numbers, slots)
     want = ORACLES["top_keep"](score.tolist(), at.segment.tolist(), at.counts.tolist(), *rule)
     assert Top(keep=keep).apply(score, scope_of(at)).tolist() == want
+
+
+@given(IMAGES, ROUNDED, st.integers(0, 3))
+@settings(max_examples=10, deadline=None)
+def test_every_selector_rounds_as_the_plan_does(images: list[list[int]], budget: Any, seed: int) -> None:
+    at = chunk(images, seed)
+    torch.manual_seed(seed)
+    score, keep = torch.rand(at.segment.shape), Budget.model_validate(budget)
+    plain = {"top": Top, "stride": Stride}
+    for_features = {"max_min": MaxMin, "max_sum": MaxSum, "log_det": LogDet, "medoids": Medoids, "chunks": Chunks}
+    for name, kind in (plain | for_features | {"pairs": Pairs}).items():
+        selector = kind(keep=keep)
+        taps = {} if name in plain else {"feature": at.feature}
+        chosen = selector.apply(score, scope_of(at), **taps)
+        for b, sample in enumerate(images):
+            scopes = [at.segment[b, v].item() for v in valid(chosen[b])]
+            assert [scopes.count(i) for i in range(len(sample))] == selector.kept(sample), name
 
 
 def test_a_full_budget_keeps_every_token_in_place() -> None:
