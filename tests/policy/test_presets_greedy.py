@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tvc.kernels.op import Scope
+from tvc.passes.reduction import decide
 from tvc.policy import load_policy
 
 
@@ -87,6 +88,29 @@ def test_cdpruner_follows_the_largest_determinant(keep: int) -> None:
         volume = [float(torch.linalg.det(kernel[[*taken, token]][:, [*taken, token]])) for token in rest]
         taken.append(rest[volume.index(max(volume))])
     assert select("cdpruner", keep, feature, relevance) == sorted(taken)
+
+
+@pytest.mark.parametrize(("prefer", "sign"), [("similar", 1), ("different", -1)])
+def test_cdpruner_may_have_the_published_sign(prefer: str, sign: int) -> None:
+    """Published: relevance is minus the cosine, from (r - min + 1e-6) / (max - min); ours is the cosine by default."""
+    generator = torch.Generator().manual_seed(11)
+    feature, words = torch.randn(14, 16, generator=generator), torch.randn(4, 16, generator=generator)
+    policy = load_policy("cdpruner", set={"keep": 5} | ({} if prefer == "similar" else {"prefer": prefer}))
+    unit = torch.nn.functional.normalize(feature.double(), dim=1)
+    relevance = sign * (unit @ torch.nn.functional.normalize(words.double().mean(0), dim=0))
+    weight = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
+    kernel = weight[:, None] * (unit @ unit.T) * weight
+    taken: list[int] = []
+    for _ in range(5):
+        rest = [token for token in range(14) if token not in taken]
+        volume = [float(torch.linalg.det(kernel[[*taken, token]][:, [*taken, token]])) for token in rest]
+        taken.append(rest[volume.index(max(volume))])
+    taps = {"feature": feature[None], "text": (words[None], torch.ones(1, 4, dtype=torch.bool))}
+    scope = one_image(14)
+    given = (feature[None], torch.ones(1, 14), scope.segment, scope.counts)
+    got = decide(policy.steps[0], *given, [taps], {"select": {"feature": feature[None]}})
+    assert got.chosen[0].tolist() == sorted(taken)
+    assert taken[0] == int(weight.argmax())
 
 
 def test_cdpruner_takes_the_most_relevant_token_first() -> None:
