@@ -112,7 +112,10 @@ class Budget(BaseModel):
 
     @classmethod
     def _rounded(cls, share: Any, rounding: Any) -> dict[str, Any]:
-        """The fields of `{share: ..., round: ...}`; a count there needs no rounding, and is one."""
+        """The fields of `{share: ..., round: ...}`, whose share may be a parameter.
+
+        What that stands for is rounded by `round` where it is a plain share; any other budget is what it is.
+        """
         if rounding not in ROUNDINGS:
             raise _refuse(
                 "bad-budget",
@@ -121,12 +124,8 @@ class Budget(BaseModel):
                 "write round: nearest",
                 want=f"one of {', '.join(ROUNDINGS)}",
             )
-        if isinstance(share, dict):
-            fix = "write {average: 64} alone" if "average" in share else "write {share: 25%, round: nearest}"
-            raise _refuse("bad-budget", "a budget's `share` is a mapping", share, fix)
-        # Checked as if it stood alone.
         inside: dict[str, Any] = cls._parse(share)  # type: ignore[operator]
-        if "count" in inside:
+        if not isinstance(share, str):
             return inside
         part = inside.get("exact") or Portion(inside["permille"])
         return cls._fields(part._replace(rounding=rounding))

@@ -196,10 +196,6 @@ READING: dict[str, tuple[object, object]] = {
         policy(step("language.2", "score: uniform\n    select: {top: {keep: {round: up}}}")),
         (),
     ),
-    "keep-rounding-of-an-average": (
-        policy(step("language.2", "score: uniform\n    select: {top: {keep: {share: {average: 64}, round: up}}}")),
-        (),
-    ),
     "keep-rounded-elsewhere": (
         policy(step("language.2", "select: {regions: {keep: {share: 62%, round: up}}}")),
         (),

@@ -81,8 +81,13 @@ def test_one_share_has_one_spelling_however_it_is_written() -> None:
     assert str(parse("12/14")) == "6/7"
 
 
-def test_a_count_needs_no_rounding() -> None:
-    assert parse({"share": 64, "round": "nearest"}) == parse(64)
+@pytest.mark.parametrize("value", [64, {"average": 64}, {"share": "25%", "round": "up"}, {"share": "25%"}])
+def test_a_rounding_is_for_plain_shares_alone(value: object) -> None:
+    """A parameter may stand for any budget: `{share: "{keep}", round: nearest}`."""
+    assert parse({"share": value, "round": "nearest"}) == parse(value)
+    select = {"max_min": {"keep": {"share": "{keep}", "round": "nearest"}}}
+    text = {"version": 1, "parameters": {"keep": value}, "steps": [{"at": "language.0", "select": select}]}
+    assert load_policy(text).steps[0].select.keep == parse(value)
 
 
 @given(st.integers(1, 1000), st.integers(0, 1000))
@@ -125,7 +130,7 @@ def test_a_budget_that_keeps_nothing_is_refused(value: object) -> None:
         *(True, None, "54", "25", "half", "-5%", "100.1%", "12.34%", [], {"average": 2.5}, {}, 10**9 + 1, 10**30),
         *("3/2", "1/0", "-1/2", "1/3000001", "9" * 30 + "/" + "9" * 31),
         *({"share": None}, {"share": "25%", "round": "half"}, {"share": "25%", "round": []}, {"round": "up"}),
-        *({"share": {"average": 3}}, {"exact": 3}, {"share": "25%", "average": 3}),
+        *({"share": {"mean": 3}}, {"exact": 3}, {"share": "25%", "average": 3}),
     ],
 )
 def test_anything_else_is_refused(value: object) -> None:
