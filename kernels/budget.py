@@ -1,7 +1,7 @@
 """How many visual tokens of a scope stay: a count, a share, or an average over the decoder's layers.
 
-A share is stored as an integer permille, because a float share of a symbolic length leaves guards behind that
-`torch.export` cannot prove: `V * 125 // 1000` traces, `int(V * 0.125)` does not.
+A share is stored as integers, because a float share of a symbolic length leaves guards behind that `torch.export`
+cannot prove: `V * 125 // 1000` traces, `int(V * 0.125)` does not.
 """
 
 from __future__ import annotations
@@ -9,22 +9,35 @@ from __future__ import annotations
 import decimal
 import fractions
 import re
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetJsonSchemaHandler,
+    WithJsonSchema,
+    model_serializer,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from tvc.errors import PolicyError
+from tvc.kernels.portions import ROUNDINGS, Portion
 
-WANT = "a count (54), a share (25%) or an average over the layers ({average: 64})"
+WANT = "a count (54), a share (25%, 2/3) or an average over the layers ({average: 64})"
 LARGEST = 1_000_000_000  # of any count: times a number of images it stays in 64 bits
-_SHARE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+FINEST = 1_000_000  # parts of a whole: times twice a count it stays in 64 bits
+_PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
+_FRACTION = re.compile(r"\s*(\d{1,20})\s*/\s*(\d{0,9}[1-9]\d{0,9})\s*")
+_TENTHS = {"type": "string", "pattern": r"^\d+(\.\d)?%$"}
+_TEMPLATE = {"type": "string", "pattern": r"^\{[A-Za-z_][A-Za-z0-9_]*\}$"}  # a parameter's value
 
 
-def _refuse(slug: str, summary: str, got: object, fix: str) -> PydanticCustomError:
-    return PydanticCustomError(slug, "{summary}", {"summary": summary, "got": str(got), "want": WANT, "fix": fix})  # type: ignore[arg-type]
+def _refuse(slug: str, summary: str, got: object, fix: str, want: str = WANT) -> PydanticCustomError:
+    return PydanticCustomError(slug, "{summary}", {"summary": summary, "got": str(got), "want": want, "fix": fix})  # type: ignore[arg-type]
 
 
 def _percent(permille: int) -> str:
@@ -39,15 +52,23 @@ def _float_fix(value: float) -> str:
     return "write a share that is kept, such as 50%, or a whole count such as 64"
 
 
-class Budget(BaseModel):
-    """What stays of the visual tokens that enter a step; exactly one of the three fields is set.
+def _written(share: Portion) -> str:
+    """The fraction as it is written in a policy: in percent where tenths of one are enough, else `6/7`."""
+    permille, left = divmod(1000 * share.parts, share.whole)
+    return f"{share.parts}/{share.whole}" if left else _percent(permille)
 
-    In YAML it is written `54`, `25%` or `{average: 64}` and dumps back to the same text.
+
+class Budget(BaseModel):
+    """What stays of the visual tokens that enter a step; exactly one of the four fields is set.
+
+    In YAML it is written `54`, `25%`, `6/7`, `{share: 6/7, round: nearest}` or `{average: 64}`, and dumps to text that
+    reads as the same budget.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     count: int | None = None
-    permille: int | None = None
+    permille: int | None = None  # rounded down
+    exact: Portion | None = None  # any other share
     average: int | None = None
 
     @model_validator(mode="before")
@@ -68,19 +89,56 @@ class Budget(BaseModel):
             raise _refuse(
                 "bad-budget", "a budget is of the wrong kind", value, "write 50% (kept) or a count such as 64"
             )
-        return {"count": cls._positive(value)} if isinstance(value, int) else {"permille": cls._share(value)}
+        return {"count": cls._positive(value)} if isinstance(value, int) else cls._fields(cls._share(value))
 
     @classmethod
-    def _from_mapping(cls, value: dict[str, Any]) -> dict[str, int]:
-        """`{average: 64}` from YAML; `{count: ...}` and `{permille: ...}` are how Python code builds a budget."""
+    def _from_mapping(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """`{average: 64}` and `{share: 25%, round: up}` from YAML; Python builds a budget from its fields."""
+        if "share" in value and value.keys() <= {"share", "round"}:
+            return cls._rounded(value["share"], value.get("round", "down"))
+        if isinstance(exact := value.get("exact"), Portion):
+            return cls._fields(exact)
         if len(value) != 1 or next(iter(value)) not in ("average", "count", "permille"):
-            raise _refuse("bad-budget", "a budget mapping has other keys than `average`", value, "write {average: 64}")
+            share = "share" in value or "round" in value
+            summary = "a budget mapping has other keys than `average`, or `share` and `round`"
+            fix = "write {share: 25%, round: nearest}" if share else "write {average: 64}"
+            raise _refuse("bad-budget", summary, value, fix)
         ((name, number),) = value.items()
         if isinstance(number, bool) or not isinstance(number, int):
             raise _refuse("bad-budget", f"the budget's `{name}` is no whole number", number, f"write {{{name}: 64}}")
         if name == "permille" and not 0 < number <= 1000:
             raise _refuse("bad-budget", "a share lies outside 1 to 1000 permille", number, "write a share up to 100%")
         return {name: cls._positive(number)}
+
+    @classmethod
+    def _rounded(cls, share: Any, rounding: Any) -> dict[str, Any]:
+        """The fields of `{share: ..., round: ...}`, whose share may be a parameter.
+
+        What that stands for is rounded by `round` where it is a plain share; any other budget is what it is.
+        """
+        if rounding not in ROUNDINGS:
+            raise _refuse(
+                "bad-budget",
+                "a share is rounded in a way that does not exist",
+                rounding,
+                "write round: nearest",
+                want=f"one of {', '.join(ROUNDINGS)}",
+            )
+        inside: dict[str, Any] = cls._parse(share)  # type: ignore[operator]
+        if not isinstance(share, str):
+            return inside
+        part = inside.get("exact") or Portion(inside["permille"])
+        return cls._fields(part._replace(rounding=rounding))
+
+    @staticmethod
+    def _fields(share: Portion) -> dict[str, Any]:
+        """The field that holds a share: thousandths that are rounded down are most of them, and numbers that read."""
+        least = fractions.Fraction(share.parts, share.whole)
+        permille = 1000 * least
+        if permille.denominator == 1:
+            plain = Portion(int(permille), 1000, share.rounding)
+            return {"permille": plain.parts} if share.rounding == "down" else {"exact": plain}
+        return {"exact": Portion(least.numerator, least.denominator, share.rounding)}
 
     @staticmethod
     def _positive(value: int) -> int:
@@ -96,53 +154,74 @@ class Budget(BaseModel):
         return value
 
     @classmethod
-    def _share(cls, text: str) -> int:
-        match = _SHARE.fullmatch(text)
-        if match is None:
-            fix = f"write {text.strip()} without quotes" if text.strip().isdigit() else "write a share such as 25%"
-            raise _refuse("bad-budget", "a budget text is not a share", text, fix)
-        permille = decimal.Decimal(match[1]) * 10
-        if permille == 0:
+    def _share(cls, text: str) -> Portion:
+        percent = _PERCENT.fullmatch(text)
+        if percent is None:
+            fraction = _FRACTION.fullmatch(text)
+            if fraction is None:
+                fix = f"write {text.strip()} without quotes" if text.strip().isdigit() else "write a share such as 25%"
+                raise _refuse("bad-budget", "a budget text is not a share", text, fix)
+            part = fractions.Fraction(int(fraction[1]), int(fraction[2]))
+        else:
+            part = fractions.Fraction(decimal.Decimal(percent[1])) / 100
+        if part == 0:
             raise _refuse(
                 "empty-budget",
                 "a budget keeps nothing",
                 text,
                 "write at least 0.1%; to drop every visual token use `exit: {when: always}`",
             )
-        if permille > 1000:
+        if part > 1:
             raise _refuse("bad-budget", "a share is above 100%", text, "write a share up to 100%, or a count")
-        if permille != int(permille):
-            nearest = _percent(max(1, int(permille.to_integral_value())))
-            raise _refuse("bad-budget", "a share is finer than a tenth of a percent", text, f"write {nearest}")
-        return int(permille)
+        if percent is not None and (1000 * part).denominator != 1:
+            nearest = _percent(max(1, round(1000 * part)))
+            exact = f", or {part}" if part.denominator <= FINEST else ""
+            raise _refuse("bad-budget", "a share is finer than a tenth of a percent", text, f"write {nearest}{exact}")
+        if part.denominator > FINEST:
+            near = max(part.limit_denominator(FINEST), fractions.Fraction(1, FINEST))
+            raise _refuse("bad-budget", f"a fraction is of more than {FINEST} parts", text, f"write {near}")
+        return Portion(part.numerator, part.denominator)
 
     @model_serializer
-    def _dump(self) -> int | str | dict[str, int]:
-        if self.permille is not None:
-            return _percent(self.permille)
+    def _dump(self) -> int | str | dict[str, int | str]:
+        if self.share is not None:
+            text, rounding = _written(self.share), self.share.rounding
+            return text if rounding == "down" else {"share": text, "round": rounding}
         return self.count if self.count is not None else {"average": self.average or 0}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        average = {"type": "integer", "minimum": 1}
+        number = {"type": "integer", "minimum": 1}
+        fraction = {"type": "string", "pattern": r"^\d+/\d+$"}
+        share = {"anyOf": [_TENTHS, fraction, number, _TEMPLATE]}
+        rounding = {"anyOf": [{"enum": list(ROUNDINGS)}, _TEMPLATE], "default": "down"}
         return {
             "title": "Budget",
             "description": WANT,
             "anyOf": [
-                {"type": "integer", "minimum": 1},
-                {"type": "string", "pattern": r"^\d+(\.\d)?%$"},
-                {
-                    "type": "object",
-                    "properties": {"average": average},
-                    "required": ["average"],
-                    "additionalProperties": False,
-                },
+                number,
+                _TENTHS,
+                fraction,
+                _mapping({"average": number}, "average"),
+                _mapping({"share": share, "round": rounding}, "share"),
             ],
         }
 
     def __str__(self) -> str:
         dumped = self._dump()
-        return f"{{average: {self.average}}}" if isinstance(dumped, dict) else str(dumped)
+        if isinstance(dumped, dict):
+            return "{" + ", ".join(f"{key}: {value}" for key, value in dumped.items()) + "}"
+        return str(dumped)
+
+    @property
+    def share(self) -> Portion | None:
+        """The share that stays, None of a count or an average."""
+        return self.exact if self.permille is None else Portion(self.permille)
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """(permille, count) for an op, see `tvc.kernels.portions`."""
+        return (0, self._counted()) if self.share is None else self.share.numbers
 
     def slots(self, visual: int, scopes: int) -> int:
         """The static number of slots the kept tokens of a chunk take; enough for every sample, never above V.
@@ -151,18 +230,19 @@ class Budget(BaseModel):
             visual: V, the visual slots of the chunk (int or SymInt).
             scopes: how many scopes share the chunk at most (int or SymInt); 0 where it has no visual token.
         """
-        if self.permille is not None:
-            return visual * self.permille // 1000
+        if self.share is not None:
+            return self.share.room(visual, scopes)
         return torch.sym_min(self._counted() * scopes, visual)
 
     def kept(self, entering: int) -> int:
         """How many of the `entering` visual tokens of one scope stay (0 where a share of them rounds down to 0)."""
-        return entering * self.permille // 1000 if self.permille is not None else min(self._counted(), entering)
+        return self.share.of(entering) if self.share is not None else min(self._counted(), entering)
 
     def scaled(self, factor: fractions.Fraction) -> Budget:
-        """The budget times a factor: a share stays between a tenth of a percent and all, a count is at least 1."""
-        if self.permille is not None:
-            return Budget(permille=min(1000, max(1, int(self.permille * factor))))
+        """The budget times a factor, a share in tenths of a percent up to all, a count 1 at least; rounding stays."""
+        if self.share is not None:
+            permille = int(factor * fractions.Fraction(1000 * self.share.parts, self.share.whole))
+            return Budget(exact=Portion(min(1000, max(1, permille)), rounding=self.share.rounding))
         return Budget(count=max(1, int(self._counted() * factor)))
 
     def _counted(self) -> int:
@@ -176,3 +256,34 @@ class Budget(BaseModel):
                 slug="unresolved-average",
             )
         return self.count
+
+
+def _mapping(properties: dict[str, Any], required: str) -> JsonSchemaValue:
+    return {"type": "object", "properties": properties, "required": [required], "additionalProperties": False}
+
+
+def _plain(budget: Budget) -> Budget:
+    if budget.exact is not None:
+        share = budget.exact
+        raise _refuse(
+            "bad-budget",
+            "a share is exact or rounded where the step has a rounding of its own",
+            budget,
+            f"write {_percent(max(1, 1000 * share.parts // share.whole))}",
+            want="a share in tenths of a percent (25%)",
+        )
+    return budget
+
+
+# Of a primitive that says by itself how it rounds.
+OwnRounding = Annotated[
+    Budget,
+    AfterValidator(_plain),
+    WithJsonSchema(
+        {
+            "title": "Budget",
+            "description": WANT.replace(", 2/3", ""),
+            "anyOf": [{"type": "integer", "minimum": 1}, _TENTHS],
+        }
+    ),
+]

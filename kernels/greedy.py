@@ -183,7 +183,7 @@ class Greedy(Select):
     def room(self, scope: Scope) -> tuple[torch.Tensor, torch.Tensor, int, int, int]:
         """What every op of this kind ends with: segment, counts, permille, count, slots."""
         slots = self.keep.slots(scope.segment.shape[1], scope.number)
-        return scope.segment, scope.counts, self.keep.permille or 0, self.keep.count or 0, slots
+        return scope.segment, scope.counts, *self.keep.numbers, slots
 
     def kept(self, counts: list[int]) -> list[int]:
         return [self.keep.kept(count) for count in counts]

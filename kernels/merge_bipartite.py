@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tvc.errors import PolicyError
 from tvc.kernels.blocks import by_rows
-from tvc.kernels.budget import Budget
+from tvc.kernels.budget import OwnRounding
 from tvc.kernels.greedy import rows
 from tvc.kernels.loop import State
 from tvc.kernels.op import Merging, Scope, Tap, op, primitive
@@ -192,7 +192,7 @@ class Bipartite(Merging):
 
     key: ClassVar[str] = "bipartite"
     shorthand: ClassVar[str | None] = "keep"
-    keep: Budget | None = Field(
+    keep: OwnRounding | None = Field(
         None, description="what stays of each scope; below half it takes several rounds, each of which halves at most"
     )
     remove: int | None = Field(None, gt=0, description="instead of keep: tokens that merge, half of a scope at most")

@@ -96,10 +96,10 @@ class Queries(CountedPooling, GridPooling):
         weights, columns = super().tensors(), self.columns or 1
         number, width = weights["queries"].shape
         side = math.isqrt(number)
-        most = columns * columns * self.keep.permille // 1000 if self.keep.permille is not None else self.keep.count
+        most = self.keep.count or self.keep.kept(columns * columns)
         for ok, got, want in (
             (side * side == number, f"{number} queries", "a square number of queries, as they stand for a grid"),
-            ((most or 0) <= number, f"keep {self.keep}, and {number} queries", "as many queries as tokens that stay"),
+            (most <= number, f"keep {self.keep}, and {number} queries", "as many queries as tokens that stay"),
             (
                 width % (4 * self.heads) == 0,
                 f"{self.heads} heads, {width} wide",

@@ -30,7 +30,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from tvc.kernels.budget import Budget
+from tvc.kernels.budget import Budget, OwnRounding
 from tvc.kernels.frames import extent, same_place
 from tvc.kernels.greedy import directions, rows
 from tvc.kernels.op import Frames, Merging, Scope, Tap, op, primitive
@@ -191,7 +191,7 @@ def _share(budget: Budget) -> Budget:
     return budget
 
 
-Share = Annotated[Budget, AfterValidator(_share)]
+Share = Annotated[OwnRounding, AfterValidator(_share)]
 
 
 class Runs(BaseModel):

@@ -4,9 +4,9 @@ Shapes:  attention [B, N] float, that of the new token in an earlier layer, mean
          the step before saw (zeros: there was none, or it was no decode step); chosen_before [B, P] bool, what that one
          attended to, or None; visual [B, N] bool; single [B] bool
          -> chosen [B, N] bool, seen [B, N] float32; N - P new keys stand behind the P cached ones
-Rule:    keys that are not visual are chosen. Of the visual ones the `count` (where count > 0, else permille / 1000 of
-         them, rounded down) that get most attention are; but where the cosine of the attention of this step and of the
-         one before, over visual keys, is `alike` or more, all of them, or, given `chosen_before`, those of that step.
+Rule:    keys that are not visual are chosen. Of the visual ones the `count` (where count > 0, else a share of them,
+         portions.py) that get most attention are; but where the cosine of the attention of this step and of the one
+         before, over visual keys, is `alike` or more, all of them, or, given `chosen_before`, those of that step.
          With `alike` 0 nothing is alike.
 Single:  a sample whose chunk is more than one new token, or a visual one, chooses everything and has seen nothing.
 Ties:    the lower index wins. NaN counts as no attention.
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import torch
 
 from tvc.kernels.op import op
+from tvc.kernels.segments import budgets
 
 
 def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -66,7 +67,7 @@ def reselect(
     # decides it at run time.
     other = torch.nn.functional.pad(before.float(), (0, keys - before.shape[1]))
     number = visual.sum(1, keepdim=True)
-    budget = number.clamp(max=count) if count > 0 else number * permille // 1000
+    budget = budgets(number, permille, count)
     # What is not visual comes last, whatever attention it gets.
     order = torch.sort(torch.where(visual, attention, -1.0), dim=1, descending=True, stable=True).indices
     index = torch.arange(keys, device=visual.device).expand(visual.shape[0], -1)

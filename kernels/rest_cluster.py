@@ -31,7 +31,7 @@ from pydantic import Field, field_validator
 from tvc.errors import PolicyError
 from tvc.kernels import peaks
 from tvc.kernels.blocks import by_rows
-from tvc.kernels.budget import Budget
+from tvc.kernels.budget import Budget, OwnRounding
 from tvc.kernels.loop import State
 from tvc.kernels.op import Rest, Scope, op, primitive
 from tvc.kernels.segments import mark, pack, per_token, ranks, rows_at
@@ -137,7 +137,9 @@ class Cluster(Rest):
     """The best of the other tokens are grouped by density peaks, and each group becomes one token."""
 
     key: ClassVar[str] = "cluster"
-    pool: Budget = Field(Budget(permille=300), description="the best-scored share of the other tokens; the rest drops")
+    pool: OwnRounding = Field(
+        Budget(permille=300), description="the best-scored share of the other tokens; the rest drops"
+    )
     per: int = Field(10, ge=1, description="tokens of the pool for each group beyond the first")
 
     @field_validator("pool")

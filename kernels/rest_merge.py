@@ -3,7 +3,7 @@
 Shapes:  feature [B, V, D] float, metric [B, V, d] float, size [B, V] float, segment [B, V] int64 (-1 pads),
          counts [B, N] int64, chosen [B, K] int64 (-1 pads), score [B, V] float (read by `top` alone)
          -> index [B, K2] int64 ascending, pads (-1) first; feature [B, K2, D] and size [B, K2] like the inputs, pads 0
-Targets: `amount` per segment; with amount 0, permille / 1000 of the tokens it has, rounded down
+Targets: `amount` per segment where amount > 0, else a share of the tokens it has (portions.py)
          stride: of the M tokens of a segment that were not chosen, in order, 0, step, 2 step, ... (at most `amount`),
                  step = max(1, M // amount); top: the `amount` best-scored of them; both: K2 = K + slots.
          kept:   the chosen tokens themselves; K2 = K.
@@ -161,7 +161,7 @@ def merge_nearest(
 
 
 def _share(budget: Budget) -> Budget:
-    if budget.permille is None:
+    if budget.share is None:
         raise ValueError("targets are a count (10) or a share (5%)")
     return budget
 
@@ -244,8 +244,9 @@ class Merge(Rest):
         tensors = (feature, metric, size, scope.segment, scope.counts, chosen, score)
         amount = amount or Budget(count=1)
         slots = amount.slots(scope.segment.shape[1], scope.number)
+        permille, count = amount.numbers
         merged: tuple[Any, Any, Any] = merge_nearest.overload(
-            *tensors, targets, amount.count or 0, slots, self.reduce, amount.permille or 0, self.within
+            *tensors, targets, count, slots, self.reduce, permille, self.within
         )
         return merged
 

@@ -70,11 +70,11 @@ class Pooling(Merging):
         budget, segment, counts = self.number, scope.segment, scope.counts
         # A count beyond the tokens that there are gives no slots: a tile of an encoder has no room for pads.
         slots = torch.sym_min(budget.slots(segment.shape[1], scope.number), segment.shape[1])
-        chosen = stride_keep.overload(segment, counts, budget.permille or 0, budget.count or 0, slots)
+        chosen = stride_keep.overload(segment, counts, *budget.numbers, slots)
         even = torch.zeros_like(size)[:, None, :, None]
         sizes = segment_pool.overload(even, size[:, :, None], segment, counts, chosen).squeeze(2)
         entering = per_token(counts, per_token(segment, chosen))
-        left = per_token(budgets(counts, budget.permille or 0, budget.count or 0), per_token(segment, chosen))
+        left = per_token(budgets(counts, *budget.numbers), per_token(segment, chosen))
         return chosen, sizes * entering / left.clamp(min=1)
 
     def pooled(

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from tvc.kernels.portions import Portion
+
 
 def ranks(segment: torch.Tensor, counts: torch.Tensor, score: torch.Tensor | None = None) -> torch.Tensor:
     """[B, V] int64: the place of each token inside its segment, 0 first; what pads get means nothing.
@@ -36,8 +38,8 @@ def ranks(segment: torch.Tensor, counts: torch.Tensor, score: torch.Tensor | Non
 
 
 def budgets(counts: torch.Tensor, permille: int, count: int) -> torch.Tensor:
-    """[B, N] int64: how many tokens of each segment stay; `count` where it is positive, else the share."""
-    return counts.clamp(max=count) if count > 0 else counts * permille // 1000
+    """[B, N] int64: how many tokens of each segment stay; `count` where it is positive, else a share: `portions.py`."""
+    return counts.clamp(max=count) if count > 0 else Portion.read(permille, count).of(counts)
 
 
 def per_token(values: torch.Tensor, segment: torch.Tensor) -> torch.Tensor:

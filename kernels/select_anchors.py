@@ -3,7 +3,7 @@
 Shapes:  anchor [B, V] float, fill [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64, columns [B, V]
          int64 from 1 on: how far it is to the next row -> [B, V] float32, pads 0
 Rule:    `fill`, and above it by twice its largest magnitude in the sample for the tokens that are anchors or near one.
-Anchors: of a segment's budget T (`count` where count > 0, else permille / 1000 of its tokens, rounded down) the share
+Anchors: of a segment's budget T (`count` where count > 0, else a share of its tokens (portions.py)) the share
          `share` / 1000 is for groups of five: T share / 5000 anchors, to the nearest number, halves to the even one.
 Near:    places p - 1, p + 1, p - columns and p + columns of the anchor at place p of its segment, moved to the first or
          the last place where they lie outside. The end of a row is followed by the start of the next one.
@@ -108,14 +108,14 @@ class Anchors(Gridded, Select):
 
     def joined(self, terms: list[torch.Tensor], scope: Scope, columns: torch.Tensor | None = None) -> torch.Tensor:
         budget, rows = self.keep, self.rows(scope, columns)
-        rule = (budget.permille or 0, budget.count or 0, self.share)
+        rule = (*budget.numbers, self.share)
         score: torch.Tensor = anchored_score.overload(*terms, scope.segment, scope.counts, rows, *rule)
         return score
 
     def apply(self, score: torch.Tensor | None, scope: Scope, columns: torch.Tensor | None = None) -> torch.Tensor:
         budget = self.keep
         slots = budget.slots(scope.segment.shape[1], scope.number)
-        return top_keep.overload(score, scope.segment, scope.counts, budget.permille or 0, budget.count or 0, slots)
+        return top_keep.overload(score, scope.segment, scope.counts, *budget.numbers, slots)
 
     def kept(self, counts: list[int]) -> list[int]:
         return [self.keep.kept(count) for count in counts]

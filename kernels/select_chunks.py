@@ -8,7 +8,7 @@ Unlike:  of token i of a chunk of m > 1 tokens, with the cosines c_ij to the oth
          longer than it is, and what is not finite as 0.
 Worth:   of a chunk, with a = 1000 score: mean(a) + diversity * mean(v) * mean|a| / (mean(v) + 1e-6); of a single token
          its score alone. What is negative or NaN is worth 0.
-Budget:  T = `count` tokens of each segment where count > 0, else permille / 1000 of its tokens, rounded down. A chunk
+Budget:  T = `count` tokens of each segment where count > 0, else a share of its tokens (portions.py). A chunk
          gets floor(T worth / (sum of worths + 1e-6)); what is left goes one each to the chunks worth most.
 Kept:    the best-scored of each chunk. What a chunk gets beyond its tokens goes to the best-scored of all others.
 Ties:    the lower index wins, also among chunks. NaN scores rank last.
@@ -155,7 +155,7 @@ class Chunks(Select):
     def apply(self, score: torch.Tensor | None, scope: Scope, feature: torch.Tensor) -> torch.Tensor:
         budget = self.keep
         slots = budget.slots(scope.segment.shape[1], scope.number)
-        rule = (budget.permille or 0, budget.count or 0, self.number, self.diversity, slots)
+        rule = (*budget.numbers, self.number, self.diversity, slots)
         return chunks_keep.overload(feature, score, scope.segment, scope.counts, *rule)
 
     def kept(self, counts: list[int]) -> list[int]:

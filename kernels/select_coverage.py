@@ -7,7 +7,7 @@ Rule:    what is to be covered, each with the tokens of one segment that could c
            token i of the segment, weight visual / (size):  softmax(cos(i, .) / visual_temperature)
          The value of a set is the sum over rows of weight x the best covering; each round takes the free token that
          adds most to it. Float32. A vector without a direction (zeros, NaN) has cosine 0 with all.
-Budget:  `count` tokens of each segment where count > 0, else permille / 1000 of its tokens, rounded down.
+Budget:  `count` tokens of each segment where count > 0, else a share of its tokens (portions.py).
 Ties:    the lower index wins, within 1e-6 of the best value; a token is never taken twice.
 Memory:  B V (T + V) numbers, which each round asks for; the rounds themselves go by blocks of rows.
 

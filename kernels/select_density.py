@@ -2,8 +2,8 @@
 
 Shapes:  metric [B, V, d] float, score [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64
          -> [B, K] int64 ascending, pads (-1) first; K = the most that any sample of the batch keeps (an unbacked size)
-Pool:    of each segment the `count` best-scored tokens where count > 0, else permille / 1000 of its tokens, rounded
-         down. The others take no part.
+Pool:    of each segment the `count` best-scored tokens where count > 0, else a share of its tokens
+         (portions.py). The others take no part.
 Rule:    distance = 1 - cosine of the metric, at least 0. A token's density is the sum of exp(-(distance / 2)^2) over
          the pool of its segment. In the order of falling density a token stays unless one that stays is within the
          cutoff.
@@ -134,7 +134,7 @@ class Density(Select):
         return {"metric": Tap("key", self.layer, ("joined",))}
 
     def apply(self, score: torch.Tensor | None, scope: Scope, metric: torch.Tensor) -> torch.Tensor:
-        rule = (self.keep.permille or 0, self.keep.count or 0, self.cutoff)
+        rule = (*self.keep.numbers, self.cutoff)
         return density_keep.overload(metric, score, scope.segment, scope.counts, *rule)
 
     def kept(self, counts: list[int]) -> list[int]:

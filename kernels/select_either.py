@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from pydantic import Field
 
-from tvc.kernels.budget import Budget
+from tvc.kernels.budget import OwnRounding
 from tvc.kernels.op import Scope, Select, op, primitive
 from tvc.kernels.segments import per_token, ranks
 from tvc.kernels.select_threshold import threshold_keep
@@ -76,7 +76,7 @@ class Either(Select):
     key: ClassVar[str] = "either"
     terms: ClassVar[int] = 3
     exact: ClassVar[bool] = False
-    keep: Budget = Field(description="what stays in any case, by the third score; a share is rounded up")
+    keep: OwnRounding = Field(description="what stays in any case, by the third score; a share is rounded up")
     share: float = Field(gt=0, le=1, description="of the scope's sum of the first score, from which on a token stays")
     least: float = Field(gt=0, allow_inf_nan=False, description="the second score from which on a token stays")
 

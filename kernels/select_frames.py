@@ -2,7 +2,7 @@
 
 Shapes:  score [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64, frame [B, V] int64 (-1 pads)
          -> [B, K] int64 ascending, pads (-1) first; K = the most that any sample of the batch keeps (an unbacked size)
-Budget:  `count` tokens where count > 0, else permille / 1000 of them, rounded down, but one at least: of each frame;
+Budget:  `count` tokens where count > 0, else a share of them (portions.py), but one at least: of each frame;
          or, `together`, of each segment, whose largest frame is the least that it keeps. The best-scored stay.
 Window:  with a window of 2 or more a segment's frames fall into groups of that many; the first of each stays whole.
 Ends:    with `open_ends` (and a window) every other frame of the last group stays whole from the second last frame on,
@@ -113,7 +113,7 @@ class FrameSelect(Select):
     def apply(
         self, score: torch.Tensor | None, scope: Scope, frames: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        rule = (self.keep.permille or 0, self.keep.count or 0, self.together, self.window, self.bug_compatible)
+        rule = (*self.keep.numbers, self.together, self.window, self.bug_compatible)
         return frames_keep.overload(score, scope.segment, scope.counts, frames[0], *rule)
 
     @property

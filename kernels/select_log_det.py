@@ -7,7 +7,7 @@ Rule:    greedy maximum of the determinant of K[i, j] = r[i] cos(i, j) r[j] over
          largest variance that those taken do not explain. Float32. r = relevance + 1e-6, NaN counting as 0.
          A token without a direction (zeros, NaN) explains nothing and has no variance.
 Rank:    what the tokens taken explain wholly has variance 0; where nothing else is left the lowest indices are taken.
-Budget:  `count` tokens of each segment where count > 0, else permille / 1000 of its tokens, rounded down.
+Budget:  `count` tokens of each segment where count > 0, else a share of its tokens (portions.py).
 Ties:    the lower index wins, within 1e-6 of the best value; a token is never taken twice.
 Memory:  O(B V (D + slots)), never V x V.
 

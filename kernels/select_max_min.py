@@ -5,7 +5,7 @@ Shapes:  feature [B, V, D] float, segment [B, V] int64 (-1 pads), counts [B, N] 
 Rule:    distance = 1 - cosine, in float32. First the token whose nearest neighbour is farthest; then again and again
          the free token whose nearest taken one is farthest. A token without a direction (zeros, NaN) has distance 1 to
          all.
-Budget:  `count` tokens of each segment where count > 0, else permille / 1000 of its tokens, rounded down.
+Budget:  `count` tokens of each segment where count > 0, else a share of its tokens (portions.py).
 Ties:    the lower index wins, within 1e-6 of the best value; a token is never taken twice.
 Memory:  O(B V D), never V x V.
 
@@ -32,6 +32,7 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     feature = torch.randn(3, 7, 8)
     yield "share-half", (feature, segment, counts, 500, 0, 3)
     yield "share-all", (feature, segment, counts, 1000, 0, 7)
+    yield "share-nearest", (feature, segment, counts, 500, -3001, 5)
     yield "count-two", (feature, segment, counts, 0, 2, 4)
     yield "count-above-all", (feature, segment, counts, 0, 9, 18)
     yield "keep-one", (feature, segment, counts, 0, 1, 2)

@@ -4,7 +4,7 @@ Shapes:  feature [B, V, D] float, score [B, V] float, segment [B, V] int64 (-1 p
          -> [B, slots] int64 ascending, pads (-1) first
 Rule:    first the best-scored token; then again and again the free token whose cosines with those taken have the lowest
          sum, in float32. A token without a direction (zeros, NaN) has cosine 0 with all; NaN scores rank last.
-Budget:  `count` tokens of each segment where count > 0, else permille / 1000 of its tokens, rounded down.
+Budget:  `count` tokens of each segment where count > 0, else a share of its tokens (portions.py).
 Ties:    the lower index wins, within 1e-6 of the best value; a token is never taken twice.
 Memory:  O(B V D), never V x V.
 

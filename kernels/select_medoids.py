@@ -2,7 +2,7 @@
 
 Shapes:  feature [B, V, D] float, segment [B, V] int64 (-1 pads), counts [B, N] int64
          -> [B, slots] int64 ascending, pads (-1) first
-Budget:  `count` tokens of each segment where count > 0, else permille / 1000 of its tokens, rounded down.
+Budget:  `count` tokens of each segment where count > 0, else a share of its tokens (portions.py).
 Start:   the longest token of a segment, then each time the one farthest from those taken (Euclidean distance).
 Rounds:  every token joins the nearest medoid, a medoid itself; the token of a group with the smallest sum of distances
          to the others is its new medoid. Ends when no medoid moved, or after `rounds` rounds.

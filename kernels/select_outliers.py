@@ -5,8 +5,8 @@ Shapes:  score [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64
 Rule:    outliers score above Q3 + fence * (Q3 - Q1), the quartiles interpolated linearly; a segment without one keeps
          its best token as the only one. With spread > 0 every s-th token joins them, of those in front of the last,
          s = max(1, tokens // outliers // spread).
-Budget:  no more than `count` tokens of each segment where count > 0, else than permille / 1000 of its tokens; of more
-         the best-scored stay, so that outliers go last.
+Budget:  no more than `count` tokens of each segment where count > 0, else than a share of its tokens (portions.py); of
+         more the best-scored stay, so that outliers go last.
 Ties:    the lower index wins.   NaN: counts as 0.
 
 Reference: LLaVA-PruMerge, arXiv 2403.15388 (adaptive number of outliers; PruMerge+ with spread 3). Deviation: the
@@ -111,8 +111,8 @@ class Outliers(Select):
     spread: int = Field(0, ge=0, description="evenly spaced tokens for each outlier beside it, about; 0: none")
 
     def apply(self, score: torch.Tensor | None, scope: Scope) -> torch.Tensor:
-        share, count = self.keep.permille or 0, self.keep.count or 0
-        return outlier_keep.overload(score, scope.segment, scope.counts, self.fence, self.spread, share, count)
+        rule = (self.fence, self.spread, *self.keep.numbers)
+        return outlier_keep.overload(score, scope.segment, scope.counts, *rule)
 
     def kept(self, counts: list[int]) -> list[int]:
         """The upper bound: how many are outliers is known only at run time, a quarter at most."""

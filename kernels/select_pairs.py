@@ -2,7 +2,7 @@
 
 Shapes:  feature [B, V, D] float, score [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64
          -> [B, slots] int64 ascending, pads (-1) first
-Budget:  T = `count` tokens of each segment where count > 0, else permille / 1000 of its tokens, rounded down;
+Budget:  T = `count` tokens of each segment where count > 0, else a share of its tokens (portions.py);
          T share // 1000 of them by score. The others stand in a line, best score first, until T are left in all.
 Round:   the tokens at even places of the line each find the highest cosine to one at an odd place. Of them the `drop`
          most alike go (fewer in the last round, and never more than there are); those that stay form the new line, the
@@ -135,7 +135,7 @@ class Pairs(Select):
     def apply(self, score: torch.Tensor | None, scope: Scope, feature: torch.Tensor) -> torch.Tensor:
         budget = self.keep
         slots = budget.slots(scope.segment.shape[1], scope.number)
-        rule = (budget.permille or 0, budget.count or 0, self.share, self.drop, slots)
+        rule = (*budget.numbers, self.share, self.drop, slots)
         return pairs_keep.overload(feature, score, scope.segment, scope.counts, *rule)
 
     def kept(self, counts: list[int]) -> list[int]:

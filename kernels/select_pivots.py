@@ -8,7 +8,7 @@ Pivots:  the `visual` tokens of each segment with the greatest length, which all
 Rounds:  one a pivot: visual pivots by descending length, then text pivots by descending length. Each takes, of the
          tokens of its segment that are still free, those with the lowest cosine to it, in float32; a vector without a
          direction has cosine 0. What the budget leaves is spread over the pivots still to come, rounded up.
-Budget:  `count` tokens of each segment where count > 0, else permille / 1000 of its tokens, rounded down, pivots
+Budget:  `count` tokens of each segment where count > 0, else a share of its tokens (portions.py), pivots
          included; it is met exactly. A budget below `visual` keeps that many pivots and nothing else.
 Ties:    the lower index wins. NaN ranks last.
 Memory:  O(B V D), never V x V; the rounds are as many as pivots are asked for, whatever the sizes.
@@ -171,7 +171,7 @@ class Pivots(Select):
         budget = self.keep
         slots = budget.slots(scope.segment.shape[1], scope.number)
         tensors = (feature, words[0], *lengths, behind_visual(attention), scope.segment, scope.counts)
-        sizes = (self.visual, self.text, budget.permille or 0, budget.count or 0, slots)
+        sizes = (self.visual, self.text, *budget.numbers, slots)
         kept: torch.Tensor = pivot_keep.overload(*tensors, *sizes)
         return kept
 

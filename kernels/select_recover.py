@@ -6,8 +6,8 @@ First:   of a segment of n tokens the v best by `score` stay, v being the number
          (factor above 1.5, on either side).
 Then:    those tokens' `text` becomes the segment's lowest. With o local outliers among these numbers the best
          (n - v) o // n of the others by `text` stay as well. A segment of which none would stay keeps its best token.
-Budget:  no more than `count` tokens of each segment where count > 0, else than permille / 1000 of its tokens; of more
-         the recovered ones go first, then the lowest-scored.
+Budget:  no more than `count` tokens of each segment where count > 0, else than a share of its tokens (portions.py); of
+         more the recovered ones go first, then the lowest-scored.
 Ties:    the lower index wins.   NaN: counts as 0.
 Memory:  O(B V neighbours).
 
@@ -110,7 +110,7 @@ class Recover(Select):
         text: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         likeness = cosine_score.overload(feature, *text)
-        rule = (self.neighbours, self.keep.permille or 0, self.keep.count or 0)
+        rule = (self.neighbours, *self.keep.numbers)
         return recover_keep.overload(score, likeness, scope.segment, scope.counts, *rule)
 
     def kept(self, counts: list[int]) -> list[int]:

@@ -7,10 +7,11 @@ Regions: two neighbours whose pixels lie less than `within` apart (Euclidean, fl
 Budget:  of n tokens k = max(1, n - round(n (1000 - permille) / 1000)) stay. The share is exact, and a half is rounded
          to the even number, as Python does. A token by itself stays.
 Which:   those at places floor(i (n - 1) / (k - 1)) of the region, i = 0..k-1, in whole numbers; the first where k = 1.
+         With `floating` as float32 has them, i steps from the first or, in the upper half, back from the last.
 Memory:  O(B V P). Rounds: each takes the lowest number among neighbours and halves the way to it, until none changes.
 
-Reference: ShowUI, arXiv 2411.17465 (UI graph). Deviation: the published places are computed in float32, where 86 sizes
-below 3000 have one a place too low at a half (the first are 111, 115 and 187).
+Reference: ShowUI, arXiv 2411.17465 (UI graph). The published places are those of `floating`: at a half 86 sizes below
+3000 have one a place too low (the first are 111, 115 and 187).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tvc.kernels.loop import State, repeat
 from tvc.kernels.merge_scenes import Share
 from tvc.kernels.op import Scope, Select, Tap, op, primitive
 from tvc.kernels.peaks import histogram
+from tvc.kernels.portions import Portion
 from tvc.kernels.segments import pack, per_token, ranks, take_rows
 from tvc.kernels.select_threshold import largest
 
@@ -54,6 +56,8 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     whole, number = torch.zeros(1, 187, dtype=torch.int64), torch.tensor([[187]])
     wide = (whole, *neighbours_by_columns(whole, number, 17))
     yield "V187-equal", (torch.ones(1, 187, 1), *wide, 500, 1.0)
+    yield "V187-floating", (torch.ones(1, 187, 1), *wide, 500, 1.0, True)
+    yield "V187-floating-noise", (shades[:1, :, :1].tile(1, 16, 1)[:, :187], *wide, 370, 0.5, True)
     yield "V187-noise", (torch.randint(0, 2, (1, 187, 1)).float(), *wide, 370, 0.5)
     # The last round but one moves a single label.
     square, four = torch.zeros(1, 4, dtype=torch.int64), torch.tensor([[4]])
@@ -66,7 +70,13 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
 
 
 def _fake(
-    pixels: torch.Tensor, segment: torch.Tensor, right: torch.Tensor, below: torch.Tensor, permille: int, within: float
+    pixels: torch.Tensor,
+    segment: torch.Tensor,
+    right: torch.Tensor,
+    below: torch.Tensor,
+    permille: int,
+    within: float,
+    floating: bool = False,
 ) -> torch.Tensor:
     keep = segment >= 0
     return pack(keep, largest(keep))
@@ -96,7 +106,13 @@ def regions(joined: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
 
 @op(_cases, fake=_fake)
 def regions_keep(
-    pixels: torch.Tensor, segment: torch.Tensor, right: torch.Tensor, below: torch.Tensor, permille: int, within: float
+    pixels: torch.Tensor,
+    segment: torch.Tensor,
+    right: torch.Tensor,
+    below: torch.Tensor,
+    permille: int,
+    within: float,
+    floating: bool = False,
 ) -> torch.Tensor:
     """[B, K] int64: the tokens that stay of each region; K is the largest number of a sample."""
     valid, pixels = segment >= 0, pixels.float()
@@ -109,14 +125,25 @@ def regions_keep(
     region = torch.where(valid, regions([(right, near(right)), (below, near(below))]), -1)
     sizes = histogram(region, segment.shape[1])
     place, size = ranks(region, sizes), per_token(sizes, region)
-    thousandths = size * (1000 - permille)
-    whole, left = thousandths // 1000, thousandths % 1000 * 2
-    goes = whole + ((left > 1000) | ((left == 1000) & (whole % 2 == 1))).long()
-    # Place j stays where a multiple of n - 1 lies in [j (k - 1), (j + 1) (k - 1)).
+    goes = Portion(1000 - permille, rounding="nearest").of(size)
     last, span = (size - goes).clamp(min=1) - 1, (size - 1).clamp(min=1)
-    multiple = (place * last + span - 1) // span * span
-    keep = valid & ((place == 0) | (multiple < (place + 1) * last))
+    # The first of the k whose exact place is not in front of this one.
+    number = (place * last + span - 1) // span
+    if floating:
+        # Float32 is off by less than a place.
+        taken = _lies(number - 1, place, span, last) | _lies(number, place, span, last)
+        taken = taken | _lies(number + 1, place, span, last)
+    else:
+        taken = number * span < (place + 1) * last
+    keep = valid & ((place == 0) | taken)
     return pack(keep, largest(keep))
+
+
+def _lies(number: torch.Tensor, place: torch.Tensor, span: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """[B, V] bool: whether the one of this number, 0..last, is put at the place by float32."""
+    step = span.float() / last.clamp(min=1).float()
+    spot = torch.where(number < (last + 1) // 2, number.float() * step, span.float() - (last - number).float() * step)
+    return (number >= 0) & (number <= last) & (last > 0) & (spot.floor().long() == place)
 
 
 @primitive
@@ -134,6 +161,7 @@ class Regions(Select):
     columns: int | None = Field(
         None, gt=0, description="tokens in a row of the grid; default: those of the model, or what its positions tell"
     )
+    bug_compatible: bool = Field(False, description="whether places are rounded as by float32, as in ShowUI's code")
 
     def taps(self) -> dict[str, Tap]:
         return {"pixels": Tap("pixel"), "neighbours": Tap("neighbour", columns=self.columns)}
@@ -141,7 +169,8 @@ class Regions(Select):
     def apply(
         self, score: torch.Tensor | None, scope: Scope, pixels: torch.Tensor, neighbours: Neighbours
     ) -> torch.Tensor:
-        return regions_keep.overload(pixels, scope.segment, *neighbours, self.keep.permille or 0, self.within)
+        rule = (self.keep.permille or 0, self.within, self.bug_compatible)
+        return regions_keep.overload(pixels, scope.segment, *neighbours, *rule)
 
     def kept(self, counts: list[int]) -> list[int]:
         """The upper bound, all of them: how much of a picture shows the same is known only at run time."""

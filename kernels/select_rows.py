@@ -4,7 +4,7 @@ Shapes:  score [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64
          same for all tokens of a segment -> [B, slots] int64 ascending, pads (-1) first
 Rows:    places 0..columns-1 of a segment, the next `columns` of them, and so on. Tokens behind the last whole row
          are in none and never stay.
-Budget:  `count` tokens of each segment where count > 0, else permille / 1000 of its tokens, rounded down to whole rows.
+Budget:  `count` tokens of each segment where count > 0, else a share of them (portions.py), down to whole rows.
 Ties:    the upper row wins. A row with a NaN ranks last.
 Slots:   at least what any sample keeps; a sample that keeps less is padded.
 Memory:  O(B V).
@@ -95,7 +95,7 @@ class Rows(Gridded, Select):
     def apply(self, score: torch.Tensor | None, scope: Scope, columns: torch.Tensor | None = None) -> torch.Tensor:
         budget, written = self.keep, self.columns or 1
         slots = budget.slots(scope.segment.shape[1], scope.number) // written * written
-        rule = (budget.permille or 0, budget.count or 0, slots)
+        rule = (*budget.numbers, slots)
         return rows_keep.overload(score, scope.segment, scope.counts, self.rows(scope, columns), *rule)
 
     def kept(self, counts: list[int]) -> list[int]:

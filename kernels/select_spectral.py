@@ -6,7 +6,7 @@ Rule:    W_ij = exp(-|x_i - x_j|^2 / (2 sigma^2)) between the tokens of a segmen
          segment's budget, token i gets row i of Q Q^T, made 1 long: rows that are as far from each other as those of Q
          with its rows made 1 long. Columns of other segments are 0.
 Sigma:   in the unit of the features; `relative`: times the mean distance of two tokens of the segment.
-Budget:  `count` of each segment where count > 0, else permille / 1000 of its tokens, rounded down; of 0 it is 1 here.
+Budget:  `count` of each segment where count > 0, else a share of its tokens (portions.py); of 0 it is 1 here.
 Ties:    eigenvalues within a millionth of the largest row of L count as equal. Where the budget parts equal ones, Q
          goes without them, or has all of them if none is smaller. Tokens whose distance is below a thousandth of
          their lengths are copies.

@@ -2,7 +2,7 @@
 
 Shapes:  segment [B, V] int64 (-1 pads), counts [B, N] int64 -> [B, slots] int64 ascending, pads (-1) first
 Rule:    of n tokens, k stay: those at floor((2 i + 1) n / (2 k)), i = 0..k-1, the middles of k equal stretches.
-Budget:  `count` tokens of each segment where count > 0, else permille / 1000 of its tokens, rounded down.
+Budget:  `count` tokens of each segment where count > 0, else a share of its tokens (portions.py).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Stride(Select):
     def apply(self, score: torch.Tensor | None, scope: Scope) -> torch.Tensor:
         budget = self.keep
         slots = budget.slots(scope.segment.shape[1], scope.number)
-        return stride_keep.overload(scope.segment, scope.counts, budget.permille or 0, budget.count or 0, slots)
+        return stride_keep.overload(scope.segment, scope.counts, *budget.numbers, slots)
 
     def kept(self, counts: list[int]) -> list[int]:
         return [self.keep.kept(count) for count in counts]

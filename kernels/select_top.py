@@ -2,7 +2,7 @@
 
 Shapes:  score [B, V] float, segment [B, V] int64 (-1 pads), counts [B, N] int64
          -> [B, slots] int64 ascending, pads (-1) first
-Budget:  `count` tokens of each segment where count > 0, else permille / 1000 of its tokens, rounded down.
+Budget:  `count` tokens of each segment where count > 0, else a share of its tokens (portions.py).
 Ties:    the lower index wins. NaN counts as -inf.
 Slots:   at least what any sample keeps; a sample that keeps less is padded.
 """
@@ -27,6 +27,8 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
     score = torch.randn(3, 7)
     yield "share-half", (score, segment, counts, 500, 0, 3)
     yield "share-all", (score, segment, counts, 1000, 0, 7)
+    for name, numbers in (("sixth", (1, -18)), ("nearest", (1, -19)), ("up", (1, -20)), ("half-nearest", (500, -3001))):
+        yield f"share-{name}", (score, segment, counts, *numbers, 6)
     yield "count-two", (score, segment, counts, 0, 2, 4)
     yield "count-above-all", (score, segment, counts, 0, 9, 18)
     yield "equal-scores", (torch.zeros(3, 7), segment, counts, 500, 0, 3)
@@ -60,7 +62,7 @@ class Top(Select):
     def apply(self, score: torch.Tensor | None, scope: Scope) -> torch.Tensor:
         budget = self.keep
         slots = budget.slots(scope.segment.shape[1], scope.number)
-        return top_keep.overload(score, scope.segment, scope.counts, budget.permille or 0, budget.count or 0, slots)
+        return top_keep.overload(score, scope.segment, scope.counts, *budget.numbers, slots)
 
     def kept(self, counts: list[int]) -> list[int]:
         return [self.keep.kept(count) for count in counts]

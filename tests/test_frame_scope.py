@@ -65,6 +65,15 @@ def test_each_frame_keeps_its_own(model: Any, prepared: Prepared, target: str) -
     torch.testing.assert_close(compiled(**text).logits, model(**text).logits[:, -1:], rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("target", ["torch", pytest.param("ort", marks=pytest.mark.conformance)])
+def test_shares_are_rounded_frame_by_frame(model: Any, prepared: Prepared, target: str) -> None:
+    """30% are 2.4 of 8 and 1.2 of 4."""
+    up = {**COUNT, "select": {"top": {"keep": {"share": "30%", "round": "up"}}}}
+    compiled, inputs = prepared.compile(policy(up), target, verify=False), given(model)
+    assert by_frame(model, inputs, compiled(**inputs).kept["language.1"]) == [[3, 3, 3], [2, 2]]
+    assert tvc.verify(compiled, model, inputs, steps=2).passed
+
+
 @pytest.mark.conformance
 def test_an_image_is_one_frame(prepared: Prepared) -> None:
     images = support.inputs("qwen2_5_vl", 2)

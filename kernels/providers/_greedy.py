@@ -12,6 +12,7 @@ import torch
 
 from tvc.kernels.greedy import EQUAL
 from tvc.kernels.providers import YES, Support, no
+from tvc.kernels.providers._budget import stays
 from tvc.kernels.providers._pack import packed
 from tvc.kernels.providers._table import setting
 from tvc.kernels.providers._triton import cdiv, jit, power, tl
@@ -27,7 +28,7 @@ SLACK, SHARE = tl.constexpr(EQUAL), tl.constexpr(EXPLAINED)
 def budget(p_counts, i_b, i_n, N, permille, count):
     """int32: how many tokens of the segment are taken."""
     tokens = tl.load(p_counts + i_b * N + i_n)
-    return tl.where(count > 0, tl.minimum(tokens, count), tokens * permille // 1000).to(tl.int32)
+    return stays(tokens, permille, count)
 
 
 @jit

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from tvc.kernels.providers._budget import stays
 from tvc.kernels.providers._table import setting
 from tvc.kernels.providers._triton import jit, ordered, tl
 
@@ -34,7 +35,7 @@ def _best_kernel(
     p_segment += i_b * V
     p_flag += i_b * V
     tokens = tl.load(p_counts + i_b * N + i_n)
-    stay = tl.where(count > 0, tl.minimum(tokens, count), tokens * permille // 1000).to(tl.int32)
+    stay = stays(tokens, permille, count)
 
     o_block = tl.arange(0, BLOCK_V)
     if WHOLE:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from tvc.kernels.portions import Portion
 from tvc.kernels.providers import YES, Support, no
 from tvc.kernels.providers._directions import FLOATS, directed
 from tvc.kernels.providers._greedy import first_best, store_taken
@@ -89,7 +90,7 @@ def _centres_kernel(p_density, p_near, p_group, p_flag, P, N, words, BLOCK_P: tl
 def _room(segment: torch.Tensor, counts: torch.Tensor, permille: int, count: int) -> int:
     """How many tokens the pool of a sample has at most."""
     visual, number = segment.shape[1], counts.shape[1]
-    return min(visual, count * number) if count > 0 else visual * permille // 1000
+    return min(visual, count * number) if count > 0 else Portion.read(permille, count).room(visual, number)
 
 
 def supports(

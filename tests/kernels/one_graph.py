@@ -210,7 +210,12 @@ class OneGraph(torch.nn.Module):
         return mixed
 
     def selections(self, at: Inputs, score: torch.Tensor, scope: Scope, out: dict[str, torch.Tensor]) -> None:
-        for label, budget in (("count", 3), ("share", "40%")):
+        for label, budget in (
+            ("count", 3),
+            ("share", "40%"),
+            ("nearest", {"share": "3/7", "round": "nearest"}),
+            ("up", {"share": "25%", "round": "up"}),
+        ):
             out[f"select.top.{label}"] = Top(keep=Budget.model_validate(budget)).apply(score, scope)
         out["select.stride"] = Stride(keep=Budget(permille=400)).apply(None, scope)
         out["select.threshold"] = Threshold(above=0.3).apply(score, scope)

@@ -5,6 +5,7 @@ Each function takes the op's arguments (nested lists for tensors) and returns ne
 
 from __future__ import annotations
 
+import fractions
 import math
 from typing import Any
 
@@ -255,7 +256,10 @@ def _members(scopes: Row, scope: int) -> Row:
 
 
 def _budget(size: int, permille: int, count: int) -> int:
-    return min(size, count) if count else size * permille // 1000
+    if count >= 0:
+        return min(size, count) if count else size * permille // 1000
+    rounded = (math.floor, round, math.ceil)[-count % 3]  # `round` goes to the even one of two
+    return rounded(fractions.Fraction(size * permille, -count // 3))
 
 
 def _best(members: Row, values: Row, number: int) -> Row:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from kernel_oracles import ORACLES, Row
 
 
-def regions_keep(pixels: Any, segment: Any, right: Any, below: Any, permille: int, within: float) -> list[Row]:
+def regions_keep(
+    pixels: Any, segment: Any, right: Any, below: Any, permille: int, within: float, floating: bool = False
+) -> list[Row]:
     rows = []
     for shown, pictures, *others in zip(pixels, segment, right, below, strict=True):
         parent = list(range(len(pictures)))
@@ -31,7 +34,10 @@ def regions_keep(pixels: Any, segment: Any, right: Any, below: Any, permille: in
         for members in groups.values():
             # A product of whole numbers, halved to the even one by Python's own rule.
             stay = max(1, len(members) - round(len(members) * (1000 - permille) / 1000))
-            places = [0] if stay == 1 else [i * (len(members) - 1) // (stay - 1) for i in range(stay)]
+            if floating:
+                places = torch.linspace(0, len(members) - 1, stay).long().tolist()
+            else:
+                places = [0] if stay == 1 else [i * (len(members) - 1) // (stay - 1) for i in range(stay)]
             kept += [members[place] for place in places]
         rows.append(sorted(kept))
     width = max(map(len, rows))

@@ -53,6 +53,9 @@ def top_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
         yield f"V{visual}-levels", (levels, segment, counts, 333, 0, visual)
         yield f"V{visual}-one-scope", (torch.randn(2, visual), *one_scope(2, visual), 0, 5, 5)
     score, (segment, counts) = torch.randn(2, 63), scopes(2, 63, 2, seed=1)
+    for rounding in range(3):
+        yield f"fraction-{rounding}", (score, segment, counts, 5, -(3 * 14 + rounding), 63)
+        yield f"tenths-{rounding}", (score, segment, counts, 999, -(3 * 1000 + rounding), 63)
     yield "none-stay", (score, segment, counts, 1, 0, 3)
     yield "all-pads", (score, *pads_alone(2, 63), 500, 0, 4)
     yield "strided", (strided(score), strided(segment), strided(counts), 500, 0, 63)
@@ -196,6 +199,7 @@ def _greedy(arguments: Callable[[int], tuple[Any, ...]], sizes: tuple[int, ...])
     yield "all-pads", (*arguments(6), *pads_alone(2, 6), 500, 0, 3)
     moved = tuple(strided(a) if torch.is_tensor(a) else a for a in (*arguments(21), *scopes(2, 21, 2, seed=0)))
     yield "strided", (*moved, 0, 4, 8)
+    yield "nearest", (*arguments(21), *scopes(2, 21, 2, seed=0), 500, -3001, 21)
 
 
 def _directions(visual: int) -> torch.Tensor:
@@ -238,6 +242,8 @@ def density_keep(sizes: tuple[int, ...]) -> Iterator[Case]:
     yield "not-finite", (endless, score, *one_scope(2, 21), 1000, 0, 0.5)
     lowest = torch.where(torch.rand(2, 21) < 0.5, float("nan"), float("-inf"))
     yield "lowest-scores", (metric, lowest, *one_scope(2, 21), 300, 0, 0.5)
+    for rounding in range(3):
+        yield f"fraction-{rounding}", (metric, score, segment, counts, 5, -(3 * 7 + rounding), 0.5)
     yield "no-pool", (metric, score, segment, counts, 1, 0, 0.5)
     yield "all-pads", (metric, score, *pads_alone(2, 21), 500, 0, 0.5)
     yield "strided", (*(strided(a) for a in (metric, score, segment, counts)), 700, 0, 0.5)

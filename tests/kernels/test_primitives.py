@@ -27,6 +27,12 @@ from tvc.kernels.score_cosine import CosineScore
 from tvc.kernels.score_norm import NormScore
 from tvc.kernels.score_random import PRIME, RandomScore
 from tvc.kernels.score_uniform import UniformScore
+from tvc.kernels.select_chunks import Chunks
+from tvc.kernels.select_log_det import LogDet
+from tvc.kernels.select_max_min import MaxMin
+from tvc.kernels.select_max_sum import MaxSum
+from tvc.kernels.select_medoids import Medoids
+from tvc.kernels.select_pairs import Pairs
 from tvc.kernels.select_stride import Stride
 from tvc.kernels.select_threshold import Threshold
 from tvc.kernels.select_top import Top
@@ -34,7 +40,9 @@ from tvc.kernels.when_always import Always
 from tvc.kernels.when_threshold import ThresholdGate
 
 IMAGES = st.lists(st.lists(st.integers(1, 9), min_size=0, max_size=3), min_size=1, max_size=3)
-BUDGETS = st.one_of(st.integers(1, 12), st.integers(1, 1000).map(lambda p: f"{p // 10}.{p % 10}%"))
+SHARES = st.integers(1, 1000).map(lambda p: f"{p // 10}.{p % 10}%")
+ROUNDED = st.builds(lambda share, how: {"share": share, "round": how}, SHARES, st.sampled_from(["nearest", "up"]))
+BUDGETS = st.one_of(st.integers(1, 12), SHARES, st.sampled_from(["1/3", "6/7"]), ROUNDED)
 
 
 def chunk(images: list[list[int]], seed: int = 0) -> Inputs:
@@ -214,9 +222,26 @@ def test_top_takes_the_best_and_the_lowest_of_equals(images: list[list[int]], bu
     keep = Budget.model_validate(budget)
     score = (torch.randn(at.segment.shape) * levels).round()
     slots = keep.slots(at.segment.shape[1], at.counts.shape[1])
-    rule = (keep.permille or 0, keep.count or 0, slots)
+    rule = (*keep.numbers, slots)
     want = ORACLES["top_keep"](score.tolist(), at.segment.tolist(), at.counts.tolist(), *rule)
     assert Top(keep=keep).apply(score, scope_of(at)).tolist() == want
+
+
+@given(IMAGES, ROUNDED, st.integers(0, 3))
+@settings(max_examples=10, deadline=None)
+def test_every_selector_rounds_as_the_plan_does(images: list[list[int]], budget: Any, seed: int) -> None:
+    at = chunk(images, seed)
+    torch.manual_seed(seed)
+    score, keep = torch.rand(at.segment.shape), Budget.model_validate(budget)
+    plain = {"top": Top, "stride": Stride}
+    for_features = {"max_min": MaxMin, "max_sum": MaxSum, "log_det": LogDet, "medoids": Medoids, "chunks": Chunks}
+    for name, kind in (plain | for_features | {"pairs": Pairs}).items():
+        selector = kind(keep=keep)
+        taps = {} if name in plain else {"feature": at.feature}
+        chosen = selector.apply(score, scope_of(at), **taps)
+        for b, sample in enumerate(images):
+            scopes = [at.segment[b, v].item() for v in valid(chosen[b])]
+            assert [scopes.count(i) for i in range(len(sample))] == selector.kept(sample), name
 
 
 def test_a_full_budget_keeps_every_token_in_place() -> None:

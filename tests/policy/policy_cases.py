@@ -186,6 +186,21 @@ READING: dict[str, tuple[object, object]] = {
     "keep-too-fine": (policy(step("language.2", "score: uniform\n    select: {top: {keep: 33.33%}}")), ()),
     "keep-quoted-number": (policy(step("language.2", "score: uniform\n    select: {top: {keep: '54'}}")), ()),
     "keep-true": (policy(step("language.2", "score: uniform\n    select: {top: {keep: true}}")), ()),
+    "keep-fraction-above-all": (policy(step("language.2", "score: uniform\n    select: {top: {keep: 3/2}}")), ()),
+    "keep-fraction-too-fine": (policy(step("language.2", "score: uniform\n    select: {top: {keep: 1/3000001}}")), ()),
+    "keep-unknown-rounding": (
+        policy(step("language.2", "score: uniform\n    select: {top: {keep: {share: 25%, round: half}}}")),
+        (),
+    ),
+    "keep-rounding-of-nothing": (
+        policy(step("language.2", "score: uniform\n    select: {top: {keep: {round: up}}}")),
+        (),
+    ),
+    "keep-rounded-elsewhere": (
+        policy(step("language.2", "select: {regions: {keep: {share: 62%, round: up}}}")),
+        (),
+    ),
+    "keep-exact-elsewhere": (policy(step("language.2", "merge: {bipartite: {keep: 2/3}}")), ()),
     "keep-unknown-mapping": (policy(step("language.2", "score: uniform\n    select: {top: {keep: {mean: 3}}}")), ()),
     "keep-average-zero": (policy(step("language.2", "score: uniform\n    select: {top: {keep: {average: 0}}}")), ()),
     "setting-missing": (policy(step("language.2", "score: uniform\n    select: {top: {}}")), ()),

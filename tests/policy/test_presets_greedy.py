@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fractions
 import math
 
 import pytest
 import torch
 
 from tvc.kernels.op import Scope
+from tvc.passes.reduction import decide
 from tvc.policy import load_policy
 
 
@@ -38,6 +40,18 @@ def test_divprune_maximises_the_smallest_distance_greedily(count: int, keep: int
         nearest = [min(float(distance[other, token]) for other in taken) for token in rest]
         taken.append(rest[nearest.index(max(nearest))])
     assert select("divprune", keep, feature) == sorted(taken)
+
+
+@pytest.mark.parametrize("count", [1, 576, 577, 250, 750, 728, 2880])
+def test_divprune_keeps_as_many_as_published(count: int) -> None:
+    """`round(0.098 * n)`: 24.5 of 250 are 24, and 73.5 of 750 are 74."""
+    (step,) = load_policy("divprune").steps
+    number = round(fractions.Fraction(98, 1000) * count)
+    assert step.select.kept([count]) == [number]
+    assert step.select.keep.slots(count, 1) == number
+    if count < 700:
+        feature = torch.randn(1, count, 4, generator=torch.Generator().manual_seed(count))
+        assert step.select.apply(None, one_image(count), feature=feature).shape == (1, number)
 
 
 def test_divprune_repeats_no_token_where_others_are_duplicates() -> None:
@@ -74,6 +88,29 @@ def test_cdpruner_follows_the_largest_determinant(keep: int) -> None:
         volume = [float(torch.linalg.det(kernel[[*taken, token]][:, [*taken, token]])) for token in rest]
         taken.append(rest[volume.index(max(volume))])
     assert select("cdpruner", keep, feature, relevance) == sorted(taken)
+
+
+@pytest.mark.parametrize(("prefer", "sign"), [("similar", 1), ("different", -1)])
+def test_cdpruner_may_have_the_published_sign(prefer: str, sign: int) -> None:
+    """Published: relevance is minus the cosine, from (r - min + 1e-6) / (max - min); ours is the cosine by default."""
+    generator = torch.Generator().manual_seed(11)
+    feature, words = torch.randn(14, 16, generator=generator), torch.randn(4, 16, generator=generator)
+    policy = load_policy("cdpruner", set={"keep": 5} | ({} if prefer == "similar" else {"prefer": prefer}))
+    unit = torch.nn.functional.normalize(feature.double(), dim=1)
+    relevance = sign * (unit @ torch.nn.functional.normalize(words.double().mean(0), dim=0))
+    weight = (relevance - relevance.min() + 1e-6) / (relevance.max() - relevance.min())
+    kernel = weight[:, None] * (unit @ unit.T) * weight
+    taken: list[int] = []
+    for _ in range(5):
+        rest = [token for token in range(14) if token not in taken]
+        volume = [float(torch.linalg.det(kernel[[*taken, token]][:, [*taken, token]])) for token in rest]
+        taken.append(rest[volume.index(max(volume))])
+    taps = {"feature": feature[None], "text": (words[None], torch.ones(1, 4, dtype=torch.bool))}
+    scope = one_image(14)
+    given = (feature[None], torch.ones(1, 14), scope.segment, scope.counts)
+    got = decide(policy.steps[0], *given, [taps], {"select": {"feature": feature[None]}})
+    assert got.chosen[0].tolist() == sorted(taken)
+    assert taken[0] == int(weight.argmax())
 
 
 def test_cdpruner_takes_the_most_relevant_token_first() -> None:

@@ -145,8 +145,20 @@ def test_float32_puts_one_place_too_low_for_86_sizes() -> None:
             apart.append(size)
             assert sum(a - b for a, b in zip(exact, rounded, strict=True)) == 1
     assert (len(apart), apart[:3]) == (86, [111, 115, 187])
-    (places,) = kept(step_of(), [drawn(37, 3, 1, 0)])
+    (places,) = kept(step_of("bug_compatible=false"), [drawn(37, 3, 1, 0)])
     assert places == [i * 110 // 54 for i in range(55)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(37, 3), (5, 23), (17, 11), (1, 191), (47, 5), (24, 24), (40, 50), (3, 1)]
+)
+@pytest.mark.parametrize("keep", [50, 30, 90])
+def test_places_are_the_published_ones(rows: int, columns: int, keep: int) -> None:
+    """`linspace` in float32, cut off; 111, 115, 187, 191 and 235 are among the sizes where that is another place."""
+    size = rows * columns
+    stay = max(1, size - round(size * Fraction(100 - keep, 100)))
+    (places,) = kept(step_of(f"keep={keep}%"), [drawn(rows, columns, 1, 0)])
+    assert places == torch.linspace(0, size - 1, stay).long().tolist()
 
 
 def refused(text: str, **model: object) -> SiteError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import operator
+import shlex
 from typing import ClassVar
 
 import pytest
@@ -453,6 +454,20 @@ def test_solved_settings_give_the_solved_average_when_they_are_set(preset):
     again = plan_policy(policy.with_settings([f"{key}={value}" for key, value in plan.settings]), sizes)
     assert again.layers == plan.layers
     assert "solved: --set steps.0.select" in plan.text()
+
+
+def test_a_solved_share_is_rounded_as_before():
+    sizes = legal(layout(language=(Layer(1000, 4, 2, 16),) * 32, vision=(Layer(500, 2, 2, 8),) * 24))
+    policy = load_policy("divprune")
+    plan = plan_policy(policy, sizes, average_tokens=200)
+    # 34.7% of 576 are 199.9, and 34.8% are 200.4.
+    assert plan.settings == (("steps.0.select.max_min.keep", {"share": "34.7%", "round": "nearest"}),)
+    assert plan.average_visual_tokens == 200
+    (line,) = (line for line in plan.text().splitlines() if line.startswith("solved: "))
+    _, flag, setting = shlex.split(line)
+    assert flag == "--set"
+    for settings_given in ([setting], dict(plan.settings)):
+        assert plan_policy(policy.with_settings(settings_given), sizes).layers == plan.layers
 
 
 @pytest.mark.parametrize(

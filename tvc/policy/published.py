@@ -80,7 +80,7 @@ def _share(document: Document, path: Path, text: str) -> str:
             path,
             "a budget stands under what is no share",
             got=text,
-            want="a share of the visual tokens",
+            want="a share of the visual tokens, in percent",
             fix="write 33%: {keep: 33.4%}",
             slug="bad-budget",
         )

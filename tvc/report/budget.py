@@ -10,6 +10,7 @@ from tvc.errors import ArgumentError, SiteError
 from tvc.kernels.budget import Budget
 from tvc.policy import Policy, resolve
 from tvc.program import Layout
+from tvc.report.plan import setting
 from tvc.report.schedule import plan_policy, solve_average, solve_kept
 
 LADDER = ("50%", "33%", "22%", "11%", "5%")  # what papers compare at
@@ -79,7 +80,7 @@ class Rung:
         if self.why_not:
             return f"{self.share:>4}  {self.why_not}"
         how = "published" if self.published else "scaled"
-        settings = ", ".join(f"{name}={value}" for name, value in self.settings.items())
+        settings = ", ".join(setting(*given) for given in self.settings.items())
         return f"{self.share:>4}  {self.visual_tokens:6.1f}  {self.kv_ratio:6.1%}  {how:9}  {settings}"
 
 

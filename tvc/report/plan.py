@@ -8,6 +8,7 @@ its `fired` plan the least.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,7 +112,7 @@ class Plan:
     compiled: Cost
     exact: bool = True
     fired: Plan | None = None
-    settings: tuple[tuple[str, str | int], ...] = ()  # what was solved for: budgets to give to `--set`
+    settings: tuple[tuple[str, Any], ...] = ()  # what was solved for: budgets to give to `--set`
     budget: str = ""  # the share that the policy was asked to work at
     operators: tuple[Operators, ...] = dataclasses.field(default=(), compare=False)
     frames: int = 1
@@ -163,7 +164,7 @@ class Plan:
         share = f" ({100 * self.average_visual_tokens / total:.1f}%)" if total else ""
         lines += ["", f"average visual tokens per decoder layer: {self.average_visual_tokens:.1f} of {total}{share}"]
         if self.settings:
-            lines.append("solved: " + " ".join(f"--set {key}={value}" for key, value in self.settings))
+            lines.append("solved: " + " ".join(f"--set {shlex.quote(setting(*given))}" for given in self.settings))
         if not self.exact:
             lines.append(
                 "images of a sequence or frames of a video share one budget: their split, and later counts, depend "
@@ -244,6 +245,13 @@ def _stage_row(stage: PlanStage) -> tuple[str, ...]:
     if stage.part == "vision":
         return name, sites, str(stage.visual), "", ""
     return name, sites, str(stage.visual), str(stage.text), str(stage.held)
+
+
+def setting(key: str, value: Any) -> str:
+    """`steps.0.select.top.keep={share: 25%, round: nearest}`: as `--set` reads it."""
+    if isinstance(value, dict):
+        value = "{" + ", ".join(f"{name}: {inner}" for name, inner in value.items()) + "}"
+    return f"{key}={value}"
 
 
 def _table(head: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[str]:

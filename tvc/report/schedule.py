@@ -87,7 +87,7 @@ def plan_policy(
     resolved = resolve(policy, layout)
     if layout.frames > 1:
         check_video(resolved.steps)
-    settings: dict[str, str | int] = {}
+    settings: dict[str, Any] = {}
     if average_tokens is not None:
         settings = solve_average(resolved, layout, average_tokens, text_tokens).settings
         resolved = resolve(policy.with_settings(settings), layout)
@@ -269,7 +269,7 @@ class _Scaled:
 class Schedule:
     """Budgets that meet a goal: `settings` for `Policy.with_settings`, and the plan they give."""
 
-    settings: dict[str, str | int]
+    settings: dict[str, Any]
     plan: Plan
 
     @property
@@ -358,7 +358,8 @@ def _solve(policy: Any, layout: Layout, goal: _Goal, text_tokens: int, vision_bl
         return goal.measure(scaled(factor).steps)
 
     total = max(sum(layout.visual_tokens), max(tile_lengths(layout)))
-    most = max(-(-_PARTS * (1000 if b.permille else total) // (b.permille or b.count or 1)) for b in budgets)
+    smallest = [(b.share.parts, b.share.whole) if b.share else (b.count or 1, total) for b in budgets]
+    most = max(-(-_PARTS * whole // parts) for parts, whole in smallest)
     least = _largest(lambda f: _follow(scaled(f).steps, layout, fires=False).emptied, most)
     least += _follow(scaled(least).steps, layout, fires=False).emptied
     lowest, highest = measure(least), measure(most)
@@ -407,7 +408,7 @@ def _scaled_step(step: Any, factor: int) -> Any:
     return dataclasses.replace(step, **parts)
 
 
-def _settings(steps: Sequence[Any], scaled: Sequence[Any]) -> Iterator[tuple[str, str | int]]:
+def _settings(steps: Sequence[Any], scaled: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """Every budget of the scaled steps, and what else differs from the steps as they were."""
     for before, after in zip(steps, scaled, strict=True):
         for part in _PARTS_OF:
@@ -417,13 +418,16 @@ def _settings(steps: Sequence[Any], scaled: Sequence[Any]) -> Iterator[tuple[str
             always = {name for name in type(new).model_fields if isinstance(getattr(new, name), Budget)}
             for name, value in new.model_dump(mode="json").items():
                 place = f"steps.{before.number}.{part}.{new.key}.{name}"
-                yield from _leaves(place, old.model_dump(mode="json")[name], value, name in always)
+                if name in always:
+                    yield place, value
+                else:
+                    yield from _leaves(place, old.model_dump(mode="json")[name], value)
 
 
-def _leaves(place: str, old: Any, new: Any, always: bool) -> Iterator[tuple[str, str | int]]:
+def _leaves(place: str, old: Any, new: Any) -> Iterator[tuple[str, Any]]:
     """The values below a place that changed, each by its own path."""
     if isinstance(new, dict) and isinstance(old, dict):
         for name, value in new.items():
-            yield from _leaves(f"{place}.{name}", old.get(name), value, always)
-    elif always or new != old:
+            yield from _leaves(f"{place}.{name}", old.get(name), value)
+    elif new != old:
         yield place, new
