@@ -42,7 +42,8 @@ class Method:
     keep: the value of the parameter by kind of case; also: parameters that have the same value.
     settings: further settings, of all kinds (`""`) or of one.
     grids: by kind of case; sizes: those that the file of weights decides, by kind of case.
-    none: why there is no case of a kind; steps: how many are compared.
+    at: sites of the steps that are compared, in encoders of 9 and decoders of 32 layers, whose number alone is written;
+    steps: the most of them; none: why there is no case of a kind.
     fewest: what a budget of one leaves, where a row of a picture or the targets of a merge stay beside it.
     """
 
@@ -55,11 +56,15 @@ class Method:
     sizes: Callable[[str, int], dict[str, int]] = lambda kind, tokens: {}
     none: Mapping[str, str] = dataclasses.field(default_factory=dict)
     steps: int = 9
+    at: tuple[int | str, ...] = (0,)
     vision: Mapping[str, int] = dataclasses.field(default_factory=dict)
     film: bool = False
     seeds: Mapping[str, int] = dataclasses.field(default_factory=dict)  # where others meet what rounding decides
     fewest: int = 1
     images: int = 1  # of the prompt; one of them is looked at
+
+    def sites(self) -> list[str]:
+        return [f"language.{site}" if isinstance(site, int) else site for site in self.at]
 
     def value(self, kind: str) -> str:
         return {"one": "1", "all": "100%", **self.keep}.get(kind, self.keep.get("", "30%"))
@@ -92,6 +97,7 @@ def merges_by_key(**more: Any) -> Method:
         grids={"one": (1, 1, 2)},
         vision={"one": 1},
         steps=3,
+        at=("vision.0", "vision.1", "vision.2"),
         **more,
     )
 
@@ -160,7 +166,7 @@ def framefusion(g: Any, cost: str, stage: int) -> Left:
     if stage == 3:
         return kept(g.x, best(g.received("language.2", [g.length - 1]), room))
     whole = {(p, t): (frames(g)[t, p], 1) for t in range(g.frames) for p in range(g.places)}
-    left = video.merged(whole, g.numbers["above"], g.tokens - room)
+    left = video.merged(whole, g.numbers.get("above", 0.6), g.tokens - room)
     return {t * g.places + p: list(row) for (p, t), (row, _) in left.items()}
 
 
@@ -171,7 +177,12 @@ HEADS = ("heads=2", "groups=1")
 NEIGHBOURS = {"all": "outliers are never all of them"}
 
 METHODS: dict[str, Method] = {
-    "aim": Method(lambda g, keep, stage: merge.aim(g, share(keep), stage), keep={"one": "1.6%"}, images=8),
+    "aim": Method(
+        lambda g, keep, stage: merge.aim(g, share(keep), stage),
+        keep={"one": "1.6%"},
+        images=8,
+        at=(0, 17, 18, 19, 21, 22, 23, 24, 26),
+    ),
     "auroracap": BY_KEY,
     "b-vllm-sampler": learns(
         trained.qformer,
@@ -179,10 +190,10 @@ METHODS: dict[str, Method] = {
         sizes=lambda kind, tokens: {"queries": tokens, "hidden": 6, "inner": 5},
     ),
     "cdpruner": drops(select.largest_volume),
-    "centerclip": drops(select.middles),
-    "centerclip-spectral": drops(select.middles_of_neighbourhoods),
+    "centerclip": drops(select.middles, at=("vision.4",)),
+    "centerclip-spectral": drops(select.middles_of_neighbourhoods, at=("vision.4",)),
     "covipal": learns(trained.rated_by_network, sizes=lambda kind, tokens: {"hidden": 6}),
-    "dart": drops(select.from_pivots),
+    "dart": drops(select.from_pivots, at=(2,)),
     "divprune": drops(select.far_apart),
     "dycoke": Method(of_pairs, film=True, fewest=3 * 16 + 5),
     "dyvte": Method(
@@ -190,10 +201,11 @@ METHODS: dict[str, Method] = {
         parameter="",
         sizes=lambda kind, tokens: {"hidden": 6},
         none={"one": EXIT},
+        at=tuple(range(1, 10)),
     ),
     "evs": Method(change, film=True, grids={"one": (8, 1, 1)}),
     "fastervlm": drops(select.by_class),
-    "fastv": drops(select.by_last),
+    "fastv": drops(select.by_last, at=(2,)),
     "fastvid": Method(
         fastvid,
         parameter="salient",
@@ -215,11 +227,12 @@ METHODS: dict[str, Method] = {
         framefusion,
         parameter="cost",
         keep={"one": "0.1%"},
-        settings={"": ("above=0.2",), "one": ("above=-1",)},
+        settings={"one": ("above=-1",)},
         grids={"one": (8, 1, 1)},
         film=True,
+        at=(0, 1, 2, 3),
     ),
-    "hiprune": drops(select.anchored),
+    "hiprune": drops(select.anchored, keep={"": "80%"}),
     "holitom": Method(
         holitom,
         also=("inside",),
@@ -228,10 +241,11 @@ METHODS: dict[str, Method] = {
         grids={"one": (1, 3, 4)},
         film=True,
         seeds={"ties": 40},
+        at=(0, 20),
     ),
     "holov": drops(select.in_stretches),
-    "illava": drops(merge.folded, also=("encoder_keep",)),
-    "mmtok": drops(select.covering),
+    "illava": drops(merge.folded, also=("encoder_keep",), at=("vision.2", "vision.3", "language.9")),
+    "mmtok": drops(select.covering, keep={"odd": "34%"}, grids={"odd": (1, 3, 3)}),
     "mqt": learns(
         trained.resampled,
         settings={"": ("heads=2",)},
@@ -244,11 +258,12 @@ METHODS: dict[str, Method] = {
         parameter="guarded",
         keep={"": "4", "all": "1"},
         settings={
-            "": ("alike=0.02", "share=0.016", "least=0.048"),
+            "": ("alike=0.02", "share=0.03", "least=0.055"),
             "one": ("alike=-1", "share=1", "least=3"),
             "all": ("alike=1", "share=0.000001", "least=0.000003"),
         },
         grids={"one": (1, 3, 3)},
+        at=(0, 3, 7, 11, 15),
     ),
     "pact": Method(
         lambda g, keep, stage: merge.pact(g, counted(keep, g.tokens), g.numbers["cutoff"]),
@@ -257,6 +272,7 @@ METHODS: dict[str, Method] = {
             "ties": ("cutoff=0.4", "reach=0.6"),
             "all": ("cutoff=0.001", "reach=0.0015"),
         },
+        at=(4,),
     ),
     "pixel-shuffle": of_grid(
         trained.shuffled_pixels,
@@ -285,8 +301,10 @@ METHODS: dict[str, Method] = {
         settings={"": ("neighbours=5",)},
         none=NEIGHBOURS,
     ),
-    "prunevid": Method(prunevid, also=("clusters",), keep={"one": "5%"}, film=True, grids={"one": (1, 4, 5)}),
-    "pyramiddrop": drops(select.by_last_thrice),
+    "prunevid": Method(
+        prunevid, also=("clusters",), keep={"one": "5%"}, film=True, grids={"one": (1, 4, 5)}, at=(0, 11)
+    ),
+    "pyramiddrop": drops(select.by_last_thrice, at=(8, 16, 24)),
     "qtsplus": Method(
         lambda g, least, stage: trained.asked_for(g, float(least), g.numbers.get("most", 0.5)),
         parameter="least",
@@ -301,29 +319,34 @@ METHODS: dict[str, Method] = {
         lambda g, keep, stage: select.thinned_regions(g, share(keep), g.numbers.get("within", 1.0)),
         keep={"": "50%", "one": "1%"},
         settings={"one": ("within=1000",)},
+        at=(1,),
     ),
-    "sparsevlm": drops(merge.rated, also=("keep_second", "keep_third"), fewest=1 + 2),
+    "sparsevlm": drops(merge.rated, also=("keep_second", "keep_third"), fewest=1 + 2, at=(3, 7, 16)),
     "stc": Method(novelty, keep={"": "4", "all": "60"}, grids={"one": (1, 3, 4)}, film=True),
     "tinychart": BY_KEY,
     "todre": drops(select.unlike_in_sum),
     "todre-exit": Method(
         lambda g, below, stage: select.where_little_is_exchanged(g, float(below)),
         parameter="below",
-        keep={"": "0.9", "all": "0.1"},
+        keep={"formula": "0.659", "odd": "0.655", "ties": "0.65", "equal": "0.9", "all": "0.1"},
         none={"one": EXIT},
+        at=(28,),
     ),
     "tokenflex": of_grid(
         trained.celled, keep={"": "3", "one": "1", "all": "8"}, sizes=lambda kind, tokens: {"hidden": 6}
     ),
     "tome": BY_KEY,
-    "transprune": drops(select.by_change_and_text, also=("keep_second", "keep_third")),
+    "transprune": drops(select.by_change_and_text, also=("keep_second", "keep_third"), at=(7, 9, 12)),
     "uniform": drops(select.uniform),
-    "vflowopt": drops(merge.flowing, also=("second_keep", "third_keep"), settings={"": ("above=1.2",)}, fewest=1 + 9),
+    "vflowopt": drops(
+        merge.flowing, also=("second_keep", "third_keep"), settings={"": ("above=1.2",)}, fewest=1 + 9, at=(0, 10, 20)
+    ),
     "visiondrop": drops(
         merge.visiondrop,
         also=("keep_first", "keep_second", "keep_third"),
         settings={"": ("contextual=4", *(f"contextual_{stage}=4" for stage in ("first", "second", "third")))},
         fewest=1 + 4,
+        at=(0, 8, 16, 24),
     ),
     "visionzip": drops(merge.visionzip, settings={"": ("contextual=4",)}, fewest=1 + 4),
     "vispruner": drops(select.without_pairs),

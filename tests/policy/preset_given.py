@@ -50,6 +50,8 @@ class Given:
         some = [int(n) % COPIES for n in self.drawn("copy", max(0, self.tokens - 2)).mul(99)]
         self.copy = [0] * self.tokens if kind == "equal" else [*some, COPIES, COPIES + 1][: self.tokens]
         self.feature = self.of_tokens("feature", 1, WIDTH)
+        if frames > 1 and kind in ("formula", "odd"):
+            self.feature = self.film().flatten(0, 1)[None]
         self.words = self.drawn("words", 1, FRONT + BEHIND, WIDTH)
         if kind == "ties":
             self.words = self.corners("words", FRONT + BEHIND, WIDTH)[None]
@@ -75,6 +77,13 @@ class Given:
         if self.kind in ("ties", "equal"):
             return self.corners(name, COPIES + 2, shape[-1])[self.copy].expand(*shape[:-1], -1, -1)
         return self.drawn(name, *shape[:-1], self.tokens, shape[-1])
+
+    def film(self) -> torch.Tensor:
+        """[T, P, D] places that stand still but for some noise, and jump now and then."""
+        shape = (self.frames, self.places, WIDTH)
+        jumps = self.drawn("jumps", *shape[:2], 1) > 0.8
+        steps = torch.where(jumps, self.drawn("steps", *shape), 0.0)
+        return self.drawn("first", 1, *shape[1:]) + steps.cumsum(0) + 0.1 * self.drawn("noise", *shape)
 
     def corners(self, name: str, number: int, width: int) -> torch.Tensor:
         """[number, D] of ones, minus ones and zeros: all of a length of 2, so that cosines are exact."""

@@ -33,6 +33,7 @@ def steps_of(name: str, kind: str, weights: pathlib.Path) -> tuple[Step, ...]:
 def test_a_preset_is_its_formula(name: str, kind: str, tmp_path: pathlib.Path) -> None:
     method, weights = METHODS[name], tmp_path / "trained.safetensors"
     steps = steps_of(name, kind, weights)
+    assert [step.at for step in steps] == method.sites()[: method.vision.get(kind, 9)]
     numbers = {key: number(value) for key, value in method.set(kind).items()}
     numbers["blocks"] = method.vision.get(kind, 9)
     for stage, step in enumerate(steps):

@@ -183,7 +183,7 @@ def test_vista_lets_text_read_visual_tokens_unturned(kind: str) -> None:
 @pytest.mark.parametrize(("width", "window"), [(16, 512), (32, 64), (20, 4096)])
 def test_the_visual_context_window_stretches_slow_frequencies(width: int, window: int) -> None:
     """YaRN: frequencies that turn 32 times or more in the window stay, those that turn once or less are divided."""
-    rule = policy_of("visual-context-window", "factor=4").positions
+    rule = policy_of("visual-context-window").positions
     assert isinstance(rule, Rescale)
     config = transformers.LlamaConfig(
         hidden_size=width, num_attention_heads=1, max_position_embeddings=window, rope_theta=10000.0
