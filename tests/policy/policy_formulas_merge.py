@@ -24,14 +24,17 @@ def pairs(metric: Rows, removed: int) -> list[tuple[int, int]]:
     return [(a, partner[a]) for a in first]
 
 
+def weighed(g: Any, members: list[int]) -> Row:
+    """The mean of tokens that stand for several each."""
+    sizes = [g.sizes[v] for v in members]
+    return [value / sum(sizes) for value in total([g.x[v] for v in members], sizes)]
+
+
 def by_key(g: Any, removed: int, stage: int) -> Left:
     """A round of ToMe (TinyChart, AuroraCap) in front of an encoder block, by the block's own keys."""
-    x = g.x
     merges = pairs(g.keys(f"vision.{stage}")[0].double().tolist(), min(removed, g.tokens // 2))
     gone = {a for a, _ in merges}
-    return {
-        v: mean([x[v], *(x[a] for a, b in merges if b == v)]) for v in range(g.tokens) if v not in gone
-    }  # all stand for one token so far
+    return {v: weighed(g, [v, *(a for a, b in merges if b == v)]) for v in range(g.tokens) if v not in gone}
 
 
 def halved(g: Any, share: float) -> Left:
@@ -291,7 +294,7 @@ def windows(g: Any, side: int, above: float) -> Left:
             if mean_of(alike) >= above - 1e-9:
                 for cell in cells:
                     del made[cell]
-                made[cells[side * side // 2]] = mean([x[i] for i in cells])
+                made[cells[side * side // 2]] = weighed(g, cells)
     return made
 
 
@@ -310,4 +313,4 @@ def pooled_frames(g: Any, near: int, far: int, group: int, frames: int) -> Left:
         side = near if opening % group == 0 else far
         place = v % g.places
         cells.setdefault((opening, place // g.columns // side, place % g.columns // side), []).append(v)
-    return {members[0]: mean([g.x[i] for i in members]) for members in cells.values()}
+    return {members[0]: weighed(g, members) for members in cells.values()}

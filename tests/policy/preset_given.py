@@ -55,6 +55,10 @@ class Given:
         self.words = self.drawn("words", 1, FRONT + BEHIND, WIDTH)
         if kind == "ties":
             self.words = self.corners("words", FRONT + BEHIND, WIDTH)[None]
+        # How many tokens each stands for: some have taken in others before.
+        self.sizes = [
+            1.0 + int(n) % 3 if kind in ("formula", "odd") else 1.0 for n in self.drawn("size", self.tokens).mul(9)
+        ]
         self.weights: dict[str, torch.Tensor] = {}
 
     @property
@@ -240,7 +244,7 @@ class Given:
         taps = {
             group: {name: self.tap(tap) for name, tap in part.taps().items()} for group, part in step.parts().items()
         }
-        size = torch.ones(1, self.tokens)
+        size = torch.tensor([self.sizes])
         made = decide(step, self.feature, size, self._segment, self._counts, scores, taps)
         there = made.chosen[0] >= 0
         return made.chosen[0][there].tolist(), None if made.feature is None else made.feature[0][there]
@@ -269,6 +273,7 @@ def differs(got: tuple[list[int], torch.Tensor | None], want: Left, given: Given
         return f"{left} are left, {sorted(want)} by the formula"
     found = given.feature[0, left] if rows is None else rows
     wanted = torch.tensor([want[v] for v in left], dtype=torch.float64)
+    # Sums of up to a hundred numbers in float32, several of them behind each other in what is trained.
     wrong = [v for v, one, other in zip(left, found, wanted, strict=True)
              if not torch.allclose(one.double(), other, rtol=1e-4, atol=1e-5)]  # fmt: skip
     return f"tokens {wrong} are not those of the formula" if wrong else ""
