@@ -1,4 +1,4 @@
-"""Makes the table of mistakes importable by name."""
+"""Makes the helper modules of this folder importable by name."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import importlib.util
 import pathlib
 import sys
 
-_spec = importlib.util.spec_from_file_location("policy_cases", pathlib.Path(__file__).parent / "policy_cases.py")
-assert _spec is not None
-assert _spec.loader is not None
-_module = importlib.util.module_from_spec(_spec)
-sys.modules["policy_cases"] = _module
-_spec.loader.exec_module(_module)
+HERE = pathlib.Path(__file__).parent
+FORMULAS = ("select", "merge", "trained", "scenes", "video", "everywhere")
+
+# Those that others import come first.
+for name in ("policy_cases", "policy_formulas", *(f"policy_formulas_{group}" for group in FORMULAS), "preset_given"):
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy
 import pytest
 import torch
 from policy_cases import layout
+from policy_formulas_video import Tokens, merged, upper
 
 from tvc.errors import PolicyError, SiteError
 from tvc.kernels.allowance import allowance
@@ -21,7 +21,6 @@ from tvc.passes.taps import token_layers
 from tvc.policy import load_policy, resolve
 
 LAYERS = 28
-Tokens = dict[tuple[int, int], tuple[numpy.ndarray, int]]  # (place, frame) -> (row, size)
 
 
 def steps_of(*settings: str, layers: int = LAYERS):
@@ -38,30 +37,6 @@ def film(frames: int, places: int, seed: int, width: int = 6) -> numpy.ndarray:
 
 def cosine(a: numpy.ndarray, b: numpy.ndarray) -> float:
     return float(a @ b / numpy.linalg.norm(a) / numpy.linalg.norm(b))
-
-
-def upper(ratios: list[float], cost: float, done: int) -> float:
-    """What may still go, as the paper writes it: `ratios` merged so far in `done` layers of LAYERS."""
-    left = [math.prod(1 - ratio for ratio in ratios[: j + 1]) for j in range(done)]
-    rest = math.prod(1 - ratio for ratio in ratios)
-    return max(0.0, 1 - (LAYERS * cost - sum(left)) / ((LAYERS - done) * rest))
-
-
-def merged(tokens: Tokens, above: float, most: int) -> Tokens:
-    """Runs of like tokens along each place's frames; of those that could join the `most` that are most alike."""
-    line = sorted(tokens)
-    near = {two: cosine(tokens[one][0], tokens[two][0]) for one, two in itertools.pairwise(line) if one[0] == two[0]}
-    joins = sorted((two for two, value in near.items() if value >= above), key=lambda two: -near[two])[:most]
-    runs: list[list[tuple[int, int]]] = []
-    for token in line:
-        if token in joins:
-            runs[-1].append(token)
-        else:
-            runs.append([token])
-    return {
-        run[0]: (numpy.mean([tokens[token][0] for token in run], axis=0), sum(tokens[token][1] for token in run))
-        for run in runs
-    }
 
 
 @pytest.mark.parametrize(("frames", "places", "seed"), [(8, 12, 0), (16, 9, 1), (5, 21, 2), (1, 7, 3)])
@@ -81,7 +56,7 @@ def test_framefusion(frames: int, places: int, seed: int, cost: int) -> None:
         counts = torch.tensor([[len(ordered)]])
         spent = (torch.tensor([[total]]), torch.tensor([[sum(held)]]))
         segment = torch.zeros(1, len(ordered), dtype=torch.int64)
-        may_stay = len(ordered) * (1 - upper(ratios, cost / 100, layer)) + 1e-9
+        may_stay = len(ordered) * (1 - upper(ratios, cost / 100, layer, LAYERS)) + 1e-9
         if layer < 3:
             given = {"merge": {"frames": (frame, place), "spent": spent}}
             got = decide(step, feature, size, segment, counts, [], given)
