@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any
 
 import numpy
@@ -24,6 +25,12 @@ EXIT = "an exit leaves all or nothing"
 def counted(text: str, tokens: int) -> int:
     """How many tokens a budget means."""
     return tokens * round(float(text[:-1]) * 10) // 1000 if text.endswith("%") else min(int(text), tokens)
+
+
+def nearest(text: str, tokens: int) -> int:
+    """How many tokens a budget means whose share goes to the nearest number, of two as near to the even one."""
+    whole = text.endswith("%")
+    return round(Fraction(round(float(text[:-1]) * 10), 1000) * tokens) if whole else counted(text, tokens)
 
 
 def share(text: str) -> float:
@@ -144,7 +151,7 @@ def holitom(g: Any, keep: str, stage: int) -> Left:
     if stage == 0:
         x, still = frames(g), g.numbers.get("still", 0.65)
         return rows_of(scenes.holitom(x, scenes.windows(x, still), still, share(keep), 0.6))
-    number = int(g.tokens * g.numbers["inside"] + 1e-9)
+    number = round(g.tokens * g.numbers["inside"])
     made = kept(g.x, best(g.received("language.19", [g.length - 1]), number))
     staying = list(made)
     for i, row in enumerate(g.x):
@@ -194,7 +201,7 @@ METHODS: dict[str, Method] = {
     "centerclip-spectral": drops(select.middles_of_neighbourhoods, at=("vision.4",)),
     "covipal": learns(trained.rated_by_network, sizes=lambda kind, tokens: {"hidden": 6}),
     "dart": drops(select.from_pivots, at=(2,)),
-    "divprune": drops(select.far_apart),
+    "divprune": Method(lambda g, keep, stage: select.far_apart(g, nearest(keep, g.tokens), stage)),
     "dycoke": Method(of_pairs, film=True, fewest=3 * 16 + 5),
     "dyvte": Method(
         lambda g, keep, stage: {} if trained.leaves(g, stage) else kept(g.x, list(range(g.tokens))),
@@ -244,7 +251,11 @@ METHODS: dict[str, Method] = {
         at=(0, 20),
     ),
     "holov": drops(select.in_stretches),
-    "illava": drops(merge.folded, also=("encoder_keep",), at=("vision.2", "vision.3", "language.9")),
+    "illava": Method(
+        lambda g, keep, stage: merge.folded(g, (nearest if stage < 2 else counted)(keep, g.tokens), stage),
+        also=("encoder_keep",),
+        at=("vision.2", "vision.3", "language.9"),
+    ),
     "mmtok": drops(select.covering, keep={"odd": "34%"}, grids={"odd": (1, 3, 3)}),
     "mqt": learns(
         trained.resampled,

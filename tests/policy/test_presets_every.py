@@ -21,7 +21,9 @@ def steps_of(name: str, kind: str, weights: pathlib.Path) -> tuple[Step, ...]:
     method = METHODS[name]
     frames, rows, columns = method.grid(kind)
     tokens = frames * rows * columns
-    model = layout(vision=method.vision.get(kind, 9), language=32, visual=(tokens,) * method.images)
+    # A step is given tokens of its own, whatever an earlier one may leave: of a film there are enough for all.
+    entering = tokens * (100 if method.film else 1)
+    model = layout(vision=method.vision.get(kind, 9), language=32, visual=(entering,) * method.images)
     # Positions tell the rows of a film, as in Qwen2-VL; a picture is one tile.
     model = dataclasses.replace(model, tile_tokens=tokens + 1, spatial=method.film, in_order=not method.film)
     files = {"weights": str(weights)} if "weights" in load_policy(name).parameters else {}
