@@ -1,6 +1,6 @@
 """by_rows: the rows of a large matrix, a block at a time, so that the matrix itself is never in memory.
 
-What is asked of a matrix of queries by keys, or of tokens by tokens, is mostly one number for each row or each column.
+What is asked of a matrix of tokens by tokens is mostly one number for each row or each column.
 """
 
 from __future__ import annotations

@@ -62,8 +62,9 @@ class Peaks:
 
         def body(at: torch.Tensor, new: torch.Tensor, density: torch.Tensor, reach: torch.Tensor) -> State:
             apart, together = self.block(at)
-            room = torch.nn.functional.pad(torch.where(together, apart, FAR), (0, most), value=FAR)
-            closest = room.topk(most, 2, largest=False).values
+            near = column.shape[0]  # `most`, which a loop cannot take from around it where only the run tells it
+            room = torch.nn.functional.pad(torch.where(together, apart, FAR), (0, near), value=FAR)
+            closest = room.topk(near, 2, largest=False).values
             wanted = neighbours.gather(1, at)[:, :, None]
             mean = torch.where(column < wanted, closest, 0.0).sum(2) / wanted.squeeze(2).clamp(min=1)
             far = torch.nn.functional.pad(torch.where(together, apart, 0.0), (0, 1)).amax(2)

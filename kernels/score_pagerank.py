@@ -7,7 +7,7 @@ Rule:    in every head a walker starts at each row alike and moves `rounds` time
          q k scale / temperature, in float32. The score is the root mean square over the heads of the chance to end at
          a token, mean over the g keys. A walk that leaves the rows (into the cache) is lost; nothing is damped.
 Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
-Memory:  O(B H BLOCK N): rows of the attention are computed anew for each step.
+Memory:  O(B H R N): the rule is about that matrix.
 
 Reference: AIM, arXiv 2412.03248 (temperature 0.1, 5 steps).
 """
@@ -21,8 +21,6 @@ import torch
 from pydantic import Field
 
 from tvc.kernels.attention import row_logits
-from tvc.kernels.blocks import by_rows
-from tvc.kernels.loop import State, repeat
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
 
 
@@ -62,20 +60,7 @@ def of_tokens(spread: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return ((taken * present) @ ones / (present @ ones).clamp(min=1)).squeeze(2)
 
 
-def _fake(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    scale: float,
-    temperature: float,
-    rounds: int,
-) -> torch.Tensor:
-    return query.new_empty(columns.shape[0], columns.shape[1], dtype=torch.float32)
-
-
-@op(_cases, fake=_fake)
+@op(_cases)
 def pagerank_score(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -87,24 +72,17 @@ def pagerank_score(
     rounds: int,
 ) -> torch.Tensor:
     """[B, V] float32: where `rounds` steps along the attention lead."""
+    batch, head_count, row_count = query.shape[0], query.shape[1], rows.shape[1]
     past = key.shape[2] - query.shape[2]
+    logits = row_logits(query, key, mask, rows, scale / temperature)
     real = (rows >= 0).float()
     place = rows.clamp(min=0) + past
-
-    def step(round_number: torch.Tensor, chance: torch.Tensor) -> State:
-        def walk(at: torch.Tensor, new: torch.Tensor, reached: torch.Tensor) -> State:
-            logits = row_logits(query, key, mask, rows.gather(1, at), scale / temperature)
-            here = chance.gather(2, at[:, None].expand(-1, chance.shape[1], -1)) * new
-            return (reached + here[:, :, None] @ logits.softmax(-1),)
-
-        nowhere = torch.zeros(rows.shape[0], query.shape[1], 1, key.shape[2], device=rows.device)
-        reached = by_rows(walk, (nowhere,), rows)[0].squeeze(2)
-        # Who has left the rows does not come back.
-        return (reached.gather(2, place[:, None].expand(-1, query.shape[1], -1)) * real[:, None],)
-
-    start = (real / real.sum(1, keepdim=True).clamp(min=1))[:, None].repeat(1, query.shape[1], 1)  # [B, H, R]
-    chance = repeat(step, (start,), torch.full((), rounds, dtype=torch.int64, device=rows.device))[0]
-    rank = chance.square().mean(1).sqrt() * real
+    to = place[:, None, None, :].expand(batch, head_count, row_count, row_count)
+    moves = logits.softmax(-1).gather(3, to) * real[:, None, None, :]
+    chance = (real / real.sum(1, keepdim=True).clamp(min=1))[:, None, None, :].expand(batch, head_count, 1, row_count)
+    for _ in range(rounds):
+        chance = chance @ moves
+    rank = chance.square().mean(1).squeeze(1).sqrt() * real  # [B, R]
     return of_tokens(at_places(rank, rows, past, key.shape[2]), columns)
 
 

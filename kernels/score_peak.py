@@ -6,7 +6,7 @@ Shapes:  query [B, H, Q, d], key [B, G, N, d] (G divides H), mask [B|1, 1|H, Q, 
 Rule:    softmax over all N keys in float32, mean over heads, mean over the g keys, the largest over the rows; with
          heads max the largest over heads as well, behind the mean over the g keys.
 Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
-Memory:  O(B H BLOCK N) however many rows score.
+Memory:  O(B H R N): never Q x N unless every row scores.
 
 Reference: MustDrop, arXiv 2411.10803 (the individual threshold); PruneVID, arXiv 2412.16117 (heads max).
 """
@@ -20,8 +20,6 @@ import torch
 from pydantic import Field
 
 from tvc.kernels.attention import row_logits
-from tvc.kernels.blocks import by_rows
-from tvc.kernels.loop import State
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
 from tvc.kernels.score_attention import Rows
 
@@ -46,19 +44,7 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield f"{name}-no-visual-token", (query, key, causal, rows, single[:, :0], scale)
 
 
-def _fake(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    scale: float,
-    heads: str = "mean",
-) -> torch.Tensor:
-    return query.new_empty(columns.shape[0], columns.shape[1], dtype=torch.float32)
-
-
-@op(_cases, fake=_fake)
+@op(_cases)
 def peak_score(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -69,25 +55,25 @@ def peak_score(
     heads: str = "mean",
 ) -> torch.Tensor:
     """[B, V] float32: the largest of what each of `rows` pays to `columns`."""
-    batch, visual, group = columns.shape
-    present = (columns >= 0).float()[:, None, None]  # [B, 1, 1, V, g]
+    batch, number = rows.shape
+    logits = row_logits(query, key, mask, rows, scale)
+    paid = logits.softmax(-1)  # [B, H, R, N]
+    if heads == "max":
+        # Heads side by side are further rows.
+        rows, paid = rows.repeat(1, paid.shape[1]), paid.flatten(1, 2)
+        number = rows.shape[1]
+    else:
+        paid = paid.mean(1)
+    paid = torch.where((rows >= 0)[:, :, None], paid, 0.0)  # [B, R, N]
+    visual, group = columns.shape[1], columns.shape[2]
+    index = columns.clamp(min=0).reshape(batch, 1, visual * group).expand(-1, number, -1)
+    taken = paid.gather(2, index).reshape(batch, number, visual, group)
+    present = (columns >= 0).float()
     # Sums over g are matrix products: with V = 0 ONNX Runtime leaves a reduced axis in place.
     ones = torch.ones(group, 1, device=columns.device)
-    where = columns.clamp(min=0).reshape(batch, 1, 1, visual * group)
-
-    def pay(at: torch.Tensor, new: torch.Tensor, most: torch.Tensor) -> State:
-        which = rows.gather(1, at)
-        paid = row_logits(query, key, mask, which, scale).softmax(-1)  # [B, H, b, N]
-        paid = paid if heads == "max" else paid.mean(1, keepdim=True)
-        paid = torch.where((which >= 0)[:, None, :, None], paid, 0.0)
-        taken = paid.gather(3, where.expand(-1, paid.shape[1], paid.shape[2], -1))
-        taken = taken.reshape(batch, paid.shape[1], paid.shape[2], visual, group)
-        share = ((taken * present) @ ones / (present @ ones).clamp(min=1)).squeeze(4)  # [B, h, b, V]
-        # One more column, for the same reason.
-        return (torch.maximum(most, torch.nn.functional.pad(share, (0, 1)).amax((1, 2))[:, :-1]),)
-
-    nothing = torch.zeros(batch, visual, device=columns.device)
-    return by_rows(pay, (nothing,), rows)[0]
+    share = (taken * present[:, None]) @ ones / (present @ ones).clamp(min=1)[:, None]  # [B, R, V, 1]
+    # One more row keeps the maximum defined for R = 0.
+    return torch.nn.functional.pad(share.squeeze(3), (0, 0, 0, 1)).amax(1)
 
 
 @primitive
