@@ -10,7 +10,6 @@ import types
 from collections.abc import Callable
 
 import torch
-from torch._dynamo.eval_frame import reset_code
 from torch._higher_order_ops.while_loop import while_loop
 
 State = tuple[torch.Tensor, ...]
@@ -21,6 +20,8 @@ def _forget_loops() -> None:
 
     All of them are traced by way of one small function of PyTorch's; only what was compiled of that one is forgotten.
     """
+    from torch._dynamo.eval_frame import reset_code  # which imports triton: tracing does, importing tvc does not
+
     for code in while_loop.__code__.co_consts:
         if isinstance(code, types.CodeType):
             reset_code(code)
