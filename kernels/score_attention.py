@@ -6,11 +6,12 @@ Shapes:  query [B, H, Q, d], key [B, G, N, d] (G divides H), mask [B|1, 1|H, Q, 
 Rule:    softmax over all N keys in float32, mean over the rows, heads by mean, sum or max, mean over the g keys.
          Joined heads are one head of the full width: the dot product over H d numbers, scale / sqrt(H), one softmax.
 Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
-Memory:  O(B H R N): never Q x N unless every row scores, and keys are not repeated for grouped queries.
+Memory:  O(B H BLOCK N) however many rows score, in a graph O(B H R N); keys are not repeated for grouped queries.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
@@ -18,6 +19,7 @@ import torch
 from pydantic import Field
 
 from tvc.kernels.attention import LOWEST, row_logits, rows_allowed
+from tvc.kernels.blocks import row_blocks
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
 
 
@@ -42,6 +44,24 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield f"{name}-no-rows", (query, key, causal, torch.full((batch, 2), -1), single, scale, "mean")
 
 
+def received(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    rows: torch.Tensor,
+    scale: float,
+    share: torch.Tensor,
+    joined: bool = False,
+) -> torch.Tensor:
+    """[B, H, N] float32: the attention that `rows` pay to every key, each by its `share [B, R]`; joined heads are 1."""
+    logits = _joined if joined else row_logits
+    paid = (
+        (logits(query, key, mask, rows[:, block], scale).softmax(-1) * share[:, None, block, None]).sum(2)
+        for block in row_blocks(rows.shape[1])
+    )
+    return functools.reduce(torch.add, paid)
+
+
 @op(_cases)
 def attention_score(
     query: torch.Tensor,
@@ -53,14 +73,13 @@ def attention_score(
     heads: str,
 ) -> torch.Tensor:
     """[B, V] float32: the attention that `rows` pay to `columns`; `heads` is mean, sum, max or joined."""
-    logits = _joined(query, key, mask, rows, scale) if heads == "joined" else row_logits(query, key, mask, rows, scale)
     scoring = (rows >= 0).float()
     share = scoring / scoring.sum(1, keepdim=True).clamp(min=1)
-    received = (logits.softmax(-1) * share[:, None, :, None]).sum(2)
+    paid = received(query, key, mask, rows, scale, share, heads == "joined")
     if heads == "max":
-        pooled = received.amax(1)
+        pooled = paid.amax(1)
     else:
-        pooled = received.sum(1) if heads == "sum" else received.mean(1)
+        pooled = paid.sum(1) if heads == "sum" else paid.mean(1)
     taken = pooled.gather(1, columns.clamp(min=0).flatten(1)).reshape(columns.shape)
     present = (columns >= 0).float()
     # Sums over g are matrix products: with V = 0 ONNX Runtime leaves a reduced axis in place.

@@ -7,7 +7,7 @@ Rule:    softmax over all N keys in float32, mean over heads. A row is global wh
          on average, exceeds `above` times the mean over the rows; where none does, the one that receives most is. The
          score is the mean over the global rows, then over the g keys. Of several images, each is judged by itself.
 Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
-Memory:  O(B H R N).
+Memory:  O(B H BLOCK N) however many rows there are, in a graph O(B H R N).
 
 Reference: VFlowOpt, arXiv 2508.05211 (importance map). Deviation: the published code gives NaN where no row is global.
 """
@@ -20,8 +20,9 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from tvc.kernels.attention import row_logits
+from tvc.kernels.blocks import row_blocks
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
+from tvc.kernels.score_attention import received
 
 
 def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
@@ -58,33 +59,37 @@ def global_score(
 ) -> torch.Tensor:
     """[B, V] float32: the mean attention that the global ones among `rows` pay to `columns`."""
     length, keys = query.shape[2], key.shape[2]
-    logits = row_logits(query, key, mask, rows, scale)
-    paid = logits.softmax(-1)
-
     scoring = (rows >= 0).float()
     place = rows.clamp(min=0) + keys - length
     payer_image = torch.zeros_like(rows) if image is None else image.gather(1, place)
-    # [B, R, R] rows of one image, and no pads
-    same = (payer_image[:, :, None] == payer_image[:, None, :]).float() * scoring[:, :, None] * scoring[:, None, :]
+
+    def same(block: slice) -> torch.Tensor:
+        """[B, b, R] float32: 1 at rows of the image of each row of a block, pads being of none."""
+        of_one = payer_image[:, block, None] == payer_image[:, None, :]
+        return of_one.float() * scoring[:, block, None] * scoring[:, None, :]
 
     def over_image(values: torch.Tensor) -> torch.Tensor:
         """[B, R]: the sum of `values [B, R]` over the rows of each row's image."""
-        return (same @ values[:, :, None]).squeeze(2)
+        return torch.cat([(same(block) @ values[:, :, None]).squeeze(2) for block in row_blocks(rows.shape[1])], 1)
 
-    def received(payer: torch.Tensor) -> torch.Tensor:
-        """[B, N]: the mean over those rows of the key's image that `payer [B, R]` marks, and over heads.
+    def highest(values: torch.Tensor) -> torch.Tensor:
+        """[B, R]: the highest of `values [B, R]`, 0 or more, over the rows of each row's image."""
+        # One more column keeps it defined where there are no rows.
+        found = [
+            torch.nn.functional.pad(same(block) * values[:, None, :], (0, 1)).amax(2)
+            for block in row_blocks(rows.shape[1])
+        ]
+        return torch.cat(found, 1)
 
-        Heads come last, as R may be 0.
-        """
+    def pooled(payer: torch.Tensor) -> torch.Tensor:
+        """[B, N]: the mean over those rows of the key's image that `payer [B, R]` marks, and over heads."""
         share = payer / over_image(payer).clamp(min=1)
-        return (paid * share[:, None, :, None]).sum(2).mean(1)
+        return received(query, key, mask, rows, scale, share).mean(1)
 
-    own = received(scoring).gather(1, place) * scoring
+    own = pooled(scoring).gather(1, place) * scoring
     mean = over_image(own) / over_image(scoring).clamp(min=1)
-    # One more column keeps the highest defined where there are no rows.
-    most = torch.nn.functional.pad(same * own[:, None, :], (0, 1)).amax(2)
-    pooled = received(((own > above * mean) | (own == most)).float() * scoring)
-    taken = pooled.gather(1, columns.clamp(min=0).flatten(1)).reshape(columns.shape)
+    spread = pooled(((own > above * mean) | (own == highest(own))).float() * scoring)
+    taken = spread.gather(1, columns.clamp(min=0).flatten(1)).reshape(columns.shape)
     present = (columns >= 0).float()
     # Sums over g are matrix products: with V = 0 ONNX Runtime leaves a reduced axis in place.
     ones = torch.ones(columns.shape[2], 1, device=columns.device)

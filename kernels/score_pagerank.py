@@ -7,13 +7,15 @@ Rule:    in every head a walker starts at each row alike and moves `rounds` time
          q k scale / temperature, in float32. The score is the root mean square over the heads of the chance to end at
          a token, mean over the g keys. A walk that leaves the rows (into the cache) is lost; nothing is damped.
 Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
-Memory:  O(B H R N): the rule is about that matrix.
+Memory:  O(B H BLOCK N) however many rows there are, of which the attention is then made anew for each step; in a
+         graph O(B H R N).
 
 Reference: AIM, arXiv 2412.03248 (temperature 0.1, 5 steps).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -21,6 +23,7 @@ import torch
 from pydantic import Field
 
 from tvc.kernels.attention import row_logits
+from tvc.kernels.blocks import row_blocks
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
 
 
@@ -74,14 +77,23 @@ def pagerank_score(
     """[B, V] float32: where `rounds` steps along the attention lead."""
     batch, head_count, row_count = query.shape[0], query.shape[1], rows.shape[1]
     past = key.shape[2] - query.shape[2]
-    logits = row_logits(query, key, mask, rows, scale / temperature)
     real = (rows >= 0).float()
     place = rows.clamp(min=0) + past
-    to = place[:, None, None, :].expand(batch, head_count, row_count, row_count)
-    moves = logits.softmax(-1).gather(3, to) * real[:, None, None, :]
+
+    def moves(block: slice) -> torch.Tensor:
+        """[B, H, b, R]: the chances of steps from the rows of a block."""
+        paid = row_logits(query, key, mask, rows[:, block], scale / temperature).softmax(-1)
+        to = place[:, None, None, :].expand(-1, head_count, paid.shape[2], -1)
+        return paid.gather(3, to) * real[:, None, None, :]
+
     chance = (real / real.sum(1, keepdim=True).clamp(min=1))[:, None, None, :].expand(batch, head_count, 1, row_count)
+    blocks = row_blocks(row_count)
+    whole = moves(blocks[0]) if len(blocks) == 1 else None
     for _ in range(rounds):
-        chance = chance @ moves
+        if whole is not None:
+            chance = chance @ whole
+        else:
+            chance = functools.reduce(torch.add, (chance[..., block] @ moves(block) for block in blocks))
     rank = chance.square().mean(1).squeeze(1).sqrt() * real  # [B, R]
     return of_tokens(at_places(rank, rows, past, key.shape[2]), columns)
 

@@ -6,13 +6,14 @@ Shapes:  query [B, H, Q, d], key [B, G, N, d] (G divides H), mask [B|1, 1|H, Q, 
 Rule:    softmax over all N keys in float32, mean over heads, mean over the g keys, the largest over the rows; with
          heads max the largest over heads as well, behind the mean over the g keys.
 Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
-Memory:  O(B H R N): never Q x N unless every row scores.
+Memory:  O(B H BLOCK N) however many rows score, in a graph O(B H R N).
 
 Reference: MustDrop, arXiv 2411.10803 (the individual threshold); PruneVID, arXiv 2412.16117 (heads max).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
@@ -20,6 +21,7 @@ import torch
 from pydantic import Field
 
 from tvc.kernels.attention import row_logits
+from tvc.kernels.blocks import row_blocks
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
 from tvc.kernels.score_attention import Rows
 
@@ -55,25 +57,28 @@ def peak_score(
     heads: str = "mean",
 ) -> torch.Tensor:
     """[B, V] float32: the largest of what each of `rows` pays to `columns`."""
-    batch, number = rows.shape
-    logits = row_logits(query, key, mask, rows, scale)
-    paid = logits.softmax(-1)  # [B, H, R, N]
-    if heads == "max":
-        # Heads side by side are further rows.
-        rows, paid = rows.repeat(1, paid.shape[1]), paid.flatten(1, 2)
-        number = rows.shape[1]
-    else:
-        paid = paid.mean(1)
-    paid = torch.where((rows >= 0)[:, :, None], paid, 0.0)  # [B, R, N]
-    visual, group = columns.shape[1], columns.shape[2]
-    index = columns.clamp(min=0).reshape(batch, 1, visual * group).expand(-1, number, -1)
-    taken = paid.gather(2, index).reshape(batch, number, visual, group)
+    batch, visual, group = columns.shape
     present = (columns >= 0).float()
     # Sums over g are matrix products: with V = 0 ONNX Runtime leaves a reduced axis in place.
     ones = torch.ones(group, 1, device=columns.device)
-    share = (taken * present[:, None]) @ ones / (present @ ones).clamp(min=1)[:, None]  # [B, R, V, 1]
-    # One more row keeps the maximum defined for R = 0.
-    return torch.nn.functional.pad(share.squeeze(3), (0, 0, 0, 1)).amax(1)
+
+    def most(block: slice) -> torch.Tensor:
+        """[B, V]: the most that one row of a block pays."""
+        rated = rows[:, block]
+        paid = row_logits(query, key, mask, rated, scale).softmax(-1)  # [B, H, b, N]
+        if heads == "max":
+            # Heads side by side are further rows.
+            rated, paid = rated.repeat(1, paid.shape[1]), paid.flatten(1, 2)
+        else:
+            paid = paid.mean(1)
+        paid, number = torch.where((rated >= 0)[:, :, None], paid, 0.0), rated.shape[1]  # [B, b, N]
+        index = columns.clamp(min=0).reshape(batch, 1, visual * group).expand(-1, number, -1)
+        taken = paid.gather(2, index).reshape(batch, number, visual, group)
+        share = (taken * present[:, None]) @ ones / (present @ ones).clamp(min=1)[:, None]  # [B, b, V, 1]
+        # One more row keeps the maximum defined where there is none.
+        return torch.nn.functional.pad(share.squeeze(3), (0, 0, 0, 1)).amax(1)
+
+    return functools.reduce(torch.maximum, (most(block) for block in row_blocks(rows.shape[1])))
 
 
 @primitive
