@@ -32,6 +32,7 @@ LARGEST = 1_000_000_000  # of any count: times a number of images it stays in 64
 FINEST = 1_000_000  # parts of a whole: times twice a count it stays in 64 bits
 _PERCENT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*%\s*")
 _FRACTION = re.compile(r"\s*(\d{1,20})\s*/\s*(\d{0,9}[1-9]\d{0,9})\s*")
+_BY_ZERO = re.compile(r"\s*\d+\s*/\s*0+\s*")
 _TENTHS = {"type": "string", "pattern": r"^\d+(\.\d)?%$"}
 _TEMPLATE = {"type": "string", "pattern": r"^\{[A-Za-z_][A-Za-z0-9_]*\}$"}  # a parameter's value
 
@@ -159,6 +160,8 @@ class Budget(BaseModel):
         if percent is None:
             fraction = _FRACTION.fullmatch(text)
             if fraction is None:
+                if _BY_ZERO.fullmatch(text):
+                    raise _refuse("bad-budget", "a share is divided by zero", text, "write a fraction such as 2/3")
                 fix = f"write {text.strip()} without quotes" if text.strip().isdigit() else "write a share such as 25%"
                 raise _refuse("bad-budget", "a budget text is not a share", text, fix)
             part = fractions.Fraction(int(fraction[1]), int(fraction[2]))

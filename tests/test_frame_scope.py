@@ -95,6 +95,12 @@ def test_where_positions_tell_no_frames_each_picture_is_one() -> None:
     assert tvc.verify(compiled, model, inputs, steps=1).passed
 
 
+def test_a_clip_is_a_whole_video(model: Any) -> None:
+    made = [tvc.plan(model, policy({**COUNT, "scope": scope}), frames=4) for scope in ("clip", "image")]
+    assert made[0] == made[1]
+    assert [layer.visual for layer in made[0].layers][1:] == [3] * 5
+
+
 def test_a_plan_counts_by_frame(model: Any) -> None:
     made = tvc.plan(model, BOTH, frames=4)
     (size,) = {count // 4 for count in made.visual_tokens}

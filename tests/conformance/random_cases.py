@@ -270,7 +270,7 @@ def _steps(
     often = (often or not draw(st.integers(0, 9))) and components != ("projector",)
     sites = _ranges if often else _sites
     at = draw(sites(blocks, components))
-    step: Settings = {"at": at, "scope": draw(st.sampled_from(SCOPES))}
+    step: Settings = {"at": at, "scope": draw(st.sampled_from(tuple(SCOPES)))}
     if at.startswith("language.") and not draw(st.integers(0, 5)):
         step["evict"] = draw(_evictions(blocks))
     if action == "merge":

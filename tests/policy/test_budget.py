@@ -139,6 +139,12 @@ def test_anything_else_is_refused(value: object) -> None:
     assert caught.value.errors()[0]["type"] == "bad-budget"
 
 
+@pytest.mark.parametrize("value", ["2/0", " 7 / 00 "])
+def test_a_share_of_nothing_is_called_by_its_name(value: str) -> None:
+    with pytest.raises(ValidationError, match="divided by zero"):
+        parse(value)
+
+
 def test_an_average_has_no_slots_before_it_is_resolved() -> None:
     with pytest.raises(PolicyError, match="unresolved-average"):
         parse({"average": 64}).slots(576, 1)

@@ -160,7 +160,7 @@ def _step(document: Document, path: Path, raw: Any) -> Step:
         )
     common: dict[str, Any] = {
         "at": _at(document, path, step),
-        "scope": _choice(document, (*path, "scope"), step.get("scope", "image"), SCOPES),
+        "scope": SCOPES[_choice(document, (*path, "scope"), step.get("scope", "image"), tuple(SCOPES))],
         "name": _text(document, (*path, "name"), step.get("name", "")),
         "evict": written(document, path, step),
         "until": returns(document, path, step),

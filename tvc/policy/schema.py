@@ -24,7 +24,9 @@ VERSION = 1
 Normalize = Literal["none", "minmax", "softmax", "sum"]
 ScopeName = Literal["image", "frame", "sequence"]  # a video counts as an image
 Measure = Literal["last", "average"]  # tokens behind the last cut, or their mean over the decoder's layers
-NORMALIZE, SCOPES, MEASURES = get_args(Normalize), get_args(ScopeName), get_args(Measure)
+NORMALIZE, MEASURES = get_args(Normalize), get_args(Measure)
+# How a policy may write a scope.
+SCOPES: dict[str, ScopeName] = {"image": "image", "clip": "image", "frame": "frame", "sequence": "sequence"}
 COMPONENTS = ("vision", "projector", "language")  # in the order in which a visual token passes them
 _BLOCK = r"(?:-?\d{1,4}|\d{1,2}%)"
 SITE_PATTERN = rf"projector|(vision|language)\.{_BLOCK}"
