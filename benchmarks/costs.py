@@ -98,6 +98,7 @@ MODELS: dict[str, Callable[[], Layout]] = {
     "siglip-768-decoder": lambda: llava(SIGLIP_768, LLAMA_7B),
     "siglip-384-decoder": lambda: llava(SIGLIP_384, QWEN2_7B),
     "llava-next-7b": lambda: llava(CLIP_L, LLAMA_7B, (2880,), 5),
+    "qwen2.5-vl-7b's decoder": lambda: llava(SIGLIP_384, QWEN2_7B, (1000,)),
     "llava-ov-7b, 32 frames": lambda: llava(SIGLIP_384, QWEN2_7B, (196,) * 32, 32),
     "llava-ov-7b, a video": lambda: llava(SIGLIP_384, QWEN2_7B, (6272,), 32, 32),
 }

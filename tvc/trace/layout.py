@@ -112,12 +112,16 @@ def resampler(model: torch.nn.Module, entry: str, behind: Iterable[str]) -> str:
     """The first module between the encoder's blocks and the decoder in which tokens attend to each other; empty where
     every token goes that way by itself, or with its neighbours.
 
+    A second stack of blocks like the encoder's own (Mllama's global layers) is more of the encoder.
+
     Args:
         entry: path of the encoder.
         behind: paths of the modules that follow it.
     """
     stack = blocks(model)[1]
-    held = {id(part) for part in stack.modules()}
+    kinds = {type(block) for block in stack}
+    alike = (part for part in model.get_submodule(entry).modules() if type(part) in kinds)
+    held = {id(part) for block in (stack, *alike) for part in block.modules()}
     parts = list(model.get_submodule(entry).named_modules(prefix=entry))
     start = next((i for i, (_, part) in enumerate(parts) if part is stack), len(parts))
     parts = parts[start:] + [named for path in behind for named in model.get_submodule(path).named_modules(prefix=path)]
