@@ -5,7 +5,7 @@
 Every scene says where its things are, so that reasons of a low accuracy can be told apart: what is asked about is not
 kept; fewer tokens are left than the budget allows; or enough is kept, and the replies are no answers at all. Tokens are
 counted in one call a question; replies are those that `accuracy.py` keeps. Results: `benchmarks/results/seen.json` and
-`seen.md`.
+`seen.md`, where rows of policies that are not named stay.
 """
 
 from __future__ import annotations
@@ -150,6 +150,13 @@ def write(rows: Sequence[dict[str, Any]], examples: int) -> None:
     RESULTS.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
+def _others(policies: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of earlier runs that are of other policies."""
+    file = RESULTS.with_suffix(".json")
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.is_file() else []
+    return [row for row in rows if row["policy"] not in policies]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--answers", type=pathlib.Path, default=HERE.parent / "out" / "accuracy" / "accuracy")
@@ -161,9 +168,10 @@ def main() -> None:
     layout = one_image(layout_of(prepared.source.model, processor=prepared.source.processor))
     named = labelled(options.policies.split(","))
     dense = replies(options.answers, DENSE)
-    rows: list[dict[str, Any]] = []
+    rows = _others(options.policies.split(","))
+    known = {row["policy"] for row in rows}
     for variant in variants(named, layout, options.budgets.split(","), seeds=1, average=False, text_tokens=16):
-        if isinstance(variant, Variant):
+        if isinstance(variant, Variant) and variant.label not in known:
             rows.append({"policy": variant.label, "budget": variant.budget, "planned": variant.reached})
             rows[-1] |= dataclasses.asdict(measure(prepared, variant, options.examples))
             rows[-1]["stray"] = stray(replies(options.answers, f"{variant.name}-torch"), dense)
