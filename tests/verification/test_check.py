@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import support
 import tvc
 from tvc.cli import build_app
+from tvc.commands.compile import worst
 from tvc.verification import samples
 from tvc.verification.check import compare
 from tvc.verification.report import TOLERANCES, Comparison, Report
@@ -254,6 +255,19 @@ def test_a_report_knows_its_worst_and_its_first_failure():
     assert made["passed"] is False
     assert len({tuple(entry) for entry in made["comparisons"]}) == 1
     assert "DIFFERS" in report.text()
+
+
+def test_a_report_says_what_was_not_compared(fastv, monkeypatch):
+    inputs = support.inputs("llava", 2)
+    whole = compare(fastv.compiled, fastv.model, inputs, steps=1)
+    assert whole.left_out == ()
+    monkeypatch.setattr(samples, "singles", lambda *_: None)  # as of inputs of which no sample's share is known
+    report = compare(fastv.compiled, fastv.model, inputs, steps=1)
+    assert {row.name for row in whole.comparisons} > {row.name for row in report.comparisons} == {"batch 2"}
+    (what,) = report.left_out
+    assert "padded batch" in what
+    assert report.text().splitlines()[-1] == f"not compared: {what}"
+    assert worst(report.to_json()).splitlines()[1:] == [f"not compared: {what}"]
 
 
 def test_what_is_not_a_number_never_passes():

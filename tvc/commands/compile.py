@@ -119,7 +119,8 @@ def worst(verification: Mapping[str, Any] | None) -> str:
         return "verified"
     row = max(rows, key=lambda candidate: candidate["worst"])
     place = ", ".join(text for text in (row["name"], row["site"], row["output"]) if text)
-    return f"verified: {len(rows)} comparisons, worst difference {row['worst']:.2e} ({place})"
+    told = f"verified: {len(rows)} comparisons, worst difference {row['worst']:.2e} ({place})"
+    return "\n".join([told, *(f"not compared: {what}" for what in verification.get("left_out", ()))])
 
 
 def _sample(model: str, image: pathlib.Path | None, prompt: str | None) -> tuple[dict[str, Any] | None, Any]:

@@ -76,6 +76,7 @@ def render(plan: Plan, content: Mapping[str, Any], overlay: Image.Image | None =
         costs=_costs(plan.dense, plan.compiled, plan.fired),
         picture=_data_url(overlay) if overlay is not None else None,
         comparisons=(content["verification"] or {}).get("comparisons", []),
+        left_out=(content["verification"] or {}).get("left_out", []),
     )
 
 

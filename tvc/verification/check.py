@@ -78,6 +78,7 @@ class _Comparing:
     model: Any
     tolerance: Tolerance
     steps: int
+    left_out: list[str] = dataclasses.field(default_factory=list)  # see `Report`
 
     def all(self, given: samples.Inputs, large: bool) -> Report:
         batch = len(given["input_ids"])
@@ -85,6 +86,10 @@ class _Comparing:
         if alone is not None:
             alone = [sample for sample in alone if samples.holds_image(self.model, sample)]
         rows: list[Comparison] = []
+        if large:
+            self.left_out.append("a padded batch, which takes as many runs again (the model has a billion parameters)")
+        elif not alone:
+            self.left_out.append("samples alone and in a padded batch (what they share of the inputs is not known)")
         if batch > 1 or not alone:
             rows += self._case(f"batch {batch}", given)[0]
         if alone and (batch == 1 or not large):
@@ -93,7 +98,7 @@ class _Comparing:
             rows += self._padded(alone[0])
         if alone and self.compiled.engine.interface.shape.memories:
             rows += self._later_call(alone[0], large)
-        return Report(tuple(rows))
+        return Report(tuple(rows), tuple(self.left_out))
 
     def _later_call(self, sample: samples.Inputs, large: bool) -> list[Comparison]:
         """Two calls on one cache, since scores remember the first one; by hand everything is one prompt."""
@@ -101,6 +106,7 @@ class _Comparing:
         several = [samples.lengthened(sample, more) for more in lengths]
         talk = talk_of(self.model, several, pad) or talk_of(self.model, [sample], pad)
         if talk is None:
+            self.left_out.append("a later call (pictures of two calls do not fit into one prompt)")
             return []
         run = converse(self.compiled, self.model, talk, self.steps)
         rows = self._compared(f"later call, batch {len(talk.whole['input_ids'])}", talk.whole, run, (0, talk.start))
@@ -110,6 +116,9 @@ class _Comparing:
         ):
             return rows
         # Tokens of this model see others where all is one prompt: only in front of its layers is that as in two calls.
+        self.left_out.append(
+            "a later call behind the first layer (the untouched model's own answers to two calls differ)"
+        )
         return [row for row in rows if row.site == "language.0" and row.output in ("selection", "plan", "memory")]
 
     def _padded(self, sample: samples.Inputs) -> list[Comparison]:
@@ -117,6 +126,7 @@ class _Comparing:
         several = [samples.lengthened(sample, more) for more in LENGTHS]
         batch = samples.joined(self.model, several, pad=_pad_token(self.model))
         if batch is None:
+            self.left_out.append("a padded batch (the samples do not fit into one)")
             return []
         rows, together = self._case("padded batch 3", batch)
         worst, largest, where = 0.0, together.logits[:, :1], ""

@@ -74,9 +74,10 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Every comparison of one verification, in the order in which a model computes."""
+    """Every comparison of one verification, in the order in which a model computes, and what was not compared."""
 
     comparisons: tuple[Comparison, ...]
+    left_out: tuple[str, ...] = ()  # what, and why
 
     @property
     def passed(self) -> bool:
@@ -91,7 +92,8 @@ class Report:
         return next((row for row in self.comparisons if not row.passed), None)
 
     def to_json(self) -> dict[str, Any]:
-        return {"passed": self.passed, "comparisons": [row.to_json() for row in self.comparisons]}
+        rows = [row.to_json() for row in self.comparisons]
+        return {"passed": self.passed, "comparisons": rows, "left_out": list(self.left_out)}
 
     def text(self) -> str:
         columns = ("", "inputs", "site", "output", "worst", "allowed", "where")
@@ -103,7 +105,7 @@ class Report:
         lines = [
             "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in (columns, *rows)
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"not compared: {what}" for what in self.left_out)])
 
     def raise_if_failed(self) -> None:
         """
