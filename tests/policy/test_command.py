@@ -34,6 +34,33 @@ def test_list_names_every_preset() -> None:
     assert [entry["name"] for entry in json.loads(out)] == list(presets())
 
 
+@pytest.mark.parametrize("frames", [(), ("--frames", "8")])
+def test_list_says_which_presets_act_on_a_model(frames: tuple[str, ...]) -> None:
+    model = str(pathlib.Path(__file__).parents[2] / "examples" / "models" / "tiny-llava")
+    code, out, _ = run("policies", "list", "--model", model, *frames)
+    assert code == 0
+    found = {one["name"]: one for one in json.loads(run("policies", "list", "--model", model, *frames, "--json")[1])}
+    assert list(found) == list(presets())
+    for name in ("fastv", "pact", "frame-stride"):
+        plan = json.loads(run("plan", model, "--policy", name, *frames, "--json")[1])
+        assert found[name]["visual_tokens"] == plan["average_visual_tokens"]
+    assert (found["fastv"]["at_most"], found["pact"]["at_most"]) == (False, True)
+    # Six layers are too few for three cuts in the first quarter.
+    refused = found["sparsevlm"]["refusal"]
+    code, _, err = run("plan", model, "--policy", "sparsevlm", *frames)
+    assert code == 2
+    assert f"error[{refused['code']}] {refused['slug']}: {refused['summary']}" in err
+    acting = sum(one["refusal"] is None for one in found.values())
+    assert f"{acting} of {len(found)} act on this model" in out
+
+
+def test_what_a_list_cannot_be_asked_for_is_refused() -> None:
+    for arguments, why in ((("--frames", "8"), "give --model too"), (("--markdown", "--model", "m"), "no model")):
+        code, _, err = run("policies", "list", *arguments)
+        assert code == 2
+        assert why in " ".join(err.replace("│", " ").split())
+
+
 def test_show_prints_a_policy_that_loads() -> None:
     code, out, _ = run("policies", "show", "fastv", "--set", "keep=25%")
     assert code == 0

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from tvc.commands.plan import FRAMES
+
+if TYPE_CHECKING:
+    from tvc.policy import Policy
+    from tvc.program import Layout
 
 _SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Replace a value: keep=25% or steps.0.select.top.keep=25%.")
 _JSON = typer.Option(False, "--json", help="Write JSON for machines.")
@@ -28,7 +32,10 @@ def _dump(value: Any) -> None:
 
 
 def list_presets(
-    as_json: bool = _JSON, as_markdown: bool = typer.Option(False, "--markdown", help="Write a table for a document.")
+    model: str | None = typer.Option(None, "--model", help="Which of them act on this model as they are, and why not."),
+    frames: int | None = typer.Option(None, "--frames", min=1, metavar="N", help=f"With --model: {FRAMES}"),
+    as_json: bool = _JSON,
+    as_markdown: bool = typer.Option(False, "--markdown", help="Write a table for a document."),
 ) -> None:
     """List the policies that ship with tvc."""
     from rich.console import Console
@@ -38,6 +45,12 @@ def list_presets(
     from tvc.policy.words import preset_table
 
     policies = [load_policy(name) for name in presets()]
+    if model is not None:
+        if as_markdown:
+            raise typer.BadParameter("the table of a document is about no model", param_hint="--markdown")
+        _list_for(policies, model, frames, as_json)
+        return
+    _refuse_frames(frames)
     if as_json:
         _dump([{"name": p.name, "about": p.about, "parameters": dict(p.parameters)} for p in policies])
         return
@@ -48,6 +61,38 @@ def list_presets(
     for policy in policies:
         table.add_row(policy.name, " ".join(f"{k}={v}" for k, v in policy.parameters.items()), policy.about)
     Console().print(table)
+
+
+def _list_for(policies: list[Policy], model: str, frames: int | None, as_json: bool) -> None:
+    """Each policy's visual tokens on the model, or the refusal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tvc.report.fit import fits
+
+    found = fits(policies, _layout(model, frames))
+    if as_json:
+        _dump([dataclasses.asdict(one) for one in found])
+        return
+    table = Table("name", "visual tokens in a layer, or why not", box=None, pad_edge=False)
+    for one in found:
+        table.add_row(one.name, one.text())
+    Console().print(table)
+    acting = sum(one.refusal is None for one in found)
+    typer.echo(f"{acting} of {len(found)} act on this model as they are; what only a trace tells, tvc compile says.")
+
+
+def _layout(model: str, frames: int | None) -> Layout:
+    """The model's, of one image, or of a video of so many frames."""
+    from tvc import api
+
+    layout = api.one_image(api.layout_of(model))
+    return layout if frames is None else api.shown(layout, frames)
+
+
+def _refuse_frames(frames: int | None) -> None:
+    if frames is not None:
+        raise typer.BadParameter("frames are planned on a model: give --model too", param_hint="--frames")
 
 
 def show(
@@ -63,21 +108,18 @@ def show(
 
     loaded = load_policy(policy, set=settings)
     if model is None:
-        if frames is not None:
-            raise typer.BadParameter("frames are planned on a model: give --model too", param_hint="--frames")
+        _refuse_frames(frames)
         if as_json:
             _dump(loaded.document.data)
         else:
             typer.echo(_commented(in_words(loaded)) + loaded.to_yaml(), nl=False)
         return
-    from tvc import api
     from tvc.report.budget import ladder
     from tvc.report.schedule import plan_policy
 
     if not as_json:
         typer.echo(_commented(in_words(loaded)), nl=False)  # also where the model cannot do what they say
-    layout = api.one_image(api.layout_of(model))
-    layout = layout if frames is None else api.shown(layout, frames)
+    layout = _layout(model, frames)
     plan, rungs = plan_policy(loaded, layout, new_tokens=64), list(ladder(loaded, layout))
     if as_json:
         budgets = {rung.share: dataclasses.asdict(rung) for rung in rungs}
