@@ -94,6 +94,7 @@ def _score_cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         query, key = torch.randn(2, 4, 5, 8), torch.randn(2, groups, 9, 8)
         for heads in ("mean", "sum", "max", "joined"):
             yield f"G{groups}-{heads}", (query, key, places[:, -5:].clone(), places, rows, columns, 0.3, heads)
+        yield f"G{groups}-softcap", (query, key, places[:, -5:].clone(), places, rows, columns, 2.0, "sum", 1.5)
 
 
 @op(_score_cases)
@@ -106,16 +107,18 @@ def attend_score(
     columns: torch.Tensor,
     scale: float,
     heads: str,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """[B, V] float32: the attention that `rows [B, R]` pay to `columns [B, V, g]` among keys not behind them.
 
     Args:
         query: [B, H, Q, d]; key: [B, G, N, d]; query_positions, key_positions: [B, Q] and [B, N] int64, -1 pads.
-        rows, columns, scale, heads: as for `attention_score`.
+        rows, columns, scale, heads, softcap: as for `attention_score`.
     """
     # Of the mask only the rows that score are made.
     picked = rows.clamp(min=0)
     chosen = query.gather(2, picked[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
     mask = attention_mask.reference(query_positions.gather(1, picked), key_positions, 0)
     number = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape[0], -1)
-    return attention_score.reference(chosen, key, mask, torch.where(rows < 0, -1, number), columns, scale, heads)
+    number = torch.where(rows < 0, -1, number)
+    return attention_score.reference(chosen, key, mask, number, columns, scale, heads, softcap)

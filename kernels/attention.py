@@ -42,18 +42,23 @@ def repeat_groups(tensor: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def rows_allowed(mask: torch.Tensor, rows: torch.Tensor, keys: int) -> torch.Tensor:
-    """[B, 1|H, R, N] bool: what `rows [B, R]` of the query may attend to among `keys` keys; pads (-1) read row 0."""
+    """[B, 1|H, R, N]: what a mask says of `rows [B, R]` of the query and of `keys` keys; pads (-1) read row 0."""
     allowed = mask.expand(rows.shape[0], mask.shape[1], mask.shape[2], keys)
     row = rows.clamp(min=0)[:, None, :, None]
     return allowed.gather(2, row.expand(rows.shape[0], mask.shape[1], rows.shape[1], keys))
 
 
 def row_logits(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, rows: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    rows: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """[B, H, R, N] float32: logits of `rows [B, R]` of the query; where the mask forbids, the lowest finite number.
 
-    Not -inf: a row that may attend to nothing stays free of NaN. Pads (-1) read row 0.
+    Not -inf: a row that may attend to nothing stays free of NaN. Pads (-1) read row 0. `softcap` as for `attention`.
     """
     batch, heads, _, width = query.shape
     groups, keys, number = key.shape[1], key.shape[2], rows.shape[1]
@@ -61,7 +66,19 @@ def row_logits(
     picked = query.gather(2, row.expand(batch, heads, number, width)).float()
     picked = picked.reshape(batch, groups, heads // groups * number, width)
     logits = (picked @ key.float().transpose(2, 3) * scale).reshape(batch, heads, number, keys)
-    return logits if mask is None else logits.masked_fill(~rows_allowed(mask, rows, keys), LOWEST)
+    return masked(capped(logits, softcap), None if mask is None else rows_allowed(mask, rows, keys))
+
+
+def capped(logits: torch.Tensor, softcap: float) -> torch.Tensor:
+    """Logits that a hyperbolic tangent keeps within -softcap and softcap; 0 means as they are."""
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+def masked(logits: torch.Tensor, said: torch.Tensor | None) -> torch.Tensor:
+    """Logits with what a mask says of them: False gives the lowest finite number, a float is added."""
+    if said is None:
+        return logits
+    return logits.masked_fill(~said, LOWEST) if said.dtype == torch.bool else logits + said.float()
 
 
 def _attention(

@@ -137,11 +137,12 @@ class Attention(NamedTuple):
 
     query: torch.Tensor  # [B, H, Q, d]
     key: torch.Tensor  # [B, G, N, d], G divides H
-    mask: torch.Tensor | None  # bool [B|1, 1|H, Q, N], True = may attend; None: everything
+    mask: torch.Tensor | None  # [B|1, 1|H, Q, N] bool, True = may attend, or float, added to logits; None: everything
     rows: torch.Tensor  # [B, R] int64 rows of the query that score, -1 pads
     columns: torch.Tensor  # [B, V, g] int64 keys of each visual token among the N, -1 pads; g > 1: mean over g
     scale: float
     image: torch.Tensor | None = None  # [B, N] int64 image of each key, where an encoder packs several in one sequence
+    softcap: float = 0.0  # what a hyperbolic tangent keeps logits within; 0: they are as they are
 
 
 @dataclasses.dataclass(frozen=True)

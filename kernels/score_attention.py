@@ -1,10 +1,11 @@
 """attention_score: how much attention each visual token receives, from the q and k that enter an attention op.
 
-Shapes:  query [B, H, Q, d], key [B, G, N, d] (G divides H), mask [B|1, 1|H, Q, N] bool or None (everything),
+Shapes:  query [B, H, Q, d], key [B, G, N, d] (G divides H), mask [B|1, 1|H, Q, N] bool, float or None (everything),
          rows [B, R] int64 rows of the query that score, columns [B, V, g] int64 keys of each visual token
          -> [B, V] float32
 Rule:    softmax over all N keys in float32, mean over the rows, heads by mean, sum or max, mean over the g keys.
-         Joined heads are one head of the full width: the dot product over H d numbers, scale / sqrt(H), one softmax.
+         Joined heads are one head of the full width: the dot product over H d numbers, scale / sqrt(H), one softmax;
+         of what masks say of a key the strictest head counts. A soft cap is put on logits as the layer has it.
 Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
 Memory:  O(B H BLOCK N) however many rows score, in a graph O(B H R N); keys are not repeated for grouped queries.
 """
@@ -18,7 +19,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from tvc.kernels.attention import LOWEST, row_logits, rows_allowed
+from tvc.kernels.attention import capped, masked, row_logits, rows_allowed
 from tvc.kernels.blocks import row_blocks
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
 
@@ -41,6 +42,11 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield f"{name}-joined-per-head", (query, key, per_head, rows, single, scale, "joined")
         every = torch.arange(length).repeat(batch, 1)
         yield f"{name}-all-rows", (query, key, causal, every, single, scale, "mean")
+        bias = torch.where(causal, torch.randn(batch, heads, length, length), torch.finfo(torch.float32).min)
+        yield f"{name}-bias", (query, key, bias, rows, single, scale, "mean")
+        yield f"{name}-bias-joined", (query, key, bias[:, :1], every, single, scale, "joined")
+        yield f"{name}-softcap", (query, key, causal, rows, paired, 4 * scale, "mean", 2.0)
+        yield f"{name}-softcap-joined", (query, key, causal, every, single, 4 * scale, "joined", 2.0)
         yield f"{name}-no-rows", (query, key, causal, torch.full((batch, 2), -1), single, scale, "mean")
 
 
@@ -52,11 +58,12 @@ def received(
     scale: float,
     share: torch.Tensor,
     joined: bool = False,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """[B, H, N] float32: the attention that `rows` pay to every key, each by its `share [B, R]`; joined heads are 1."""
     logits = _joined if joined else row_logits
     paid = (
-        (logits(query, key, mask, rows[:, block], scale).softmax(-1) * share[:, None, block, None]).sum(2)
+        (logits(query, key, mask, rows[:, block], scale, softcap).softmax(-1) * share[:, None, block, None]).sum(2)
         for block in row_blocks(rows.shape[1])
     )
     return functools.reduce(torch.add, paid)
@@ -71,11 +78,12 @@ def attention_score(
     columns: torch.Tensor,
     scale: float,
     heads: str,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """[B, V] float32: the attention that `rows` pay to `columns`; `heads` is mean, sum, max or joined."""
     scoring = (rows >= 0).float()
     share = scoring / scoring.sum(1, keepdim=True).clamp(min=1)
-    paid = received(query, key, mask, rows, scale, share, heads == "joined")
+    paid = received(query, key, mask, rows, scale, share, heads == "joined", softcap)
     if heads == "max":
         pooled = paid.amax(1)
     else:
@@ -88,7 +96,12 @@ def attention_score(
 
 
 def _joined(
-    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, rows: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    rows: torch.Tensor,
+    scale: float,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """[B, 1, R, N]: as `row_logits`, with all heads as one of the full width; every head's mask has to allow."""
     batch, heads, _, width = query.shape
@@ -98,11 +111,11 @@ def _joined(
     picked = picked.transpose(1, 2).reshape(batch, number, heads * width)
     wide = key.float()[:, :, None].expand(batch, groups, heads // groups, keys, width)
     wide = wide.reshape(batch, heads, keys, width).transpose(1, 2).reshape(batch, keys, heads * width)
-    logits = (picked @ wide.transpose(1, 2) * (scale * heads**-0.5))[:, None]
-    if mask is None:
-        return logits
-    allowed = rows_allowed(mask, rows, keys)
-    return logits.masked_fill(~(allowed.all(1, keepdim=True) if mask.shape[1] > 1 else allowed), LOWEST)
+    logits = capped((picked @ wide.transpose(1, 2) * (scale * heads**-0.5))[:, None], softcap)
+    said = None if mask is None else rows_allowed(mask, rows, keys)
+    if said is not None and said.shape[1] > 1:
+        said = said.all(1, keepdim=True) if said.dtype == torch.bool else said.amin(1, keepdim=True)
+    return masked(logits, said)
 
 
 def rows_ratio(attention: Attention) -> torch.Tensor:
@@ -141,5 +154,5 @@ class AttentionScore(Score):
         return {"attention": Tap("attention", self.layer, (self.of,) if isinstance(self.of, str) else self.of)}
 
     def apply(self, attention: Attention) -> torch.Tensor:
-        score: torch.Tensor = attention_score.overload(*attention[:6], self.heads)
+        score: torch.Tensor = attention_score.overload(*attention[:6], self.heads, attention.softcap)
         return score if attention.image is None else score * rows_ratio(attention)

@@ -42,6 +42,7 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         image = (torch.arange(past + length) >= past + length // 2).long().repeat(batch, 1)
         apart = (image[:, None, -length:, None] == image[:, None, None, :]) & (torch.rand(length, past + length) > 0.3)
         apart |= torch.eye(length, past + length, dtype=torch.bool).roll(past, 1)
+        yield f"{name}-softcap", (query, key, causal, every, single, 4 * scale, 1.0, None, 2.0)
         yield f"{name}-two-images", (query, key, apart, every, paired, scale, 1.0, image)
         yield f"{name}-two-images-some-rows", (query, key, apart, some, single, scale, 0.9, image)
 
@@ -56,6 +57,7 @@ def global_score(
     scale: float,
     above: float,
     image: torch.Tensor | None,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """[B, V] float32: the mean attention that the global ones among `rows` pay to `columns`."""
     length, keys = query.shape[2], key.shape[2]
@@ -84,7 +86,7 @@ def global_score(
     def pooled(payer: torch.Tensor) -> torch.Tensor:
         """[B, N]: the mean over those rows of the key's image that `payer [B, R]` marks, and over heads."""
         share = payer / over_image(payer).clamp(min=1)
-        return received(query, key, mask, rows, scale, share).mean(1)
+        return received(query, key, mask, rows, scale, share, softcap=softcap).mean(1)
 
     own = pooled(scoring).gather(1, place) * scoring
     mean = over_image(own) / over_image(scoring).clamp(min=1)
@@ -110,5 +112,5 @@ class GlobalScore(Score):
         return {"attention": Tap("attention", self.layer, (self.of,))}
 
     def apply(self, attention: Attention) -> torch.Tensor:
-        score: torch.Tensor = global_score.overload(*attention[:6], self.above, attention.image)
+        score: torch.Tensor = global_score.overload(*attention[:6], self.above, attention.image, attention.softcap)
         return score

@@ -89,5 +89,5 @@ class MeanQueryScore(Score):
         return {"feature": Tap("feature"), "attention": Tap("attention", self.layer, ("all",), rotary=False)}
 
     def apply(self, scope: Scope, feature: torch.Tensor, attention: Attention) -> torch.Tensor:
-        query, key, _, rows, columns, scale, _ = attention
+        query, key, _, rows, columns, scale, *_ = attention
         return mean_query_score.overload(feature, query, key, rows, columns, scope.segment, scale)

@@ -39,6 +39,7 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         name, scale = f"B{batch}-H{heads}-G{groups}", width**-0.5
         yield f"{name}-all", (query, key, causal, every, single, scale, 0.5, 5)
         yield f"{name}-some", (query, key, causal, some, paired, scale, 1.0, 2)
+        yield f"{name}-softcap", (query, key, causal, every, single, 4 * scale, 0.5, 3, 2.0)
         yield f"{name}-no-rows", (query, key, None, torch.full((batch, 2), -1), single, scale, 0.5, 3)
     query, key = torch.randn(2, 2, 3, 4), torch.randn(2, 1, 8, 4)
     ahead = torch.ones(3, 8, dtype=torch.bool).tril(5)[None, None]
@@ -73,6 +74,7 @@ def pagerank_score(
     scale: float,
     temperature: float,
     rounds: int,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """[B, V] float32: where `rounds` steps along the attention lead."""
     batch, head_count, row_count = query.shape[0], query.shape[1], rows.shape[1]
@@ -82,7 +84,9 @@ def pagerank_score(
 
     def moves(block: slice) -> torch.Tensor:
         """[B, H, b, R]: the chances of steps from the rows of a block."""
-        paid = row_logits(query, key, mask, rows[:, block], scale / temperature).softmax(-1)
+        # Divided by the temperature is what the cap leaves, and so the cap may be.
+        warm = (scale / temperature, softcap / temperature)
+        paid = row_logits(query, key, mask, rows[:, block], *warm).softmax(-1)
         to = place[:, None, None, :].expand(-1, head_count, paid.shape[2], -1)
         return paid.gather(3, to) * real[:, None, None, :]
 
@@ -112,5 +116,5 @@ class PageRankScore(Score):
         return {"attention": Tap("attention", self.layer, ("all",))}
 
     def apply(self, attention: Attention) -> torch.Tensor:
-        score: torch.Tensor = pagerank_score.overload(*attention[:6], self.temperature, self.rounds)
+        score: torch.Tensor = pagerank_score.overload(*attention[:6], self.temperature, self.rounds, attention.softcap)
         return score

@@ -43,6 +43,7 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield f"{name}-max-all", (query, key, None, torch.arange(length).repeat(batch, 1), paired, scale, "max")
         yield f"{name}-max-no-rows", (query, key, causal, torch.full((batch, 2), -1), single, scale, "max")
         yield f"{name}-no-rows", (query, key, causal, torch.full((batch, 2), -1), single, scale)
+        yield f"{name}-softcap", (query, key, causal, rows, single, 4 * scale, "mean", 2.0)
         yield f"{name}-no-visual-token", (query, key, causal, rows, single[:, :0], scale)
 
 
@@ -55,6 +56,7 @@ def peak_score(
     columns: torch.Tensor,
     scale: float,
     heads: str = "mean",
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """[B, V] float32: the largest of what each of `rows` pays to `columns`."""
     batch, visual, group = columns.shape
@@ -65,7 +67,7 @@ def peak_score(
     def most(block: slice) -> torch.Tensor:
         """[B, V]: the most that one row of a block pays."""
         rated = rows[:, block]
-        paid = row_logits(query, key, mask, rated, scale).softmax(-1)  # [B, H, b, N]
+        paid = row_logits(query, key, mask, rated, scale, softcap).softmax(-1)  # [B, H, b, N]
         if heads == "max":
             # Heads side by side are further rows.
             rated, paid = rated.repeat(1, paid.shape[1]), paid.flatten(1, 2)
@@ -96,4 +98,4 @@ class PeakScore(Score):
         return {"attention": Tap("attention", self.layer, (self.of,))}
 
     def apply(self, attention: Attention) -> torch.Tensor:
-        return peak_score.overload(*attention[:6], self.heads)
+        return peak_score.overload(*attention[:6], self.heads, attention.softcap)

@@ -37,7 +37,7 @@ class CrossAttention(When):
     def apply(self, score: torch.Tensor | None, scope: Scope, of_text: Attention, of_visual: Attention) -> torch.Tensor:
         """[B] bool."""
         # A row of attention sums to 1, so what does not go to visual tokens goes to text.
-        to_visual = attention_score.overload(*of_text[:6], "mean").sum(1)
-        to_text = 1.0 - attention_score.overload(*of_visual[:6], "mean").sum(1)
+        to_visual = attention_score.overload(*of_text[:6], "mean", of_text.softcap).sum(1)
+        to_text = 1.0 - attention_score.overload(*of_visual[:6], "mean", of_visual.softcap).sum(1)
         there = (scope.segment >= 0).sum(1) > 0
         return there & (to_visual < self.below) & (to_text < self.below)

@@ -81,6 +81,6 @@ def _attend(graph: fx.Graph, node: fx.Node, runs: dict[fx.Node, fx.Node]) -> Non
 
 
 def _narrow(node: fx.Node) -> None:
-    query, key, mask, rows, columns, scale, heads = cast("tuple[fx.Node, ...]", node.args)
+    query, key, mask, rows, columns, *rest = cast("tuple[fx.Node, ...]", node.args)  # scale, heads, softcap
     queries, keys = cast("tuple[fx.Node, ...]", mask.args[:2])
-    node.target, node.args = OP.attend_score.default, (query, key, queries, keys, rows, columns, scale, heads)
+    node.target, node.args = OP.attend_score.default, (query, key, queries, keys, rows, columns, *rest)

@@ -225,7 +225,7 @@ class VisionInsertion:
                 slug="no-text-here",
             )
         layer = int((tap.layer or "").removeprefix("vision."))
-        query, key, mask, scale = self._attention(layer, note)
+        query, key, mask, scale, softcap = self._attention(layer, note)
         if layer == site:
             ahead = backward_closure([query, key], stop=[marker])
             copies = clone([n for n in ahead if not n < marker], {marker: hidden}, note)  # type: ignore[dict-item]
@@ -239,7 +239,7 @@ class VisionInsertion:
         if tap.kind == "key":
             return self._call(key_tap, note, key, columns)
         self._weighed(layer, note)
-        return (query, key, mask, self._rows(tap.of[0], query, columns, note), columns, scale)
+        return (query, key, mask, self._rows(tap.of[0], query, columns, note), columns, scale, None, softcap)
 
     def _hidden_of(self, stage: int) -> fx.Node:
         """The hidden states that the cut number `stage` shortened."""
@@ -255,9 +255,9 @@ class VisionInsertion:
         columns = self.columns(note)
         output = self._output()
         with self.graph.inserting_before(output):
-            query, key, mask, scale = self._attention(int(tap.layer.removeprefix("vision.")), note)
+            query, key, mask, scale, softcap = self._attention(int(tap.layer.removeprefix("vision.")), note)
             parts = (query, key, mask, self._rows(tap.of[0], query, columns, note), columns, scale)
-            node = self._call(score_tap(primitive.apply), note, *parts, self._images(query, note))
+            node = self._call(score_tap(primitive.apply), note, *parts, self._images(query, note), softcap)
             self._add_tap(name, self._laid(node, note), 0)
 
     def add_keys(self, name: str, layer: str, note: str) -> None:
@@ -329,12 +329,13 @@ class VisionInsertion:
             )
         return block
 
-    def _attention(self, index: int, note: str) -> tuple[Any, Any, Any, float]:
+    def _attention(self, index: int, note: str) -> tuple[Any, Any, Any, float, float]:
+        """(query, key, mask, scale, softcap)"""
         node = self._block(index).attention
-        query, key = node.args[0], node.args[1]
+        query, key, _, mask, scale, *softcap = node.args
         if node.target is torch.ops.tvc.attention.default:
-            return query, key, node.args[3], node.args[4]  # type: ignore[return-value]
-        return query, key, self._call(_packed, note, node.args[3], query), node.args[4]  # type: ignore[return-value]
+            return query, key, mask, scale, *softcap  # type: ignore[return-value]
+        return query, key, self._call(_packed, note, mask, query), scale, 0.0  # type: ignore[return-value]
 
     def _images(self, query: Any, note: str) -> fx.Node | None:
         """[1, P] the image of each token, where the encoder packs all of them in one sequence."""

@@ -108,7 +108,10 @@ def one_score(primitive: Any, taps: dict[str, Any], scope: Scope) -> torch.Tenso
 
 def _bundles(taps: dict[str, Any]) -> dict[str, Any]:
     """Attention taps travel through graphs as plain tuples."""
-    return {name: Attention(*tap) if isinstance(tap, tuple) and len(tap) == 6 else tap for name, tap in taps.items()}
+    whole = len(Attention._fields)
+    return {
+        name: Attention(*tap) if isinstance(tap, tuple) and len(tap) == whole else tap for name, tap in taps.items()
+    }
 
 
 def _take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

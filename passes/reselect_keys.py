@@ -33,10 +33,12 @@ def is_step(query_positions: torch.Tensor, visual_index: torch.Tensor) -> torch.
     return ((query_positions >= 0).sum(1) == 1) & ((visual_index >= 0).sum(1) == 0)
 
 
-def paid(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, scale: float) -> torch.Tensor:
+def paid(
+    query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, scale: float, softcap: float
+) -> torch.Tensor:
     """[B, N] float32: the attention that `rows` [B, 1] pay every key, mean over heads."""
     columns = torch.arange(key.shape[2], device=key.device).expand(key.shape[0], -1).unsqueeze(2)
-    made: torch.Tensor = OP.attention_score(query, key, mask, rows, columns, scale, "mean")
+    made: torch.Tensor = OP.attention_score(query, key, mask, rows, columns, scale, "mean", softcap)
     return made
 
 
@@ -86,11 +88,11 @@ class ReselectKeys(Pass):
         self, attention: Any, state: ChunkState, marks: dict[str, fx.Node]
     ) -> tuple[dict[str, fx.Node], fx.Node]:
         """What the stage hands on of its keys, by kind, and the places [B, N] of those that are attended to."""
-        query, key, _, mask, scale, _ = attention.args
+        query, key, _, mask, scale, softcap = attention.args
         inputs = placeholders(self.graph)
         visual = self._call(visual_keys, marks["visual"], state.visual_index, state.query_positions)
         single = self._call(is_step, inputs["query_positions"], inputs["visual_index"])
-        attended = self._call(paid, query, key, mask, self._call(last_rows, query), scale)
+        attended = self._call(paid, query, key, mask, self._call(last_rows, query), scale, softcap)
         given = (attended, marks["seen"], marks.get("chosen"), visual, single, *self.rule.keep.numbers, self.rule.alike)
         pair = self._call(OP.reselect.default, *given)
         chosen, seen = (self._call(part, pair) for part in (_first, _second))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
@@ -258,13 +258,13 @@ class DecoderTaps:
         layer = int((tap.layer or "").removeprefix("language."))
         if tap.kind == "transition":
             return self._transition(layer)
-        query, key, mask, scale, stage = self._attention(layer, site, first, tap.rotary)
+        query, key, mask, scale, softcap, stage = self._attention(layer, site, first, tap.rotary)
         index = self._slots_in(stage)
         if tap.kind == "key":
             return self.call(key_rows, key, query, index, tap.of == ("joined",))
         rows = self._rows(tap, query, stage, index)
         columns = self.call(columns_of, index, query, key)
-        return (query, key, mask, rows, columns, scale)
+        return (query, key, mask, rows, columns, scale, None, softcap)
 
     def _neighbours(self, columns: int | None) -> tuple[fx.Node, fx.Node]:
         """([B, V], [B, V]) the token to the right of each, and the one below."""
@@ -275,13 +275,14 @@ class DecoderTaps:
             pair = self.call(neighbours_by_columns, state.segment, state.counts, columns)
         return self.call(_first, pair), self.call(_second, pair)
 
-    def _attention(self, layer: int, site: str, first: fx.Node, rotary: bool) -> tuple[Any, Any, Any, float, int]:
-        """(query, key, mask, scale, stage) of the attention in `layer`, which runs before the cut or is recomputed."""
-        node = self.blocks[layer].attention
-        query, key, mask, scale = node.args[0], node.args[1], node.args[3], node.args[4]
+    def _attention(self, layer: int, site: str, first: fx.Node, rotary: bool) -> tuple[Any, ...]:
+        """(query, key, mask, scale, softcap, stage) of the attention in `layer`, which runs before the cut or is
+        recomputed.
+        """
+        query, key, _, mask, scale, softcap = cast("tuple[Any, ...]", self.blocks[layer].attention.args)
         stage = sum(cut.layer <= layer for cut in self.cuts)
         if f"language.{layer}" != site:
-            return query, key, mask, scale, stage  # type: ignore[return-value]
+            return query, key, mask, scale, softcap, stage
         # The block's own attention, on the tokens that have not been cut yet: its q and k are computed here as well.
         ahead = [n for n in backward_closure([query, key]) if not n < first]  # type: ignore[list-item]
         state = self.states[-1]
@@ -293,7 +294,7 @@ class DecoderTaps:
             ahead = backward_closure([query, key], stop=known)  # type: ignore[list-item]
         copies = clone(ahead, known, self.note)
         mask = mask_of(mask, dataclasses.replace(state, key_positions=self.key_positions), self.note)  # type: ignore[arg-type]
-        return copies.get(query, query), copies.get(key, key), mask, scale, len(self.states) - 1  # type: ignore
+        return copies.get(query, query), copies.get(key, key), mask, scale, softcap, len(self.states) - 1
 
     def _transition(self, layer: int) -> fx.Node:
         """[B, V] taken where the layer ended, for the visual tokens that later cuts left."""

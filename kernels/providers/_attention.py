@@ -106,7 +106,7 @@ def whole(p_high, p_total, o_line, m_line, parts, BLOCK_S: tl.constexpr):
     return b_top, tl.where(m_line, b_sum, 1.0)
 
 
-def room(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> Support:
+def room(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, softcap: float) -> Support:
     """Whether tiles of logits can be made of these operands."""
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16) or key.dtype != query.dtype:
         return no(f"query and key are {query.dtype} and {key.dtype}, not one of float32, float16 and bfloat16")
@@ -114,6 +114,8 @@ def room(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None) -> S
         return no(f"heads are {query.shape[3]} wide; a tile has room for 256")
     if mask is not None and mask.dtype != torch.bool:
         return no(f"the mask is {mask.dtype}, not bool")
+    if softcap:
+        return no(f"logits have a soft cap of {softcap}")
     return YES
 
 

@@ -17,8 +17,9 @@ def supports(
     columns: torch.Tensor,
     scale: float,
     heads: str,
+    softcap: float = 0.0,
 ) -> Support:
-    return by_mask.supports(query, key, None, rows, columns, scale, heads)
+    return by_mask.supports(query, key, None, rows, columns, scale, heads, softcap)
 
 
 def launch(
@@ -30,6 +31,7 @@ def launch(
     columns: torch.Tensor,
     scale: float,
     heads: str,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """[B, V] float32: the attention that `rows` pay to `columns` among the keys that are not behind them."""
     return by_mask.scored(query, key, None, (query_positions, key_positions), rows, columns, scale, heads)

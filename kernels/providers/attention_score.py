@@ -145,10 +145,11 @@ def supports(
     columns: torch.Tensor,
     scale: float,
     heads: str,
+    softcap: float = 0.0,
 ) -> Support:
     if columns.shape[2] > 64:
         return no(f"a visual token has {columns.shape[2]} keys; a tile has room for 64")
-    return room(query, key, mask)
+    return room(query, key, mask, softcap)
 
 
 def launch(
@@ -159,6 +160,7 @@ def launch(
     columns: torch.Tensor,
     scale: float,
     heads: str,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """[B, V] float32: the attention that `rows` pay to `columns`; `heads` is mean, sum, max or joined."""
     return scored(query, key, mask, None, rows, columns, scale, heads)

@@ -55,8 +55,9 @@ def supports(
     scale: float,
     temperature: float,
     rounds: int,
+    softcap: float = 0.0,
 ) -> Support:
-    return room(query, key, mask)
+    return room(query, key, mask, softcap)
 
 
 def launch(
@@ -68,6 +69,7 @@ def launch(
     scale: float,
     temperature: float,
     rounds: int,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """[B, V] float32: where `rounds` steps along the attention lead."""
     batch, heads, length = query.shape[0], query.shape[1], key.shape[2]

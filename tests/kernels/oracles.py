@@ -106,14 +106,19 @@ def _softmax(values: list[float], allowed: list[bool]) -> list[float]:
     return [power / sum(powers) for power in powers]
 
 
-def _weights(query: Row, keys: list[Row], scale: float, allowed: list[bool], cap: float = 0.0) -> list[float]:
+def _weights(
+    query: Row, keys: list[Row], scale: float, said: list[Any], cap: float = 0.0, temperature: float = 1.0
+) -> list[float]:
+    """`said`: of each key whether it may be seen, or what is added to its logit."""
     logits = [sum(a * b for a, b in zip(query, key, strict=True)) * scale for key in keys]
     if cap:
         logits = [math.tanh(logit / cap) * cap for logit in logits]
-    return _softmax(logits, allowed)
+    if any(isinstance(word, float) for word in said):
+        logits, said = [logit + word for logit, word in zip(logits, said, strict=True)], [True] * len(said)
+    return _softmax([logit / temperature for logit in logits], said)
 
 
-def _allowed(mask: Any, b: int, h: int, q: int, keys: int) -> list[bool]:
+def _allowed(mask: Any, b: int, h: int, q: int, keys: int) -> list[Any]:
     if mask is None:
         return [True] * keys
     sample = mask[b if len(mask) > 1 else 0]
@@ -121,7 +126,7 @@ def _allowed(mask: Any, b: int, h: int, q: int, keys: int) -> list[bool]:
 
 
 def attention_score(
-    query: Any, key: Any, mask: Any, rows: list[Row], columns: Any, scale: float, heads: str
+    query: Any, key: Any, mask: Any, rows: list[Row], columns: Any, scale: float, heads: str, cap: float = 0.0
 ) -> list[Row]:
     result = []
     for b, sample in enumerate(query):
@@ -129,10 +134,10 @@ def attention_score(
         received = []
         for h, head in enumerate(sample):
             keys = key[b][h * len(key[b]) // len(sample)]
-            paid = [_weights(head[row], keys, scale, _allowed(mask, b, h, row, len(keys))) for row in used]
+            paid = [_weights(head[row], keys, scale, _allowed(mask, b, h, row, len(keys)), cap) for row in used]
             received.append([sum(row[n] for row in paid) / max(1, len(used)) for n in range(len(keys))])
         if heads == "joined":
-            received = [_joined(sample, key[b], mask, b, used, scale)]
+            received = [_joined(sample, key[b], mask, b, used, scale, cap)]
         pooled = []
         for values in zip(*received, strict=True):
             mean = sum(values) / len(values)
@@ -146,7 +151,7 @@ def attend_score(query: Any, key: Any, queries: list[Row], keys: list[Row], *res
     return attention_score(query, key, attention_mask(queries, keys, 0), *rest)
 
 
-def _joined(sample: Any, key: Any, mask: Any, b: int, used: Row, scale: float) -> Row:
+def _joined(sample: Any, key: Any, mask: Any, b: int, used: Row, scale: float, cap: float) -> Row:
     """What `used` rows pay on average when all heads are one."""
     heads, number = len(sample), len(key[0])
     keys = [[x for h in range(heads) for x in key[h * len(key) // heads][n]] for n in range(number)]
@@ -154,7 +159,8 @@ def _joined(sample: Any, key: Any, mask: Any, b: int, used: Row, scale: float) -
     for row in used:
         masks = [_allowed(mask, b, h, row, number) for h in range(heads)]
         query = [x for head in sample for x in head[row]]
-        paid.append(_weights(query, keys, scale / heads**0.5, [all(column) for column in zip(*masks, strict=True)]))
+        strictest = [min(column) for column in zip(*masks, strict=True)]
+        paid.append(_weights(query, keys, scale / heads**0.5, strictest, cap))
     return [sum(row[n] for row in paid) / max(1, len(used)) for n in range(number)]
 
 

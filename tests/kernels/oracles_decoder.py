@@ -56,7 +56,15 @@ def text_raters(visual: Any, seen: list[Row], text: Any, asked: list[Row]) -> li
 
 
 def pagerank_score(
-    query: Any, key: Any, mask: Any, rows: list[Row], columns: Any, scale: float, temperature: float, steps: int
+    query: Any,
+    key: Any,
+    mask: Any,
+    rows: list[Row],
+    columns: Any,
+    scale: float,
+    temperature: float,
+    steps: int,
+    cap: float = 0.0,
 ) -> list[Row]:
     result = []
     for b, sample in enumerate(query):
@@ -65,7 +73,7 @@ def pagerank_score(
         for h, head in enumerate(sample):
             keys = key[b][h * len(key[b]) // len(sample)]
             moves = {
-                row: _weights(head[row], keys, scale / temperature, _allowed(mask, b, h, row, len(keys)))
+                row: _weights(head[row], keys, scale, _allowed(mask, b, h, row, len(keys)), cap, temperature)
                 for row in used
             }
             chance = {row: 1 / len(used) for row in used}

@@ -9,7 +9,15 @@ from kernel_oracles import ORACLES, Row, _allowed, _best, _budget, _cosine, _mem
 
 
 def global_score(
-    query: Any, key: Any, mask: Any, rows: list[Row], columns: Any, scale: float, above: float, image: Any = None
+    query: Any,
+    key: Any,
+    mask: Any,
+    rows: list[Row],
+    columns: Any,
+    scale: float,
+    above: float,
+    image: Any = None,
+    cap: float = 0.0,
 ) -> list[Row]:
     """Of several images, each as if it were alone."""
     result = []
@@ -20,7 +28,7 @@ def global_score(
             for number in set(image[b]):
                 theirs = [row for row in rows[b] if row >= 0 and image[b][row + past] == number]
                 here = [[[c for c in group if c >= 0 and image[b][c] == number] for group in columns[b]]]
-                part = global_score([sample], [key[b]], one, [theirs], here, scale, above)[0]
+                part = global_score([sample], [key[b]], one, [theirs], here, scale, above, cap=cap)[0]
                 for v, group in enumerate(columns[b]):
                     share = len(here[0][v]) / max(1, sum(c >= 0 for c in group))
                     scores[v] += part[v] * share
@@ -33,7 +41,7 @@ def global_score(
             heads = []
             for h, head in enumerate(sample):
                 group = key[b][h * len(key[b]) // len(sample)]
-                heads.append(_weights(head[row], group, scale, _allowed(mask, b, h, row, number)))
+                heads.append(_weights(head[row], group, scale, _allowed(mask, b, h, row, number), cap))
             paid[row] = [sum(column) / len(heads) for column in zip(*heads, strict=True)]
         own = {row: sum(p[number - len(sample[0]) + row] for p in paid.values()) / len(used) for row in used}
         payers = [row for row in used if own[row] > above * sum(own.values()) / len(used)]

@@ -62,7 +62,9 @@ def pixel_blocks(feature: Any, size: Any, segment: Any, counts: Any, columns: An
     return index, rows, [[0.0] * (width - len(left)) + [weight for _, weight in left.values()] for left in made]
 
 
-def peak_score(query: Any, key: Any, mask: Any, rows: Any, columns: Any, scale: float, over: str = "mean") -> list[Row]:
+def peak_score(
+    query: Any, key: Any, mask: Any, rows: Any, columns: Any, scale: float, over: str = "mean", cap: float = 0.0
+) -> list[Row]:
     result = []
     for b, sample in enumerate(query):
         paid = []
@@ -70,7 +72,7 @@ def peak_score(query: Any, key: Any, mask: Any, rows: Any, columns: Any, scale: 
             heads = []
             for h, head in enumerate(sample):
                 keys = key[b][h * len(key[b]) // len(sample)]
-                heads.append(_weights(head[row], keys, scale, _allowed(mask, b, h, row, len(keys))))
+                heads.append(_weights(head[row], keys, scale, _allowed(mask, b, h, row, len(keys)), cap))
             paid += heads if over == "max" else [[sum(values) / len(values) for values in zip(*heads, strict=True)]]
         taken = [[n for n in group if n >= 0] for group in columns[b]]
         result.append([max((sum(one[n] for n in g) / max(1, len(g)) for one in paid), default=0.0) for g in taken])

@@ -34,6 +34,7 @@ class Seen:
     value: torch.Tensor
     mask: torch.Tensor | None
     scale: float
+    softcap: float = 0.0  # what a hyperbolic tangent keeps logits within; 0: they are as they are
     window: int = 0  # keys that a query sees at most, itself and those before it; 0: any number
 
 
@@ -76,7 +77,7 @@ def _attention(
         scale = kwargs.get("scaling")
         scale = float(scale) if scale is not None else query.shape[-1] ** -0.5
         window = int(kwargs.get("sliding_window") or 0)
-        seen = Seen(query, key, value, attention_mask, scale, window)
+        seen = Seen(query, key, value, attention_mask, scale, float(kwargs.get("softcap") or 0.0), window)
         attention_mask = observer.attention(*place, seen)
         query, key, value, kwargs = seen.query, seen.key, seen.value, {**kwargs, "scaling": scale}
         if observer.silent:

@@ -209,6 +209,8 @@ def _weights(call: Seen, joined: bool = False) -> torch.Tensor:
     if joined:
         weights = weights.sum(1, keepdim=True) * count**-0.5
         mask = None if mask is None else mask.all(1, keepdim=True)
+    if call.softcap:
+        weights = (weights / call.softcap).tanh() * call.softcap
     if mask is not None:
         weights = weights.masked_fill(~mask, float("-inf"))
     return weights.softmax(-1)

@@ -456,11 +456,10 @@ class _Oracle(Observer):
             joined = keys.transpose(0, 1).flatten(1) if tap.of == ("joined",) else keys.mean(0)
             return joined[sample.slots][None]
         row = slice(sample.row, sample.row + 1)
-        mask = seen.mask
-        if mask is not None and mask.shape[0] > 1:
-            mask = mask[row]
+        mask = seen.mask if seen.mask is None or len(seen.mask) == 1 else seen.mask[row]
         rows = self._rows(tap.of[0], sample, inside, mask)[None]
-        return Attention(seen.query[row], seen.key[row], mask, rows, sample.slots[None, :, None], seen.scale)
+        parts = (seen.query[row], seen.key[row], mask, rows, sample.slots[None, :, None], seen.scale)
+        return Attention(*parts, softcap=seen.softcap)
 
     def _rows(self, of: str, sample: Sample, inside: bool, mask: torch.Tensor | None) -> torch.Tensor:
         if of == "cls":

@@ -114,6 +114,8 @@ def _paid(seen: Seen, sample: int, row: int) -> torch.Tensor:
     query, key = seen.query[sample, :, row].double(), seen.key[sample].double()
     key = key.repeat_interleave(len(query) // len(key), 0)
     logits = torch.einsum("hd,hnd->hn", query, key) * seen.scale
+    if seen.softcap:
+        logits = (logits / seen.softcap).tanh() * seen.softcap
     allowed = torch.arange(key.shape[1], device=key.device) <= row
     if seen.mask is not None:
         own = seen.mask[sample if seen.mask.shape[0] > 1 else 0, :, row]

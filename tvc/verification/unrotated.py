@@ -6,6 +6,7 @@ the turned ones they make vectors of twice the width, of which each key has one 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,7 +43,7 @@ class UnrotatedKeys:
     def attend(self, layer: int, seen: Seen) -> torch.Tensor | None:
         """The mask to attend with; query, key and value of `seen` become those of both kinds."""
         if self._looking:
-            self._raw = Seen(seen.query, seen.key, seen.value, seen.mask, seen.scale)
+            self._raw = dataclasses.replace(seen)
             return seen.mask
         raw, self._raw = self._raw, None
         if raw is None or seen.mask is None:  # a look at the values alone

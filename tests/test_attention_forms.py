@@ -1,0 +1,99 @@
+"""Scores go by attention as a layer computes it: logits with a soft cap (Gemma 2), masks that add to them (Doge).
+
+The reference is what the untouched model says of its own attention, in its own eager code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+import tvc
+from tvc.api import Prepared
+
+IMAGE, TOKENS, KEPT = 190, 16, 5
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 56,
+    "patch_size": 14,
+}
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 200,
+    "pad_token_id": 0,
+}
+FORMS: dict[str, dict[str, Any]] = {
+    "gemma2": {"attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 1, "sliding_window": 64},
+    "doge": {},
+}
+POLICY = {
+    "version": 1,
+    "name": "looked-at",
+    "steps": [{"at": "language.2", "score": {"attention": {"of": "last"}}, "select": {"top": {"keep": KEPT}}}],
+}
+
+
+def build(kind: str, **changed: Any) -> Any:
+    text = {"model_type": kind, **TEXT, **FORMS[kind], **changed}
+    config = transformers.LlavaConfig(
+        vision_config=VISION, text_config=text, image_token_id=IMAGE, image_seq_length=TOKENS
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+def asked() -> dict[str, torch.Tensor]:
+    ids = torch.tensor([[1, 60, *[IMAGE] * TOKENS, 70, 71], [1, 61, *[IMAGE] * TOKENS, 72, 73]])
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def looked_at(model: Any, inputs: dict[str, torch.Tensor]) -> list[list[int]]:
+    """The visual tokens to which the last one pays most in layer 1, as places in the prompt."""
+    before = model.config.text_config._attn_implementation
+    model.set_attn_implementation({"text_config": "eager"})
+    try:
+        with torch.no_grad():
+            paid = model(**inputs, output_attentions=True).attentions[1][:, :, -1].mean(1)
+    finally:
+        model.set_attn_implementation({"text_config": before})
+    visual = paid.masked_fill(inputs["input_ids"] != IMAGE, -1.0)
+    return [sorted(row) for row in visual.topk(KEPT).indices.tolist()]
+
+
+def kept_of(compiled: Any, inputs: dict[str, torch.Tensor]) -> list[list[int]]:
+    rows = compiled(**inputs).kept["language.2"].tolist()
+    visual = (inputs["input_ids"] == IMAGE).tolist()
+    return [[place for place in row if place >= 0 and one[place]] for row, one in zip(rows, visual, strict=True)]
+
+
+@pytest.mark.parametrize("target", ["torch", pytest.param("ort", marks=pytest.mark.conformance)])
+@pytest.mark.parametrize("kind", FORMS)
+def test_what_stays_is_what_the_model_itself_looks_at(kind: str, target: str) -> None:
+    model, inputs = build(kind), asked()
+    compiled = Prepared(model, inputs=inputs).compile(POLICY, target, verify=False)
+    assert kept_of(compiled, inputs) == looked_at(model, inputs)
+    assert tvc.verify(compiled, model, inputs, steps=2).passed
+
+
+def test_a_soft_cap_changes_what_a_model_looks_at() -> None:
+    """Without it, the same weights look elsewhere: the test above could fail."""
+    inputs = asked()
+    assert looked_at(build("gemma2"), inputs) != looked_at(build("gemma2", attn_logit_softcapping=None), inputs)
