@@ -73,7 +73,9 @@ def _partners(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """([B, A] int64 where in `odd [B, C]` the partner of each of `even [B, A]` stands, [B, A] their cosine)."""
     unit = metric / ((metric * metric) @ torch.ones(metric.shape[2], 1, device=metric.device)).sqrt().clamp(min=1e-12)
-    ours, others = (unit[:, 0::2], unit[:, 1::2]) if whole else (rows_at(unit, even), rows_at(unit, odd))
+    # No views: what a loop reads in a graph may share no memory.
+    halved = (unit[:, 0::2].clone(), unit[:, 1::2].clone())
+    ours, others = halved if whole else (rows_at(unit, even), rows_at(unit, odd))
     owner, other = per_token(segment, even), per_token(segment, odd)
 
     def block(at: torch.Tensor, new: torch.Tensor, partner: torch.Tensor, best: torch.Tensor) -> State:

@@ -1,4 +1,4 @@
-"""Scores go by attention as a layer computes it: logits with a soft cap (Gemma 2), masks that add to them (Doge).
+"""Scores go by attention as a layer computes it: logits with a soft cap (Gemma 2), masks that add to them (Doge, BEiT).
 
 The reference is what the untouched model says of its own attention, in its own eager code.
 """
@@ -45,10 +45,11 @@ POLICY = {
 }
 
 
-def build(kind: str, **changed: Any) -> Any:
+def build(kind: str, tower: dict[str, Any] | None = None, **changed: Any) -> Any:
     text = {"model_type": kind, **TEXT, **FORMS[kind], **changed}
+    features = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1} if tower else {}
     config = transformers.LlavaConfig(
-        vision_config=VISION, text_config=text, image_token_id=IMAGE, image_seq_length=TOKENS
+        vision_config={**VISION, **(tower or {})}, text_config=text, image_token_id=IMAGE, **features
     )
     torch.manual_seed(0)
     model = transformers.LlavaForConditionalGeneration(config).eval()
@@ -59,8 +60,8 @@ def build(kind: str, **changed: Any) -> Any:
     return model
 
 
-def asked() -> dict[str, torch.Tensor]:
-    ids = torch.tensor([[1, 60, *[IMAGE] * TOKENS, 70, 71], [1, 61, *[IMAGE] * TOKENS, 72, 73]])
+def asked(tokens: int = TOKENS) -> dict[str, torch.Tensor]:
+    ids = torch.tensor([[1, 60, *[IMAGE] * tokens, 70, 71], [1, 61, *[IMAGE] * tokens, 72, 73]])
     pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
@@ -91,6 +92,22 @@ def test_what_stays_is_what_the_model_itself_looks_at(kind: str, target: str) ->
     compiled = Prepared(model, inputs=inputs).compile(POLICY, target, verify=False)
     assert kept_of(compiled, inputs) == looked_at(model, inputs)
     assert tvc.verify(compiled, model, inputs, steps=2).passed
+
+
+def test_an_encoder_that_adds_to_its_logits_is_asked_as_it_is() -> None:
+    """BEiT adds a number for each head and each distance between places; its class token is a visual token here."""
+    tower = {"model_type": "beit", "use_relative_position_bias": True}
+    model = build("gemma2", tower, attn_logit_softcapping=None)
+    inputs = asked(TOKENS + 1)
+    step = {"at": "language.2", "score": {"attention": {"of": "all", "layer": "vision.1"}}, "select": {"top": KEPT}}
+    compiled = Prepared(model, inputs=inputs).compile({**POLICY, "steps": [step]}, verify=False)
+    model.set_attn_implementation({"vision_config": "eager"})
+    with torch.no_grad():
+        paid = model.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions[1].mean((1, 2))
+    model.set_attn_implementation({"vision_config": "sdpa"})
+    first = int((inputs["input_ids"][0] == IMAGE).nonzero()[0])
+    assert kept_of(compiled, inputs) == [sorted(first + n for n in row) for row in paid.topk(KEPT).indices.tolist()]
+    assert tvc.verify(compiled, model, inputs, steps=1).passed
 
 
 def test_a_soft_cap_changes_what_a_model_looks_at() -> None:

@@ -59,3 +59,33 @@ def test_a_selector_is_lowered_without_a_promise_that_tokens_are_left(kind: Any)
         given = (feature, torch.where(torch.arange(9) < left, score, 0.0))
         assert torch.equal(run(*given), module(*given))
         assert run(*given).shape[1] == left // 2
+
+
+class _Merged(torch.nn.Module):
+    """Tiles of any length, of which two tokens are merged into others."""
+
+    def forward(self, feature: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        batch, length = feature.shape[:2]
+        size, segment = feature.new_ones(batch, length), torch.zeros(batch, length, dtype=torch.int64)
+        counts, slots = torch.ones_like(segment).sum(1, keepdim=True), length - 2
+        merge: Any = OPS["bipartite_merge"].overload
+        made: tuple[torch.Tensor, ...] = merge(
+            feature, feature, size, segment, counts, 0, 2, slots, "size_weighted", True
+        )
+        return made
+
+
+def test_tiles_of_any_length_are_merged_in_a_loop() -> None:
+    feature = torch.randn(2, 9, 8, generator=torch.Generator().manual_seed(0))
+    axes = {1: torch.export.Dim("length", min=4, max=4096)}
+    exported = torch.export.export(_Merged(), (feature,), dynamic_shapes=(axes,), strict=False)
+    draft = exported.module(check_guards=False)
+    lowerings = {entry.overload: entry.lowering for entry in OPS.values()}
+    for node in draft.graph.nodes:
+        node.target = lowerings.get(node.target, node.target)
+    draft.recompile()
+    lowered = torch.export.export(draft, (feature,), dynamic_shapes=(axes,), strict=False)
+    assert any("while_loop" in str(node.target) for node in lowered.graph.nodes)
+    for length in (9, 16, 600):
+        given = torch.randn(2, length, 8, generator=torch.Generator().manual_seed(length))
+        torch.testing.assert_close(lowered.module(check_guards=False)(given), _Merged()(given))

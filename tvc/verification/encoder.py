@@ -197,7 +197,7 @@ def _alive(call: Seen) -> torch.Tensor:
     batch, _, length, _ = call.query.shape
     if call.mask is None:
         return torch.ones(batch, length, dtype=torch.bool, device=call.query.device)
-    return _boolean(call.mask).expand(batch, 1, length, length)[:, 0].any(1)
+    return _boolean(call.mask).any(1).expand(batch, length, length).any(1)
 
 
 def _weights(call: Seen, joined: bool = False) -> torch.Tensor:
@@ -206,18 +206,23 @@ def _weights(call: Seen, joined: bool = False) -> torch.Tensor:
     key = call.key.float().repeat_interleave(count // call.key.shape[1], 1)
     weights = call.query.float() @ key.transpose(2, 3) * call.scale
     mask = None if call.mask is None else _boolean(call.mask)
+    bias = call.mask if call.mask is not None and call.mask.dtype != torch.bool else None
     if joined:
         weights = weights.sum(1, keepdim=True) * count**-0.5
         mask = None if mask is None else mask.all(1, keepdim=True)
+        bias = None if bias is None else bias.amin(1, keepdim=True)
     if call.softcap:
         weights = (weights / call.softcap).tanh() * call.softcap
+    if bias is not None:
+        weights = weights + bias
     if mask is not None:
         weights = weights.masked_fill(~mask, float("-inf"))
     return weights.softmax(-1)
 
 
 def _boolean(mask: torch.Tensor) -> torch.Tensor:
-    return mask if mask.dtype == torch.bool else mask >= 0
+    """What a mask lets be seen; a float one is added to logits and forbids by its lowest numbers."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
 def tile_mask(seen: Seen, alive: torch.Tensor, sized: Sequence[Sample] | None) -> torch.Tensor:
@@ -231,7 +236,7 @@ def tile_mask(seen: Seen, alive: torch.Tensor, sized: Sequence[Sample] | None) -
     if seen.mask is None:
         allowed = left.expand(-1, 1, seen.query.shape[2], -1)
     else:
-        allowed = (seen.mask if seen.mask.dtype == torch.bool else seen.mask >= 0) & left
+        allowed = _boolean(seen.mask) & left
     if sized is None:
         return allowed
     sizes = torch.ones(alive.shape, device=seen.query.device)
