@@ -187,6 +187,41 @@ def inputs(
     return {name: value for name, value in tensors.items() if name != "labels"}
 
 
+LLAVA_IMAGE, LLAVA_TOKENS = 190, 16  # the placeholder of `llava_around`, and how many of it an image takes
+
+
+def llava_around(text: Mapping[str, Any], tower: Mapping[str, Any], spread: float, **config: Any) -> Any:
+    """LLaVA with a decoder and an encoder of any kind, random weights of a standard deviation `spread`.
+
+    Args:
+        text, tower: a `model_type`, and what differs from sizes that most kinds know; `tower` may be empty, for CLIP.
+    """
+    heads = {"num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "num_key_value_heads": 2, "vocab_size": 200, "max_position_embeddings": 512}
+    seen = {"model_type": "clip_vision_model", "hidden_size": 48, "image_size": 56, "patch_size": 14}
+    made = transformers.LlavaConfig(
+        text_config={"intermediate_size": 96, "num_hidden_layers": 4, "pad_token_id": 0, **heads, **sizes, **text},
+        vision_config={"intermediate_size": 80, "num_hidden_layers": 3, **heads, **seen, **tower},
+        image_token_id=LLAVA_IMAGE,
+        **config,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(made).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, spread)
+    return model
+
+
+def asked_of_llava(tokens: int = LLAVA_TOKENS) -> dict[str, torch.Tensor]:
+    """A picture each for two samples of one length, text on both sides of it."""
+    pictures = [LLAVA_IMAGE] * tokens
+    ids = torch.tensor([[1, 60, 61, *pictures, 70, 71, 72], [1, 62, *pictures, 73, 74, 75, 76]])
+    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
 def inputs_by_hand(family: str, pictures: list[list[Image.Image]], text: list[str]) -> dict[str, torch.Tensor]:
     """What stands in for the family's processor makes of the pictures of every sample, and of its prompt."""
     record = family_record(family)

@@ -9,31 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
+import support
 import tvc
 from tvc.api import Prepared
 
-IMAGE, TOKENS, KEPT = 190, 16, 5
-VISION = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 56,
-    "patch_size": 14,
-}
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 200,
-    "pad_token_id": 0,
-}
+IMAGE, KEPT = support.LLAVA_IMAGE, 5
 FORMS: dict[str, dict[str, Any]] = {
     "gemma2": {"attn_logit_softcapping": 1.0, "query_pre_attn_scalar": 1, "sliding_window": 64},
     "doge": {},
@@ -46,24 +27,9 @@ POLICY = {
 
 
 def build(kind: str, tower: dict[str, Any] | None = None, **changed: Any) -> Any:
-    text = {"model_type": kind, **TEXT, **FORMS[kind], **changed}
     features = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1} if tower else {}
-    config = transformers.LlavaConfig(
-        vision_config={**VISION, **(tower or {})}, text_config=text, image_token_id=IMAGE, **features
-    )
-    torch.manual_seed(0)
-    model = transformers.LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.2)
-    return model
-
-
-def asked(tokens: int = TOKENS) -> dict[str, torch.Tensor]:
-    ids = torch.tensor([[1, 60, *[IMAGE] * tokens, 70, 71], [1, 61, *[IMAGE] * tokens, 72, 73]])
-    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    text = {"model_type": kind, "head_dim": 16, **FORMS[kind], **changed}
+    return support.llava_around(text, tower or {}, 0.2, **features)
 
 
 def looked_at(model: Any, inputs: dict[str, torch.Tensor]) -> list[list[int]]:
@@ -88,7 +54,7 @@ def kept_of(compiled: Any, inputs: dict[str, torch.Tensor]) -> list[list[int]]:
 @pytest.mark.parametrize("target", ["torch", pytest.param("ort", marks=pytest.mark.conformance)])
 @pytest.mark.parametrize("kind", FORMS)
 def test_what_stays_is_what_the_model_itself_looks_at(kind: str, target: str) -> None:
-    model, inputs = build(kind), asked()
+    model, inputs = build(kind), support.asked_of_llava()
     compiled = Prepared(model, inputs=inputs).compile(POLICY, target, verify=False)
     assert kept_of(compiled, inputs) == looked_at(model, inputs)
     assert tvc.verify(compiled, model, inputs, steps=2).passed
@@ -98,19 +64,20 @@ def test_an_encoder_that_adds_to_its_logits_is_asked_as_it_is() -> None:
     """BEiT adds a number for each head and each distance between places; its class token is a visual token here."""
     tower = {"model_type": "beit", "use_relative_position_bias": True}
     model = build("gemma2", tower, attn_logit_softcapping=None)
-    inputs = asked(TOKENS + 1)
+    inputs = support.asked_of_llava(support.LLAVA_TOKENS + 1)
     step = {"at": "language.2", "score": {"attention": {"of": "all", "layer": "vision.1"}}, "select": {"top": KEPT}}
     compiled = Prepared(model, inputs=inputs).compile({**POLICY, "steps": [step]}, verify=False)
     model.set_attn_implementation({"vision_config": "eager"})
     with torch.no_grad():
         paid = model.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions[1].mean((1, 2))
     model.set_attn_implementation({"vision_config": "sdpa"})
-    first = int((inputs["input_ids"][0] == IMAGE).nonzero()[0])
-    assert kept_of(compiled, inputs) == [sorted(first + n for n in row) for row in paid.topk(KEPT).indices.tolist()]
+    starts = (inputs["input_ids"] == IMAGE).int().argmax(1, keepdim=True)
+    wanted = (paid.topk(KEPT).indices + starts).sort().values
+    assert kept_of(compiled, inputs) == wanted.tolist()
     assert tvc.verify(compiled, model, inputs, steps=1).passed
 
 
 def test_a_soft_cap_changes_what_a_model_looks_at() -> None:
     """Without it, the same weights look elsewhere: the test above could fail."""
-    inputs = asked()
+    inputs = support.asked_of_llava()
     assert looked_at(build("gemma2"), inputs) != looked_at(build("gemma2", attn_logit_softcapping=None), inputs)

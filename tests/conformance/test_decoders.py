@@ -5,33 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
-import transformers
 
+import support
 from tvc.api import Prepared
 from tvc.errors import ExportError, TvcError
 from tvc.verification.check import compare
 
-IMAGE, TOKENS = 190, 16
-VISION = {
-    "model_type": "clip_vision_model",
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "image_size": 56,
-    "patch_size": 14,
-}
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 200,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-}
 WIDE, SLIDING = {"head_dim": 16}, {"head_dim": 16, "sliding_window": 8}
 CAPPED = {**SLIDING, "query_pre_attn_scalar": 16}
 EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
@@ -95,24 +74,8 @@ POLICY = {
 
 
 def build(kind: str, changed: dict[str, Any]) -> Any:
-    text = {"model_type": kind, **TEXT, **changed}
-    text |= {"rope_parameters": LLAMA3} if kind == "llama" else {}
-    config = transformers.LlavaConfig(
-        vision_config=VISION, text_config=text, image_token_id=IMAGE, image_seq_length=TOKENS
-    )
-    torch.manual_seed(0)
-    model = transformers.LlavaForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.normal_(0, 0.08)
-    return model
-
-
-def asked() -> dict[str, torch.Tensor]:
-    ids = torch.tensor([[1, 60, 61, *[IMAGE] * TOKENS, 70, 71, 72], [1, 62, *[IMAGE] * TOKENS, 73, 74, 75, 76]])
-    pixels = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    turned = {"rope_parameters": LLAMA3} if kind == "llama" else {}
+    return support.llava_around({"model_type": kind, **changed, **turned}, {}, 0.08)
 
 
 @pytest.mark.conformance
@@ -121,7 +84,7 @@ def asked() -> dict[str, torch.Tensor]:
     [(kind, target) for kind in AGREE for target in ("torch", "ort") if target == "torch" or kind not in NO_ONNX],
 )
 def test_a_decoder_equals_the_untouched_model_under_masks(kind: str, target: str) -> None:
-    model, inputs = build(kind, AGREE[kind]), asked()
+    model, inputs = build(kind, AGREE[kind]), support.asked_of_llava()
     compiled = Prepared(model, inputs=inputs).compile(POLICY, target, verify=False)
     report = compare(compiled, model, inputs, steps=4)
     assert not [row for row in report.comparisons if not row.passed]
@@ -132,7 +95,7 @@ def test_a_decoder_equals_the_untouched_model_under_masks(kind: str, target: str
 @pytest.mark.parametrize("kind", NO_ONNX)
 def test_a_decoder_without_onnx_operators_is_refused_by_that_target(kind: str) -> None:
     with pytest.raises(ExportError, match="not-exportable"):
-        Prepared(build(kind, AGREE[kind]), inputs=asked()).compile(POLICY, "ort", verify=False)
+        Prepared(build(kind, AGREE[kind]), inputs=support.asked_of_llava()).compile(POLICY, "ort", verify=False)
 
 
 @pytest.mark.conformance
@@ -140,4 +103,4 @@ def test_a_decoder_without_onnx_operators_is_refused_by_that_target(kind: str) -
 def test_a_decoder_that_cannot_be_cut_is_refused_with_the_reason(kind: str) -> None:
     slug, changed = REFUSED[kind]
     with pytest.raises(TvcError, match=slug):
-        Prepared(build(kind, changed), inputs=asked()).compile(POLICY, verify=False)
+        Prepared(build(kind, changed), inputs=support.asked_of_llava()).compile(POLICY, verify=False)
