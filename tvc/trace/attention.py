@@ -72,7 +72,12 @@ def _attention(
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """The mask as a tensor, never skipped because of what the sample happens to hold."""
+    """The mask as a tensor, never skipped because of what the sample happens to hold; None where nothing is hidden
+    from anything, whatever it holds.
+    """
+    hides = kwargs.get("attention_mask") is not None or kwargs.get("local_size") is not None
+    if kwargs.get("allow_is_bidirectional_skip") and not hides:
+        return None
     return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 

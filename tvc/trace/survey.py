@@ -16,12 +16,13 @@ from tvc.errors import ModelError
 from tvc.program import Layer, Layout, Site
 from tvc.trace.attention import NAME as TRACED_ATTENTION
 from tvc.trace.attention import attention_as, decoder_masks
+from tvc.trace.block_entry import BlockEntries
 from tvc.trace.crossing import beside, crossing_arguments, read_crossing, seen_by
 from tvc.trace.exporters import any_experts
 from tvc.trace.extras import arguments, laid_out, on_all_slots, read_extras, structure
 from tvc.trace.frequencies import fixed
 from tvc.trace.host import Boundary, DecoderCall, Host, find_boundary
-from tvc.trace.layout import blocks, cost_fields, resampler, residual_argument, used_vision_blocks
+from tvc.trace.layout import blocks, cost_fields, resampler, used_vision_blocks
 from tvc.trace.parts import decoder_weight, no_decoder
 from tvc.trace.position_use import PositionUse, tells_grid
 from tvc.trace.route import note_images
@@ -115,24 +116,16 @@ def _survey(
     sample = {name: value.to(device) for name, value in sample.items()}
     for parameter_owner in (getattr(meta, "base_model", meta), meta):
         _materialise(parameter_owner)
-    entering: list[torch.Size] = []
-    handles = [
-        block.register_forward_pre_hook(
-            lambda m, args, kwargs: entering.append((args[0] if args else kwargs[residual_argument(m)]).shape),
-            with_kwargs=True,
-        )
-        for block in blocks(meta)[1][:1]
-    ]
+    entries = BlockEntries(meta)
     if borrowed is None:
-        host = Host(meta, find_boundary(meta, sample))
+        with entries.noted():
+            host = Host(meta, find_boundary(meta, sample))
         note_images(host, sample)
         identity, lengths = _probe_packing(host, sample)
     else:
         host = borrowed.host(meta)
         with host.bound(embed=_zero_embedding(meta, decoder_weight(borrowed.model).dtype)):
             identity, lengths = False, host.lengths_of(sample) or _placeholders(sample, tokens)
-    for handle in handles:
-        handle.remove()
     if inputs is None:
         sample = with_text(meta, sample, [1, 1] if host.reads_across else _per_sample(lengths, 2))
     dtype = decoder_weight(meta).dtype
@@ -155,12 +148,12 @@ def _survey(
     shape = host.boundary.features[0] if borrowed is None else torch.Size((sum(lengths), 1))
     # An encoder without transformer blocks is seen from behind: by the visual tokens that it gives.
     images = host.boundary.images or len(lengths)
-    first = entering[0] if entering else torch.Size((images, shape[:-1].numel() // images, 1))
+    first = entries.first or torch.Size((images, shape[:-1].numel() // images, 1))
     untraced = borrowed.reason if borrowed is not None else ""
     resampled = reason = _resampled(meta, host.boundary, crossing) if borrowed is None else ""
     if not (reason or untraced) and entry_inputs(host, sample).by_image:
         reason = "the encoder takes images of several sizes one by one"
-    layout = _layout(meta, fields, first, shape, identity, lengths, size, untraced or reason)
+    layout = entries.refuse(_layout(meta, fields, first, shape, identity, lengths, size, untraced or reason))
     layout = _with_shared_caches(layout, caches, getattr(meta.get_decoder().config, "layer_types", None))
     layout = dataclasses.replace(
         layout,

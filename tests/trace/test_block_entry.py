@@ -1,0 +1,48 @@
+"""Blocks of an encoder that bring a value for each of its tokens: no cut is legal in front of them, and inspect says so."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import support
+from tvc.api import Prepared
+from tvc.errors import SiteError
+
+BOUND: dict[str, dict[str, Any]] = {
+    "beit": {"use_relative_position_bias": True},  # made in the block
+    "dinov3_vit": {},  # angles, handed to the block
+    "idefics3_vision": {},  # a mask, handed to the block
+}
+FREE: dict[str, dict[str, Any]] = {"beit": {}, "clip_vision_model": {}, "dinov2": {"mlp_ratio": 2}}
+MERGED = {
+    "version": 1,
+    "name": "merged-inside",
+    "steps": [{"at": "vision.1", "merge": {"bipartite": {"keep": "70%"}}}],
+}
+
+
+def prepared(kind: str, settings: dict[str, Any]) -> Prepared:
+    tower = {"model_type": kind, **settings}
+    features = {"vision_feature_select_strategy": "full", "vision_feature_layer": -1}
+    model = support.llava_around({"model_type": "llama"}, tower, 0.1, **features)
+    return Prepared(model, inputs=support.asked_of_llava(16 if kind == "idefics3_vision" else 17))
+
+
+@pytest.mark.parametrize("kind", BOUND)
+def test_no_cut_in_front_of_blocks_that_run_on_all_tokens_alone(kind: str) -> None:
+    model = prepared(kind, BOUND[kind])
+    sites = {site.name: site for site in model.survey.layout.sites}
+    for site in ("vision.0", "vision.2"):
+        assert not sites[site].legal
+        assert "vision.2 takes or makes a value for every token" in sites[site].reason
+    with pytest.raises(SiteError, match="every token of the encoder"):
+        model.compile(MERGED, "torch", verify=False)
+
+
+@pytest.mark.parametrize("kind", FREE)
+def test_cuts_of_blocks_that_run_on_any_length_stay_legal(kind: str) -> None:
+    model = prepared(kind, FREE[kind])
+    assert all(site.legal for site in model.survey.layout.sites if site.name.startswith("vision."))
+    assert model.compile(MERGED, "torch").verification["passed"]
