@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch._higher_order_ops.while_loop import while_loop
+from torch.fx.experimental import _config
 
 State = tuple[torch.Tensor, ...]
 
@@ -55,8 +56,11 @@ def repeat(
     def once(number: torch.Tensor, *now: torch.Tensor) -> State:
         return number + 1, *body(number, *now)
 
-    if not torch.compiler.is_dynamo_compiling():
-        _forget_loops()
     first = torch.zeros((), dtype=torch.int64, device=state[0].device)
-    last: State = while_loop(going_on, once, (first, *state))
+    if torch.compiler.is_dynamo_compiling():  # the body of another loop
+        return while_loop(going_on, once, (first, *state))[1:]
+    _forget_loops()
+    # A size of 1 is a size, which Dynamo would otherwise hold for that number whatever it is in a run.
+    with _config.patch(backed_size_oblivious=True):
+        last: State = while_loop(going_on, once, (first, *state))
     return last[1:]

@@ -11,6 +11,7 @@ from tvc.graphs import identifier, open_draft
 from tvc.kernels.op import Tap
 from tvc.kernels.segments import take_rows
 from tvc.passes.reduction import decide
+from tvc.passes.retrace import SAMPLED
 from tvc.passes.taps import crosses, crossing, tap_name
 from tvc.program import Change, Component, Program
 
@@ -85,7 +86,7 @@ def add_projector(program: Program, step: Any) -> list[Change]:
         )
     shape = program.components["decoder"].meta["shape"]
     widths = {name: program.components["vision"].meta["tap_widths"][name] for name, _, _ in crossing(step)}
-    visual = 64
+    visual = SAMPLED
     segment = (torch.arange(visual) >= visual // 2).long().repeat(2, 1)
     counts = torch.full((2, 2), visual // 2)
     features = torch.rand(2, visual, shape.width, dtype=shape.dtype)

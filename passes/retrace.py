@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 
 import torch
+from torch.fx.experimental import _config
 
 from tvc.chunks import batch_axis, sample_inputs, varying_axes
 from tvc.errors import PassError
@@ -16,6 +17,7 @@ from tvc.passes.base import Pass
 from tvc.program import Change, Component, Program
 
 AUTO = torch.export.Dim.AUTO
+SAMPLED = 1024  # visual tokens; a part of them that is 0 or 1 tokens would pass for that number whatever they are
 
 
 class Retrace(Pass):
@@ -47,7 +49,7 @@ def _decoder_sample(component: Component, program: Program) -> None:
     stage_of_layer = [stage.index for stage in program.stages for _ in stage.layers]
     shape = component.meta["shape"]
     component.sample = sample_inputs(
-        component.inputs, shape, stage_of_layer, component.meta["tap_widths"], visual=component.meta.get("visual", 64)
+        component.inputs, shape, stage_of_layer, component.meta["tap_widths"], visual=SAMPLED
     )
     component.dynamic = tuple(dict.fromkeys(varying_axes(name, shape), AUTO) for name in component.inputs)
 
@@ -81,7 +83,8 @@ def export_draft(component: Component) -> None:
     draft.graph.eliminate_dead_code()
     drop_unused_attributes(draft)
     draft.recompile()
-    with torch.no_grad():
+    # Nothing may follow from a size of the sample being 0 or 1, as small parts of it may be.
+    with torch.no_grad(), _config.patch(backed_size_oblivious=True):
         exported = torch.export.export(
             draft,
             component.sample,
@@ -89,7 +92,7 @@ def export_draft(component: Component) -> None:
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-    drop_checks(exported)
+    drop_checks(exported, bounded=component.name == "vision")
     component.exported, component.draft = exported, None
     _check_dynamic(component)
 

@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 from torch.export.graph_signature import InputKind
 from torch.utils._pytree import tree_flatten
+from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from tvc.program import Component
@@ -78,8 +79,11 @@ def _attach(root: torch.nn.Module, exported: torch.export.ExportedProgram, spec:
     return name
 
 
-def drop_checks(exported: torch.export.ExportedProgram) -> None:
-    """Removes the assertions of a trace, which take the sample for typical (no budget of 0, as in a decode step)."""
+def drop_checks(exported: torch.export.ExportedProgram, bounded: bool = True) -> None:
+    """Removes the assertions of a trace, which take the sample for typical (no budget of 0, as in a decode step).
+
+    With `bounded`, sizes keep the upper bounds that the trace found: those of an image may be what the encoder can take.
+    """
     for module in exported.graph_module.modules():  # the graph, and those of its loops
         if not isinstance(module, fx.GraphModule):
             continue
@@ -88,9 +92,11 @@ def drop_checks(exported: torch.export.ExportedProgram) -> None:
                 module.graph.erase_node(node)
         module.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
         module.recompile()
-    # A budget of an eighth made the trace believe in eight tokens at least; a decode step has none.
+    # A budget of an eighth made the trace believe in eight tokens at least, or in fifteen at most where the sample's gave
+    # one; a decode step has none, and a longer prompt more.
     ranges = exported.range_constraints
-    ranges.update({size: ValueRanges(min(0, known.lower), known.upper) for size, known in ranges.items()})
+    for size, known in ranges.items():
+        ranges[size] = ValueRanges(min(0, known.lower), known.upper if bounded else int_oo)
 
 
 def drop_unused_attributes(draft: fx.GraphModule) -> None:
