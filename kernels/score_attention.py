@@ -12,7 +12,6 @@ Memory:  O(B H BLOCK N) however many rows score, in a graph O(B H R N); keys are
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
@@ -20,7 +19,8 @@ import torch
 from pydantic import Field
 
 from tvc.kernels.attention import capped, masked, row_logits, rows_allowed
-from tvc.kernels.blocks import row_blocks
+from tvc.kernels.blocks import by_rows
+from tvc.kernels.loop import State
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
 
 
@@ -62,11 +62,14 @@ def received(
 ) -> torch.Tensor:
     """[B, H, N] float32: the attention that `rows` pay to every key, each by its `share [B, R]`; joined heads are 1."""
     logits = _joined if joined else row_logits
-    paid = (
-        (logits(query, key, mask, rows[:, block], scale, softcap).softmax(-1) * share[:, None, block, None]).sum(2)
-        for block in row_blocks(rows.shape[1])
-    )
-    return functools.reduce(torch.add, paid)
+
+    def pay(at: torch.Tensor, new: torch.Tensor, paid: torch.Tensor) -> State:
+        weight = share.gather(1, at) * new
+        own = logits(query, key, mask, rows.gather(1, at), scale, softcap).softmax(-1)
+        return (paid + (own * weight[:, None, :, None]).sum(2),)
+
+    nothing = torch.zeros(rows.shape[0], 1 if joined else query.shape[1], key.shape[2], device=query.device)
+    return by_rows(pay, (nothing,), rows)[0]
 
 
 @op(_cases)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.fx.experimental import _config
 
 from tvc.chunks import batch_axis, sample_inputs, varying_axes
 from tvc.errors import PassError
@@ -83,8 +82,7 @@ def export_draft(component: Component) -> None:
     draft.graph.eliminate_dead_code()
     drop_unused_attributes(draft)
     draft.recompile()
-    # Nothing may follow from a size of the sample being 0 or 1, as small parts of it may be.
-    with torch.no_grad(), _config.patch(backed_size_oblivious=True):
+    with torch.no_grad():
         exported = torch.export.export(
             draft,
             component.sample,
