@@ -151,7 +151,10 @@ def _filled(
         if node.target is torch.ops.higher_order.while_loop:
             loop, inputs = _loop(source, node, component)
             root.add_module(node.name, loop)
-            known[node] = plain.call_module(node.name, fx.node.map_arg(inputs, known.__getitem__))
+            state, fixed, sizes = fx.node.map_arg(inputs, known.__getitem__)
+            # Its fuser loses a tensor that goes into a list and into later arithmetic, once sizes are not those it met.
+            fixed = [plain.call_function(A.detach, (value,)) for value in fixed]
+            known[node] = plain.call_module(node.name, (state, fixed, sizes))
         else:
             known[node] = _copy(plain, node, known, device, component)
     plain.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))

@@ -11,6 +11,7 @@ Rows with no True at all are undefined; `attention_mask` never makes one.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +47,26 @@ def rows_allowed(mask: torch.Tensor, rows: torch.Tensor, keys: int) -> torch.Ten
     allowed = mask.expand(rows.shape[0], mask.shape[1], mask.shape[2], keys)
     row = rows.clamp(min=0)[:, None, :, None]
     return allowed.gather(2, row.expand(rows.shape[0], mask.shape[1], rows.shape[1], keys))
+
+
+def readable(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+    """The mask for the body of a loop: Dynamo refuses sizes and strides that are not those of query and key by name."""
+    if mask is None or not torch.compiler.is_exporting():
+        return mask
+    sizes = (query.shape[0], mask.shape[1], query.shape[2], key.shape[2])
+    return mask.expand(sizes).clone(memory_format=torch.contiguous_format)
+
+
+def one_a_token(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    *_: Any,
+) -> torch.Tensor:
+    """[B, V] float32: the shape of what an op gives that scores tokens by attention."""
+    return query.new_empty(columns.shape[:2], dtype=torch.float32)
 
 
 def row_logits(

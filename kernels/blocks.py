@@ -15,16 +15,6 @@ BLOCK = 256  # rows in memory at once
 UNROLLED = 4  # blocks of a known number of rows that a graph holds side by side, in the place of a loop
 
 
-def row_blocks(rows: int) -> list[slice]:
-    """Blocks of `rows` rows, one at least; while a graph is made, one of all of them, however many these are.
-
-    For bodies that `by_rows` cannot loop over in a graph: Dynamo does not trace masks whose sizes only the run tells.
-    """
-    if not isinstance(rows, int) or torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
-        return [slice(None)]
-    return [slice(start, start + BLOCK) for start in range(0, max(rows, 1), BLOCK)]
-
-
 def by_rows(body: Callable[..., State], state: State, over: torch.Tensor) -> State:
     """What `state` is after `state = body(at, new, *state)` for each block of rows, in order.
 

@@ -61,6 +61,6 @@ def repeat(
         return while_loop(going_on, once, (first, *state))[1:]
     _forget_loops()
     # A size of 1 is a size, which Dynamo would otherwise hold for that number whatever it is in a run.
-    with _config.patch(backed_size_oblivious=True):
+    with _config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         last: State = while_loop(going_on, once, (first, *state))
     return last[1:]

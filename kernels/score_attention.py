@@ -7,7 +7,7 @@ Rule:    softmax over all N keys in float32, mean over the rows, heads by mean, 
          Joined heads are one head of the full width: the dot product over H d numbers, scale / sqrt(H), one softmax;
          of what masks say of a key the strictest head counts. A soft cap is put on logits as the layer has it.
 Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
-Memory:  O(B H BLOCK N) however many rows score, in a graph O(B H R N); keys are not repeated for grouped queries.
+Memory:  O(B H BLOCK N) however many rows score; keys are not repeated for grouped queries.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from tvc.kernels.attention import capped, masked, row_logits, rows_allowed
+from tvc.kernels.attention import capped, masked, one_a_token, readable, row_logits, rows_allowed
 from tvc.kernels.blocks import by_rows
 from tvc.kernels.loop import State
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
@@ -61,7 +61,7 @@ def received(
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """[B, H, N] float32: the attention that `rows` pay to every key, each by its `share [B, R]`; joined heads are 1."""
-    logits = _joined if joined else row_logits
+    logits, mask = _joined if joined else row_logits, readable(mask, query, key)
 
     def pay(at: torch.Tensor, new: torch.Tensor, paid: torch.Tensor) -> State:
         weight = share.gather(1, at) * new
@@ -72,7 +72,7 @@ def received(
     return by_rows(pay, (nothing,), rows)[0]
 
 
-@op(_cases)
+@op(_cases, fake=one_a_token)
 def attention_score(
     query: torch.Tensor,
     key: torch.Tensor,

@@ -7,7 +7,7 @@ Rule:    softmax over all N keys in float32, mean over heads. A row is global wh
          on average, exceeds `above` times the mean over the rows; where none does, the one that receives most is. The
          score is the mean over the global rows, then over the g keys. Of several images, each is judged by itself.
 Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
-Memory:  O(B H BLOCK N) however many rows there are, in a graph O(B H R N).
+Memory:  O(B H BLOCK N) however many rows there are.
 
 Reference: VFlowOpt, arXiv 2508.05211 (importance map). Deviation: the published code gives NaN where no row is global.
 """
@@ -20,7 +20,9 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from tvc.kernels.blocks import row_blocks
+from tvc.kernels.attention import one_a_token
+from tvc.kernels.blocks import by_rows
+from tvc.kernels.loop import State
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
 from tvc.kernels.score_attention import received
 
@@ -47,7 +49,7 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield f"{name}-two-images-some-rows", (query, key, apart, some, single, scale, 0.9, image)
 
 
-@op(_cases)
+@op(_cases, fake=one_a_token)
 def global_score(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -65,23 +67,27 @@ def global_score(
     place = rows.clamp(min=0) + keys - length
     payer_image = torch.zeros_like(rows) if image is None else image.gather(1, place)
 
-    def same(block: slice) -> torch.Tensor:
-        """[B, b, R] float32: 1 at rows of the image of each row of a block, pads being of none."""
-        of_one = payer_image[:, block, None] == payer_image[:, None, :]
-        return of_one.float() * scoring[:, block, None] * scoring[:, None, :]
+    def same(at: torch.Tensor) -> torch.Tensor:
+        """[B, b, R] float32: 1 at rows of the image of each of the rows `at [B, b]`, pads being of none."""
+        of_one = payer_image.gather(1, at)[:, :, None] == payer_image[:, None, :]
+        return of_one.float() * scoring.gather(1, at)[:, :, None] * scoring[:, None, :]
 
     def over_image(values: torch.Tensor) -> torch.Tensor:
         """[B, R]: the sum of `values [B, R]` over the rows of each row's image."""
-        return torch.cat([(same(block) @ values[:, :, None]).squeeze(2) for block in row_blocks(rows.shape[1])], 1)
+
+        def add(at: torch.Tensor, new: torch.Tensor, found: torch.Tensor) -> State:
+            return (found.scatter(1, at, (same(at) @ values[:, :, None]).squeeze(2)),)
+
+        return by_rows(add, (torch.zeros_like(scoring),), rows)[0]
 
     def highest(values: torch.Tensor) -> torch.Tensor:
         """[B, R]: the highest of `values [B, R]`, 0 or more, over the rows of each row's image."""
-        # One more column keeps it defined where there are no rows.
-        found = [
-            torch.nn.functional.pad(same(block) * values[:, None, :], (0, 1)).amax(2)
-            for block in row_blocks(rows.shape[1])
-        ]
-        return torch.cat(found, 1)
+
+        def most(at: torch.Tensor, new: torch.Tensor, found: torch.Tensor) -> State:
+            # One more column keeps it defined where there are no rows.
+            return (found.scatter(1, at, torch.nn.functional.pad(same(at) * values[:, None, :], (0, 1)).amax(2)),)
+
+        return by_rows(most, (torch.zeros_like(scoring),), rows)[0]
 
     def pooled(payer: torch.Tensor) -> torch.Tensor:
         """[B, N]: the mean over those rows of the key's image that `payer [B, R]` marks, and over heads."""

@@ -7,23 +7,22 @@ Rule:    in every head a walker starts at each row alike and moves `rounds` time
          q k scale / temperature, in float32. The score is the root mean square over the heads of the chance to end at
          a token, mean over the g keys. A walk that leaves the rows (into the cache) is lost; nothing is damped.
 Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
-Memory:  O(B H BLOCK N) however many rows there are, of which the attention is then made anew for each step; in a
-         graph O(B H R N).
+Memory:  O(B H BLOCK N) however many rows there are, whose attention is made anew for each step.
 
 Reference: AIM, arXiv 2412.03248 (temperature 0.1, 5 steps).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 from pydantic import Field
 
-from tvc.kernels.attention import row_logits
-from tvc.kernels.blocks import row_blocks
+from tvc.kernels.attention import one_a_token, readable, row_logits
+from tvc.kernels.blocks import by_rows
+from tvc.kernels.loop import State, repeat
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
 
 
@@ -64,7 +63,7 @@ def of_tokens(spread: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return ((taken * present) @ ones / (present @ ones).clamp(min=1)).squeeze(2)
 
 
-@op(_cases)
+@op(_cases, fake=one_a_token)
 def pagerank_score(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -82,22 +81,20 @@ def pagerank_score(
     real = (rows >= 0).float()
     place = rows.clamp(min=0) + past
 
-    def moves(block: slice) -> torch.Tensor:
-        """[B, H, b, R]: the chances of steps from the rows of a block."""
-        # Divided by the temperature is what the cap leaves, and so the cap may be.
-        warm = (scale / temperature, softcap / temperature)
-        paid = row_logits(query, key, mask, rows[:, block], *warm).softmax(-1)
-        to = place[:, None, None, :].expand(-1, head_count, paid.shape[2], -1)
-        return paid.gather(3, to) * real[:, None, None, :]
+    # Divided by the temperature is what the cap leaves, and so the cap may be.
+    mask, warm = readable(mask, query, key), (scale / temperature, softcap / temperature)
 
-    chance = (real / real.sum(1, keepdim=True).clamp(min=1))[:, None, None, :].expand(batch, head_count, 1, row_count)
-    blocks = row_blocks(row_count)
-    whole = moves(blocks[0]) if len(blocks) == 1 else None
-    for _ in range(rounds):
-        if whole is not None:
-            chance = chance @ whole
-        else:
-            chance = functools.reduce(torch.add, (chance[..., block] @ moves(block) for block in blocks))
+    def step(number: torch.Tensor, chance: torch.Tensor) -> State:
+        def move(at: torch.Tensor, new: torch.Tensor, after: torch.Tensor) -> State:
+            paid = row_logits(query, key, mask, rows.gather(1, at), *warm).softmax(-1)
+            to = place[:, None, None, :].expand(-1, paid.shape[1], paid.shape[2], -1)
+            leaving = chance.gather(3, at[:, None, None, :].expand(-1, paid.shape[1], -1, -1)) * new
+            return (after + leaving @ (paid.gather(3, to) * real[:, None, None, :]),)
+
+        return by_rows(move, (torch.zeros_like(chance),), rows)
+
+    first = (real / real.sum(1, keepdim=True).clamp(min=1))[:, None, None, :].expand(batch, head_count, 1, row_count)
+    chance = repeat(step, (first.clone(),), torch.full((), rounds, dtype=torch.int64, device=rows.device))[0]
     rank = chance.square().mean(1).squeeze(1).sqrt() * real  # [B, R]
     return of_tokens(at_places(rank, rows, past, key.shape[2]), columns)
 

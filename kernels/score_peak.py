@@ -6,22 +6,22 @@ Shapes:  query [B, H, Q, d], key [B, G, N, d] (G divides H), mask [B|1, 1|H, Q, 
 Rule:    softmax over all N keys in float32, mean over heads, mean over the g keys, the largest over the rows; with
          heads max the largest over heads as well, behind the mean over the g keys.
 Pads:    -1 in rows and columns; a sample without rows, or a token without keys, scores 0.
-Memory:  O(B H BLOCK N) however many rows score, in a graph O(B H R N).
+Memory:  O(B H BLOCK N) however many rows score.
 
 Reference: MustDrop, arXiv 2411.10803 (the individual threshold); PruneVID, arXiv 2412.16117 (heads max).
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
 
-from tvc.kernels.attention import row_logits
-from tvc.kernels.blocks import row_blocks
+from tvc.kernels.attention import one_a_token, readable, row_logits
+from tvc.kernels.blocks import by_rows
+from tvc.kernels.loop import State
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
 from tvc.kernels.score_attention import Rows
 
@@ -47,7 +47,7 @@ def _cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield f"{name}-no-visual-token", (query, key, causal, rows, single[:, :0], scale)
 
 
-@op(_cases)
+@op(_cases, fake=one_a_token)
 def peak_score(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -64,9 +64,10 @@ def peak_score(
     # Sums over g are matrix products: with V = 0 ONNX Runtime leaves a reduced axis in place.
     ones = torch.ones(group, 1, device=columns.device)
 
-    def most(block: slice) -> torch.Tensor:
-        """[B, V]: the most that one row of a block pays."""
-        rated = rows[:, block]
+    mask = readable(mask, query, key)
+
+    def most(at: torch.Tensor, new: torch.Tensor, before: torch.Tensor) -> State:
+        rated = rows.gather(1, at)
         paid = row_logits(query, key, mask, rated, scale, softcap).softmax(-1)  # [B, H, b, N]
         if heads == "max":
             # Heads side by side are further rows.
@@ -74,13 +75,12 @@ def peak_score(
         else:
             paid = paid.mean(1)
         paid, number = torch.where((rated >= 0)[:, :, None], paid, 0.0), rated.shape[1]  # [B, b, N]
-        index = columns.clamp(min=0).reshape(batch, 1, visual * group).expand(-1, number, -1)
-        taken = paid.gather(2, index).reshape(batch, number, visual, group)
+        index = columns.clamp(min=0).flatten(1)[:, None].expand(-1, number, -1)
+        taken = paid.gather(2, index).reshape(columns.shape[0], number, *columns.shape[1:])
         share = (taken * present[:, None]) @ ones / (present @ ones).clamp(min=1)[:, None]  # [B, b, V, 1]
-        # One more row keeps the maximum defined where there is none.
-        return torch.nn.functional.pad(share.squeeze(3), (0, 0, 0, 1)).amax(1)
+        return (torch.maximum(before, share.squeeze(3).amax(1)),)
 
-    return functools.reduce(torch.maximum, (most(block) for block in row_blocks(rows.shape[1])))
+    return by_rows(most, (torch.zeros(batch, visual, device=columns.device),), rows)[0]
 
 
 @primitive

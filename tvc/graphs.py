@@ -82,7 +82,7 @@ def _attach(root: torch.nn.Module, exported: torch.export.ExportedProgram, spec:
 def drop_checks(exported: torch.export.ExportedProgram, bounded: bool = True) -> None:
     """Removes the assertions of a trace, which take the sample for typical (no budget of 0, as in a decode step).
 
-    With `bounded`, sizes keep the upper bounds that the trace found: those of an image may be what the encoder can take.
+    With `bounded`, sizes keep the upper bounds that the trace found: an image's may be what the encoder can take.
     """
     for module in exported.graph_module.modules():  # the graph, and those of its loops
         if not isinstance(module, fx.GraphModule):
@@ -92,8 +92,8 @@ def drop_checks(exported: torch.export.ExportedProgram, bounded: bool = True) ->
                 module.graph.erase_node(node)
         module.graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
         module.recompile()
-    # A budget of an eighth made the trace believe in eight tokens at least, or in fifteen at most where the sample's gave
-    # one; a decode step has none, and a longer prompt more.
+    # A budget of an eighth made the trace believe in eight tokens at least, or in fifteen at most where it left one of
+    # the sample's; a decode step has none, and a longer prompt more.
     ranges = exported.range_constraints
     for size, known in ranges.items():
         ranges[size] = ValueRanges(min(0, known.lower), known.upper if bounded else int_oo)

@@ -59,9 +59,7 @@ class OneLess(torch.nn.Module):
         return made
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in LOOPS else pytest.mark.conformance) for n in STEPS]
-)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in LOOPS else pytest.mark.conformance) for n in STEPS])
 def test_a_graph_runs_on_more_tokens_than_it_was_traced_on(name: str) -> None:
     module = OneLess(*STEPS[name])
     axes = {1: torch.export.Dim.AUTO}

@@ -1,4 +1,4 @@
-"""Blocks of an encoder that bring a value for each of its tokens: no cut is legal in front of them, and inspect says so."""
+"""Blocks of an encoder that bring a value for each of its tokens: no cut in front of them is legal, as inspect says."""
 
 from __future__ import annotations
 

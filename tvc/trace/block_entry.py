@@ -61,15 +61,15 @@ class BlockEntries:
         sites = (dataclasses.replace(s, legal=False, reason=reason) if s.name in refused else s for s in layout.sites)
         return dataclasses.replace(layout, sites=tuple(sites))
 
-    def _bound(self, used: int) -> int:
-        """How many blocks of the first `used` end with one that runs on all tokens alone.
+    def _bound(self, used: int | None) -> int:
+        """How many blocks of the first `used` (None: of all) end with one that runs on all tokens alone.
 
         Blocks take [n, T, C]; each is tried with fewer where it runs with T. With one less, tokens that have no angle
         may pass for a prefix that is one shorter; with half of them they cannot.
         """
         bound = 0
         with torch.no_grad(), attention_as(self.model, "sdpa"):
-            for index in (index for index in self._calls if index < used):
+            for index in (index for index in self._calls if used is None or index < used):
                 hidden = self._hidden(index)
                 fewer = (hidden.shape[1] - 1, hidden.shape[1] // 2)
                 if self._runs(index, hidden) and not all(self._runs(index, hidden[:, :count]) for count in fewer):
