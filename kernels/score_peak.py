@@ -13,6 +13,7 @@ Reference: MustDrop, arXiv 2411.10803 (the individual threshold); PruneVID, arXi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
@@ -59,11 +60,10 @@ def peak_score(
     softcap: float = 0.0,
 ) -> torch.Tensor:
     """[B, V] float32: the largest of what each of `rows` pays to `columns`."""
-    batch, visual, group = columns.shape
-    present = (columns >= 0).float()
-    # Sums over g are matrix products: with V = 0 ONNX Runtime leaves a reduced axis in place.
-    ones = torch.ones(group, 1, device=columns.device)
-
+    place, present = columns.clamp(min=0), (columns >= 0).float()
+    # One after the other: in a loop no size may be told from a tensor that is empty in a decode step.
+    parts = [(place[:, None, :, g].clone(), present[:, None, :, g].clone()) for g in range(columns.shape[2])]
+    count = functools.reduce(torch.add, (real for _, real in parts)).clamp(min=1)  # [B, 1, V]
     mask = readable(mask, query, key)
 
     def most(at: torch.Tensor, new: torch.Tensor, before: torch.Tensor) -> State:
@@ -74,13 +74,11 @@ def peak_score(
             rated, paid = rated.repeat(1, paid.shape[1]), paid.flatten(1, 2)
         else:
             paid = paid.mean(1)
-        paid, number = torch.where((rated >= 0)[:, :, None], paid, 0.0), rated.shape[1]  # [B, b, N]
-        index = columns.clamp(min=0).flatten(1)[:, None].expand(-1, number, -1)
-        taken = paid.gather(2, index).reshape(columns.shape[0], number, *columns.shape[1:])
-        share = (taken * present[:, None]) @ ones / (present @ ones).clamp(min=1)[:, None]  # [B, b, V, 1]
-        return (torch.maximum(before, share.squeeze(3).amax(1)),)
+        paid = torch.where((rated >= 0)[:, :, None], paid, 0.0)  # [B, b, N]
+        taken = (paid.gather(2, of.expand(-1, paid.shape[1], -1)) * real for of, real in parts)
+        return (torch.maximum(before, (functools.reduce(torch.add, taken) / count).amax(1)),)
 
-    return by_rows(most, (torch.zeros(batch, visual, device=columns.device),), rows)[0]
+    return by_rows(most, (torch.zeros(columns.shape[:2], device=columns.device),), rows)[0]
 
 
 @primitive
