@@ -32,7 +32,8 @@ def by_rows(body: Callable[..., State], state: State, over: torch.Tensor) -> Sta
             at = torch.arange(start, min(start + BLOCK, rows), device=device)
             state = body(at.expand(batch, -1), at >= 0, *state)
         return state
-    within = torch.arange(BLOCK, device=device)
+    # As many rows as there are, where that is fewer: a decode step may ask for one.
+    within = torch.arange(torch.sym_min(rows, BLOCK), device=device)
 
     def block(number: torch.Tensor, *now: torch.Tensor) -> State:
         # A loop takes no size from around it that only the run tells, but any tensor.

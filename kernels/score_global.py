@@ -21,8 +21,6 @@ import torch
 from pydantic import Field
 
 from tvc.kernels.attention import one_a_token
-from tvc.kernels.blocks import by_rows
-from tvc.kernels.loop import State
 from tvc.kernels.op import Attention, Score, Tap, op, primitive
 from tvc.kernels.score_attention import received
 
@@ -67,27 +65,17 @@ def global_score(
     place = rows.clamp(min=0) + keys - length
     payer_image = torch.zeros_like(rows) if image is None else image.gather(1, place)
 
-    def same(at: torch.Tensor) -> torch.Tensor:
-        """[B, b, R] float32: 1 at rows of the image of each of the rows `at [B, b]`, pads being of none."""
-        of_one = payer_image.gather(1, at)[:, :, None] == payer_image[:, None, :]
-        return of_one.float() * scoring.gather(1, at)[:, :, None] * scoring[:, None, :]
+    # Where each row's image adds up, numbered from 1; pads add up in column 0.
+    slot = torch.where(rows >= 0, payer_image + 1, 0)
+    room = torch.zeros(rows.shape[0], keys + 2, device=rows.device)
 
     def over_image(values: torch.Tensor) -> torch.Tensor:
         """[B, R]: the sum of `values [B, R]` over the rows of each row's image."""
-
-        def add(at: torch.Tensor, new: torch.Tensor, found: torch.Tensor) -> State:
-            return (found.scatter(1, at, (same(at) @ values[:, :, None]).squeeze(2)),)
-
-        return by_rows(add, (torch.zeros_like(scoring),), rows)[0]
+        return room.scatter_add(1, slot, values).gather(1, slot) * scoring
 
     def highest(values: torch.Tensor) -> torch.Tensor:
         """[B, R]: the highest of `values [B, R]`, 0 or more, over the rows of each row's image."""
-
-        def most(at: torch.Tensor, new: torch.Tensor, found: torch.Tensor) -> State:
-            # One more column keeps it defined where there are no rows.
-            return (found.scatter(1, at, torch.nn.functional.pad(same(at) * values[:, None, :], (0, 1)).amax(2)),)
-
-        return by_rows(most, (torch.zeros_like(scoring),), rows)[0]
+        return room.scatter_reduce(1, slot, values, "amax").gather(1, slot) * scoring
 
     def pooled(payer: torch.Tensor) -> torch.Tensor:
         """[B, N]: the mean over those rows of the key's image that `payer [B, R]` marks, and over heads."""
