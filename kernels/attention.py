@@ -53,7 +53,7 @@ def readable(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) 
     """The mask for the body of a loop: Dynamo refuses sizes and strides that are not those of query and key by name."""
     if mask is None or not torch.compiler.is_exporting():
         return mask
-    sizes = (query.shape[0], mask.shape[1], query.shape[2], key.shape[2])
+    sizes = (*mask.shape[:2], query.shape[2], key.shape[2])
     return mask.expand(sizes).clone(memory_format=torch.contiguous_format)
 
 
