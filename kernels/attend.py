@@ -98,15 +98,8 @@ def _score_cases() -> Iterator[tuple[str, tuple[object, ...]]]:
         yield f"G{groups}-softcap", (query, key, places[:, -5:].clone(), places, rows, columns, 2.0, "sum", 1.5)
 
 
-def _fake_score(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    query_positions: torch.Tensor,
-    key_positions: torch.Tensor,
-    rows: torch.Tensor,
-    columns: torch.Tensor,
-    *rest: Any,
-) -> torch.Tensor:
+def _fake_score(query: torch.Tensor, key: torch.Tensor, *rest: Any) -> torch.Tensor:
+    _, _, rows, columns, *_ = rest
     return one_a_token(query, key, None, rows, columns)
 
 

@@ -38,7 +38,8 @@ def repeat(
 
     Args:
         body: a pure function of an int64 scalar tensor and the state; it returns new tensors of the same shapes, dtypes
-            and devices, none of them an argument itself. It may read tensors and sizes around it.
+            and devices, none of them an argument itself. It may read tensors and sizes around it, but no size of a
+            tensor that may be empty: graphs tell sizes from strides of the same number, which are 1 where those are 0.
         state: tensors, none of them a view of another or of what the body reads.
         rounds: int64 scalar tensor, at least 0. With 0 rounds the state comes back as it is.
         unsettled: a bool scalar tensor of the state; where it is False the loop ends early.

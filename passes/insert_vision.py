@@ -93,7 +93,7 @@ def image_of_token(query: torch.Tensor, *boundaries: torch.Tensor) -> torch.Tens
     places = torch.arange(query.shape[2], device=query.device)
     ends = torch.ones_like(places)
     for each in boundaries:
-        ends = ends * (places[:, None] == each[None, 1:].to(torch.int64)).sum(1)
+        ends = ends * ((places[:, None] == each[None, 1:].to(torch.int64)).sum(1) > 0)
     return ends.cumsum(0)[None]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 import support
 from tvc.api import Prepared
@@ -15,7 +17,6 @@ BOUND: dict[str, dict[str, Any]] = {
     "dinov3_vit": {},  # angles, handed to the block
     "idefics3_vision": {},  # a mask, handed to the block
 }
-FREE: dict[str, dict[str, Any]] = {"beit": {}, "clip_vision_model": {}, "dinov2": {"mlp_ratio": 2}}
 MERGED = {
     "version": 1,
     "name": "merged-inside",
@@ -41,10 +42,21 @@ def test_no_cut_in_front_of_blocks_that_run_on_all_tokens_alone(kind: str) -> No
         model.compile(MERGED, "torch", verify=False)
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=() if k == "dinov2" else pytest.mark.conformance) for k in FREE]
-)
-def test_cuts_of_blocks_that_run_on_any_length_stay_legal(kind: str) -> None:
-    model = prepared(kind, FREE[kind])
+def test_a_block_may_refuse_a_length_by_an_assertion(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = CLIPEncoderLayer.forward
+
+    def bound(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert hidden_states.shape[1] == 17
+        return own(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(CLIPEncoderLayer, "forward", bound)
+    sites = prepared("clip_vision_model", {}).survey.layout.sites
+    assert not any(site.legal for site in sites if site.name.startswith("vision."))
+    assert all(site.legal for site in sites if site.name.startswith("language."))
+
+
+def test_cuts_of_blocks_that_run_on_any_length_stay_legal() -> None:
+    # Its own code makes a mask for its blocks, which hides nothing.
+    model = prepared("dinov2", {"mlp_ratio": 2})
     assert all(site.legal for site in model.survey.layout.sites if site.name.startswith("vision."))
     assert model.compile(MERGED, "torch").verification["passed"]

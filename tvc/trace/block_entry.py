@@ -16,6 +16,7 @@ import torch
 from tvc.program import Layout
 from tvc.trace.attention import attention_as
 from tvc.trace.layout import blocks, residual_argument
+from tvc.trace.vision import REFUSALS
 
 
 class BlockEntries:
@@ -90,7 +91,7 @@ class BlockEntries:
                 output = block(hidden, *args[1:], **call)
             else:
                 output = block(**{**call, residual_argument(block): hidden})
-        except (RuntimeError, ValueError, TypeError, LookupError):
+        except REFUSALS:  # as code may refuse a length, by an assertion too
             return False
         made = output[0] if isinstance(output, tuple) else output
         return isinstance(made, torch.Tensor) and made.shape == hidden.shape
